@@ -1,0 +1,148 @@
+"""Checkpoints of a run: asynchronous, atomic, the latest few and the best. The only user of Orbax."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from lip_jax.errors import UsageError
+from lip_jax.train_state import TrainState
+
+_STATE = "state"
+_ITERATOR = "iterator"
+_BEST = "top1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What a checkpoint holds: the train state and the input pipeline's state after the same step."""
+
+  state: TrainState
+  iterator: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `<workdir>/checkpoints/<step>`.
+
+  A checkpoint appears under its name only when it is complete. Use as a context manager: leaving it
+  waits for the save that is under way.
+
+  Args:
+    workdir: the run's directory.
+    keep: how many of the latest to keep, beside the one with the best validation top-1.
+    read_only: never delete anything, not even remains of interrupted saves.
+  """
+
+  def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False):
+    # Orbax takes absolute paths only.
+    self.directory = Path(workdir).resolve() / "checkpoints"
+    if read_only and not self.directory.is_dir():
+      raise UsageError(
+        f"no checkpoints under {Path(workdir).resolve()}; give the --workdir of a training run"
+      )
+    policies = ocp.training.preservation_policies
+    keep_latest = policies.LatestN(keep)
+    keep_best = policies.BestN(
+      get_metric_fn=lambda metrics: metrics[_BEST], n=1, keep_checkpoints_without_metrics=False
+    )
+    self._checkpointer = ocp.training.Checkpointer(
+      self.directory,
+      preservation_policy=(
+        policies.PreserveAll()
+        if read_only
+        else policies.AnyPreservationPolicy([keep_latest, keep_best])
+      ),
+      cleanup_tmp_directories=not read_only,
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._checkpointer.close()
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps that have a checkpoint, ascending."""
+    return [info.step for info in self._checkpointer.checkpoints]
+
+  @property
+  def latest_step(self) -> int | None:
+    """Step of the newest checkpoint, None if there is none."""
+    return self.steps[-1] if self.steps else None
+
+  @property
+  def best_step(self) -> int | None:
+    """Step of the checkpoint with the best validation top-1, None if none was evaluated."""
+    scored = [info for info in self._checkpointer.checkpoints if info.metrics]
+    best = max(scored, key=lambda info: (info.metrics[_BEST], info.step), default=None)
+    return None if best is None else best.step
+
+  def metrics(self, step: int) -> dict[str, float] | None:
+    """Validation results saved with a checkpoint, None if it has none or does not exist."""
+    for info in self._checkpointer.checkpoints:
+      if info.step == step:
+        return info.metrics
+    return None
+
+  def resolve(self, which: str) -> int:
+    """Step number for "latest", "best" or a number in text.
+
+    Raises:
+      UsageError: there is no such checkpoint; names those there are.
+    """
+    step = {"latest": self.latest_step, "best": self.best_step}.get(which, which)
+    if isinstance(step, str):
+      step = int(step) if step.isdecimal() else None
+    if step not in self.steps:
+      there = ", ".join(map(str, self.steps)) or "none"
+      raise UsageError(
+        f"no checkpoint {which!r} in {self.directory}; there are: {there} (or say latest, best)"
+      )
+    return step
+
+  def path(self, step: int) -> Path:
+    """Directory of one checkpoint."""
+    return self.directory / str(step)
+
+  def save(
+    self,
+    state: TrainState,
+    iterator: dict[str, Any],
+    *,
+    step: int,
+    metrics: dict[str, float] | None = None,
+  ) -> None:
+    """Starts saving; returns when the arrays are copied and may be overwritten.
+
+    Args:
+      state: train state after `step` updates.
+      iterator: JSON-serialisable state of the input pipeline after the same step.
+      step: number of updates.
+      metrics: validation results of this state, with "top1", if it was evaluated.
+    """
+    self._checkpointer.save_checkpointables_async(
+      step,
+      {_STATE: state},
+      metrics=metrics,
+      custom_metadata={_ITERATOR: iterator},
+      overwrite=True,
+      force=True,
+    )
+
+  def restore(self, step: int, like: TrainState) -> Restored:
+    """Loads one checkpoint.
+
+    Args:
+      step: one of `steps`.
+      like: state of the expected shapes and dtypes, arrays or `ShapeDtypeStruct`s with the
+        shardings that the result is to have.
+    """
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    state = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
+    metadata = self._checkpointer.metadata(step).custom_metadata or {}
+    return Restored(state, metadata[_ITERATOR])

@@ -1,0 +1,177 @@
+"""What a training configuration holds: the fields' names, types and meaning, but no values.
+
+Values live in `configs/`. Building a `Config` from a `ConfigDict` refuses unknown and missing keys
+by name.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lip_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where images come from and what the host does to them."""
+
+  dataset: str  # TFDS name, "cluttered_digits/classify" or "imagenet2012"
+  data_dir: str | None  # TFDS directory; None: ~/tensorflow_datasets
+  train_split: str
+  validation_split: str
+  image_size: int  # height and width that the network sees, in pixels
+  crop_scale: tuple[float, float] | None  # area of the random resized crop; None: no random crop
+  eval_resize: int | None  # shorter side before the central crop of evaluation; None: image_size
+  flip: bool  # mirror half of the training images
+  mean: tuple[float, float, float]  # RGB, in [0, 255]
+  std: tuple[float, float, float]
+  num_threads: int  # that read and decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """SGD and its learning rate; epochs may be fractions."""
+
+  base_lr: float  # learning rate for 256 images; scaled by global_batch_size / 256
+  schedule: str  # "step" or "cosine"
+  step_epochs: tuple[float, ...]  # where "step" multiplies the learning rate by step_factor
+  step_factor: float
+  warmup_epochs: float
+  warmup_lr: float  # learning rate that the warm-up starts from
+  momentum: float
+  weight_decay: float  # on all parameters, batch norm included
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One training run."""
+
+  model: Mapping[str, Any]  # "name" and the options of `create_model`
+  data: Data
+  optim: Optim
+  seed: int
+  num_epochs: float
+  global_batch_size: int  # images per step, over all devices
+  eval_batch_size: int  # the same in evaluation
+  dtype: str  # of the computation: "float32" or "bfloat16"
+  label_smoothing: float
+  log_every_steps: int
+  eval_every_epochs: float
+  checkpoint_every_steps: int
+  keep_checkpoints: int  # latest ones kept, beside the best
+  importance_images: int  # validation images in the importance picture drawn at the end; 0: none
+
+
+# How a run is watched and fed, not what it computes: these may change when it is resumed.
+_MAY_CHANGE = (
+  "data.data_dir",
+  "data.num_threads",
+  "eval_batch_size",
+  "log_every_steps",
+  "eval_every_epochs",
+  "checkpoint_every_steps",
+  "keep_checkpoints",
+  "importance_images",
+)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+  """`Config` from nested mappings, for example `ConfigDict.to_dict()`.
+
+  Raises:
+    UsageError: an unknown key, with the valid ones; a missing key; a value out of range.
+  """
+  config = _build(Config, values, "config")
+  _check(config)
+  return config
+
+
+def from_json(text: str) -> Config:
+  """`Config` from `to_json`'s text."""
+  return from_dict(json.loads(text))
+
+
+def load(workdir: str | Path) -> Config:
+  """Configuration that the run in `workdir` was started with.
+
+  Raises:
+    UsageError: there is no run.
+  """
+  path = Path(workdir) / "config.json"
+  if not path.exists():
+    raise UsageError(f"no run in {workdir}: {path} does not exist; give a run's --workdir")
+  return from_json(path.read_text(encoding="utf-8"))
+
+
+def to_json(config: Config) -> str:
+  """The configuration as indented JSON."""
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def differences(new: Config, old: Config) -> list[str]:
+  """Fields that make `new` another run than `old`, as "key: new value (was old value)"."""
+  new_flat, old_flat = _flatten(json.loads(to_json(new))), _flatten(json.loads(to_json(old)))
+  return [
+    f"{key}: {new_flat.get(key)!r} (was {old_flat.get(key)!r})"
+    for key in sorted(new_flat | old_flat)
+    if key not in _MAY_CHANGE and new_flat.get(key) != old_flat.get(key)
+  ]
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - set(fields))
+  if unknown:
+    raise UsageError(
+      f"{where} has no key {', '.join(map(repr, unknown))}; valid keys: {', '.join(fields)}"
+    )
+  missing = [name for name in fields if name not in values]
+  if missing:
+    raise UsageError(f"{where} lacks {', '.join(missing)}; set it in the config file")
+  arguments = {}
+  for name, field in fields.items():
+    value = values[name]
+    if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
+      value = _build(field.type, value, f"{where}.{name}")
+    elif isinstance(value, list):
+      value = tuple(value)
+    arguments[name] = value
+  return cls(**arguments)
+
+
+def _check(config: Config) -> None:
+  """Raises UsageError for values that no run can have."""
+  for name in (
+    "num_epochs",
+    "global_batch_size",
+    "eval_batch_size",
+    "log_every_steps",
+    "eval_every_epochs",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+  ):
+    if getattr(config, name) <= 0:
+      raise UsageError(f"config.{name} must be positive, got {getattr(config, name)}")
+  choices = {
+    "dtype": (config.dtype, ("float32", "bfloat16")),
+    "optim.schedule": (config.optim.schedule, ("step", "cosine")),
+  }
+  for name, (value, valid) in choices.items():
+    if value not in valid:
+      raise UsageError(f"config.{name} must be one of {', '.join(valid)}, got {value!r}")
+  if not 0 <= config.label_smoothing < 1:
+    raise UsageError(f"config.label_smoothing must be in [0, 1), got {config.label_smoothing}")
+  if "name" not in config.model:
+    raise UsageError("config.model lacks name; set it to one of lip_jax.list_models()")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in values.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = value
+  return flat

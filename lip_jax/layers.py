@@ -1,0 +1,168 @@
+"""Convolution, normalization and the dtype policy that every model shares.
+
+Parameters and batch statistics are float32 (float64 in float64 models) whatever the compute dtype;
+normalizations compute in that precision and cast their output. Paddings are explicit: at even sizes
+"SAME" pads differently from the networks that the published weights come from.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+# He et al. 2015 with fan-out, as fb.resnet.torch and torchvision initialise convolutions.
+kaiming_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Uniform in +-1 / sqrt(fan_in): what PyTorch gives a linear layer's weight.
+linear_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def param_dtype(dtype: Dtype) -> Dtype:
+  """dtype of the parameters and statistics of a model that computes in `dtype`."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def conv(
+  in_features: int,
+  out_features: int,
+  kernel_size: int,
+  *,
+  stride: int = 1,
+  zero_init: bool = False,
+  dtype: Dtype = jnp.float32,
+  rngs: nnx.Rngs,
+) -> nnx.Conv:
+  """Bias-free square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd kernels.
+
+  Args:
+    in_features: channels of the input.
+    out_features: channels of the output.
+    kernel_size: height and width of the kernel in pixels; padded by kernel_size // 2 on each side.
+    stride: in pixels.
+    zero_init: start with all weights at zero instead of He-normal (fan-out).
+    dtype: of the computation.
+    rngs: source of the initial weights.
+  """
+  pad = kernel_size // 2
+  return nnx.Conv(
+    in_features,
+    out_features,
+    (kernel_size, kernel_size),
+    strides=stride,
+    padding=((pad, pad), (pad, pad)),
+    use_bias=False,
+    dtype=dtype,
+    param_dtype=param_dtype(dtype),
+    kernel_init=nnx.initializers.zeros if zero_init else kaiming_fan_out,
+    rngs=rngs,
+  )
+
+
+def linear(in_features: int, out_features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
+  """Classifier, computed in the parameters' precision: [N, in] -> [N, out] float32 (or float64)."""
+  dtype = param_dtype(dtype)
+  return nnx.Linear(
+    in_features, out_features, dtype=dtype, param_dtype=dtype, kernel_init=linear_uniform, rngs=rngs
+  )
+
+
+class BatchNorm(nnx.Module):
+  """Batch normalization over groups of consecutive images.
+
+  In training each group of `group_size` images along the batch axis is normalized by its own mean
+  and variance, as if it were alone on one GPU: the statistics of a recipe ("batch norm over 32
+  images") then hold on any number of devices, and need no traffic between devices whenever a group
+  fits on one. The running statistics follow the average over the groups, with the unbiased
+  variance (n / (n - 1)), as PyTorch's do.
+
+  Args:
+    features: C of the input [N, H, W, C].
+    group_size: images per group; None for the whole batch.
+    momentum: share of the old running statistics that each training step keeps.
+    epsilon: added to the variance.
+    zero_init: start with the scale at zero instead of one.
+    dtype: of the output.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    group_size: int | None = None,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+    zero_init: bool = False,
+    dtype: Dtype = jnp.float32,
+  ):
+    kept = param_dtype(dtype)
+    self.scale = nnx.Param((jnp.zeros if zero_init else jnp.ones)((features,), kept))
+    self.bias = nnx.Param(jnp.zeros((features,), kept))
+    self.mean = nnx.BatchStat(jnp.zeros((features,), kept))
+    self.var = nnx.BatchStat(jnp.ones((features,), kept))
+    self.group_size = group_size
+    self.momentum = momentum
+    self.epsilon = epsilon
+    self.dtype = dtype
+    self.use_running_average = False  # what model.eval() and model.train() set
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    if self.use_running_average:
+      return _normalize(x, self.mean[...], self.var[...], self)
+    n = x.shape[0]
+    size = self.group_size or n
+    if n % size:
+      raise ValueError(
+        f"batch norm over groups of {size} images needs a batch that is a multiple of {size}, got "
+        f"{n} images; change the batch size or bn_group_size (None: the whole batch is one group)"
+      )
+    groups = x.reshape(n // size, size, *x.shape[1:])
+    mean, var = _moments(groups, axes=(1, 2, 3))
+    count = size * x.shape[1] * x.shape[2]
+    self._update(self.mean, mean.mean(axis=0).reshape(-1))
+    self._update(self.var, var.mean(axis=0).reshape(-1) * (count / max(count - 1, 1)))
+    return _normalize(groups, mean, var, self).reshape(x.shape)
+
+  def _update(self, running: nnx.BatchStat, batch: jax.Array):
+    running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
+
+
+class InstanceNorm(nnx.Module):
+  """Normalization of each channel of each image over its pixels, with a learned scale and bias.
+
+  Ulyanov et al. 2016; the same computation in training and evaluation. A constant channel becomes
+  the bias.
+
+  Args:
+    features: C of the input [N, H, W, C].
+    epsilon: added to the variance.
+    dtype: of the output.
+  """
+
+  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: Dtype = jnp.float32):
+    kept = param_dtype(dtype)
+    self.scale = nnx.Param(jnp.ones((features,), kept))
+    self.bias = nnx.Param(jnp.zeros((features,), kept))
+    self.epsilon = epsilon
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    mean, var = _moments(x, axes=(1, 2))
+    return _normalize(x, mean, var, self)
+
+
+def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  """Mean and biased variance over `axes` in at least float32, kept as axes of size one."""
+  x = x.astype(param_dtype(x.dtype))
+  mean = x.mean(axis=axes, keepdims=True)
+  return mean, jnp.square(x - mean).mean(axis=axes, keepdims=True)
+
+
+def _normalize(x: jax.Array, mean, var, norm: BatchNorm | InstanceNorm) -> jax.Array:
+  """(x - mean) / sqrt(var + epsilon) * scale + bias, in the statistics' precision."""
+  gain = jax.lax.rsqrt(var + norm.epsilon) * _last(norm.scale[...], var)
+  y = (x.astype(var.dtype) - _last(mean, x)) * _last(gain, x) + _last(norm.bias[...], x)
+  return y.astype(norm.dtype)
+
+
+def _last(a: jax.Array, like: jax.Array) -> jax.Array:
+  """a with axes of size one in front, up to the rank of `like`."""
+  return a.reshape((1,) * (like.ndim - a.ndim) + a.shape)

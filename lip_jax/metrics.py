@@ -1,0 +1,131 @@
+"""Where numbers go: JSON lines, TensorBoard, and the terminal."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import tensorboardX
+import tqdm
+
+log = logging.getLogger("lip_jax")
+
+_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+  """Writes scalars by step to `<workdir>/metrics.jsonl`, TensorBoard files and the terminal.
+
+  On a terminal a progress bar shows the latest numbers; elsewhere each write is a line of the log.
+  Numbers that an interrupted run wrote after its last checkpoint are removed: the resumed run
+  writes them again.
+
+  Args:
+    workdir: the run's directory.
+    total_steps: where the progress bar ends.
+    start_step: step to go on from.
+    active: False on all processes but one: writes nothing.
+  """
+
+  def __init__(self, workdir: Path, *, total_steps: int, start_step: int, active: bool = True):
+    self._active = active
+    self._total = total_steps
+    if not active:
+      return
+    path = workdir / _FILE
+    _truncate(path, start_step)
+    self._lines = path.open("a", encoding="utf-8")
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+    )
+    self._bar = tqdm.tqdm(
+      total=total_steps,
+      initial=start_step,
+      unit="step",
+      dynamic_ncols=True,
+      disable=not sys.stderr.isatty(),
+    )
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._active:
+      self._bar.close()
+      self._board.close()
+      self._lines.close()
+
+  def advance(self, step: int) -> None:
+    """Moves the progress bar to `step`."""
+    if self._active:
+      self._bar.update(step - self._bar.n)
+
+  def write(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
+    """Records scalars of one step under `prefix/name`."""
+    if not self._active:
+      return
+    named = {f"{prefix}/{name}": value for name, value in values.items()}
+    self._lines.write(json.dumps({"step": step, **named}) + "\n")
+    self._lines.flush()
+    for name, value in named.items():
+      self._board.add_scalar(name, value, step)
+    text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    if self._bar.disable:
+      log.info("step %d/%d  %s  %s", step, self._total, prefix, text)
+    elif prefix == "train":
+      self._bar.set_postfix_str(text)
+    else:
+      self._bar.write(f"step {step}/{self._total}  {prefix}  {text}", file=sys.stderr)
+
+
+def _truncate(path: Path, last_step: int) -> None:
+  """Drops the lines after `last_step`, and a last line that was cut off."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      if json.loads(line)["step"] <= last_step:
+        kept.append(line + "\n")
+    except json.JSONDecodeError:
+      continue
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text("".join(kept), encoding="utf-8")
+  os.replace(temporary, path)
+
+
+class Throughput:
+  """Images per second since the last reading, without the time under `paused()`."""
+
+  def __init__(self, images_per_step: int):
+    self._images_per_step = images_per_step
+    self._steps = 0
+    self._start: float | None = None  # set by the first step, so that compilation does not count
+
+  def count(self) -> None:
+    """Counts one finished step."""
+    if self._start is None:
+      self._start = time.perf_counter()
+    else:
+      self._steps += 1
+
+  def rate(self) -> float:
+    """Images per second; zero as long as there is nothing to measure."""
+    if self._start is None or not self._steps:
+      return 0.0
+    now = time.perf_counter()
+    rate = self._steps * self._images_per_step / (now - self._start)
+    self._start, self._steps = now, 0
+    return rate
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Context whose time does not count."""
+    entered = time.perf_counter()
+    yield
+    if self._start is not None:
+      self._start += time.perf_counter() - entered

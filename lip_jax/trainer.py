@@ -1,0 +1,291 @@
+"""Training from start to finish: mesh, data, model, optimizer, restore, steps, loop."""
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import optax
+from flax import nnx
+
+from lip_jax import augment, optim, sharding, train_state
+from lip_jax import config as config_lib
+from lip_jax.checkpoint import Checkpoints
+from lip_jax.config import Config, Data
+from lip_jax.data import pipeline
+from lip_jax.errors import UsageError
+from lip_jax.evaluate import Evaluator
+from lip_jax.interrupt import StopOnSignal
+from lip_jax.metrics import MetricsWriter, Throughput
+from lip_jax.train_state import TrainState
+
+log = logging.getLogger("lip_jax")
+
+
+class NonFiniteLossError(RuntimeError):
+  """Loss or gradient are no longer finite; names the step and the checkpoint to return to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a call of `train` ended."""
+
+  step: int  # updates made
+  finished: bool  # False: stopped by a signal; the same call goes on
+  metrics: dict[str, float]  # of the validation split: top1, top5 (fractions), loss, count
+  checkpoint: Path  # directory of the state
+  importance_picture: Path | None
+
+
+def train(config: Config, workdir: str | Path) -> Result:
+  """Trains, or goes on where the run in `workdir` stopped.
+
+  Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
+  `importance.png`. SIGTERM and SIGINT save a checkpoint and end the call; after them, or after any
+  crash, the same call continues with the batch that would have come next.
+
+  Args:
+    config: what to train.
+    workdir: directory of the run, created if need be.
+
+  Raises:
+    UsageError: a configuration that cannot run, or a workdir that holds another run.
+    NonFiniteLossError: training has diverged.
+  """
+  workdir = Path(workdir).resolve()
+  _claim_workdir(config, workdir)
+
+  # Mesh
+  mesh = sharding.make_mesh()
+  sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
+  sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+  _check_batch_norm_groups(config)
+  processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+  # Data
+  source = pipeline.open_split(config.data.dataset, config.data.train_split, config.data.data_dir)
+  steps_per_epoch = len(source) / config.global_batch_size
+  total_steps = max(1, round(config.num_epochs * steps_per_epoch))
+  eval_steps = max(1, round(config.eval_every_epochs * steps_per_epoch))
+  loader = pipeline.train_loader(
+    source,
+    image_size=config.data.image_size,
+    crop_scale=config.data.crop_scale,
+    global_batch_size=config.global_batch_size,
+    seed=config.seed,
+    num_threads=config.data.num_threads,
+    **processes,
+  )
+
+  # Model and optimizer
+  options = train_state.model_options(config, source.num_classes)
+  graph = train_state.graph_of(**options)
+  schedule = optim.learning_rate(
+    config.optim,
+    global_batch_size=config.global_batch_size,
+    steps_per_epoch=steps_per_epoch,
+    num_epochs=config.num_epochs,
+  )
+  optimizer = optim.sgd(config.optim, schedule)
+  init = jax.jit(
+    functools.partial(train_state.init, optimizer, config.seed, **options),
+    out_shardings=sharding.replicated(mesh),
+  )
+  evaluator = Evaluator(config, graph, mesh)
+
+  with loader, Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+    # Restore
+    step = checkpoints.latest_step or 0
+    if step:
+      restored = checkpoints.restore(step, train_state.abstract(init, mesh))
+      state = restored.state
+      loader.set_state(restored.iterator)
+      log.info("restored step %d from %s", step, checkpoints.path(step))
+    else:
+      state = init()
+    results = checkpoints.metrics(step)
+    log.info(
+      "%s: %d parameters, %d images, %d steps of %d images on %d device(s) (%s)",
+      config.model["name"],
+      sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+      len(source),
+      total_steps,
+      config.global_batch_size,
+      mesh.size,
+      mesh.devices.flat[0].device_kind,
+    )
+
+    # Steps
+    update = jax.jit(
+      functools.partial(
+        train_step,
+        graph=graph,
+        optimizer=optimizer,
+        data=config.data,
+        label_smoothing=config.label_smoothing,
+        seed=config.seed,
+      ),
+      donate_argnums=0,
+      out_shardings=sharding.replicated(mesh),
+    )
+
+    # Loop
+    with (
+      StopOnSignal() as stop,
+      MetricsWriter(
+        workdir, total_steps=total_steps, start_step=step, active=jax.process_index() == 0
+      ) as writer,
+    ):
+      pending: tuple[int, Mapping[str, jax.Array]] | None = None
+      saved = step
+      clock = Throughput(config.global_batch_size)
+
+      def settle() -> None:
+        """Waits for the step in flight, refuses a non-finite loss, and logs."""
+        nonlocal pending
+        if pending is None:
+          return
+        done, arrays = pending
+        pending = None
+        values = {name: float(value) for name, value in arrays.items()}
+        clock.count()
+        writer.advance(done)
+        if not all(map(math.isfinite, values.values())):
+          raise NonFiniteLossError(_diverged(done, values, schedule, saved, checkpoints))
+        if done % config.log_every_steps == 0 or done == total_steps:
+          values["learning_rate"] = float(schedule(done - 1))
+          values["epoch"] = done / steps_per_epoch
+          values["images_per_second"] = clock.rate()
+          values["skipped_images"] = len(loader.skipped)
+          writer.write(done, "train", values)
+
+      while True:
+        due = step > 0 and (step % eval_steps == 0 or step == total_steps)
+        if due and results is None and not stop.requested:
+          settle()
+          with clock.paused():
+            results = evaluator(state)
+            writer.write(step, "validation", results)
+            checkpoints.save(state, loader.get_state(), step=step, metrics=results)
+          saved = step
+        elif step > saved and (step % config.checkpoint_every_steps == 0 or stop.requested):
+          settle()
+          with clock.paused():
+            checkpoints.save(state, loader.get_state(), step=step)
+          saved = step
+        if step == total_steps or stop.requested:
+          break
+        state, arrays = update(state, sharding.put_batch(next(loader), mesh))
+        settle()  # of the step before, while this one runs
+        step += 1
+        pending, results = (step, arrays), None
+      settle()
+
+    finished = step == total_steps and results is not None
+    picture = None
+    if finished and config.importance_images and jax.process_index() == 0:
+      picture = workdir / "importance.png"
+      evaluator.draw_importance(state, config.importance_images, picture)
+    return Result(step, finished, results or {}, checkpoints.path(step), picture)
+
+
+def train_step(
+  state: TrainState,
+  batch: Mapping[str, jax.Array],
+  *,
+  graph: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  data: Data,
+  label_smoothing: float,
+  seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update.
+
+  Args:
+    state: before the update.
+    batch: "image" [N, H, W, 3] uint8 and "label" [N] int.
+    graph: of the model.
+    optimizer: whose state `state.opt_state` is.
+    data: how images are normalized, and whether half of them are mirrored.
+    label_smoothing: share of the target that is spread over all classes.
+    seed: of the random flips, which depend on it and the step alone.
+
+  Returns:
+    State after the update and, of the batch before it, the scalars "loss" (mean), "top1" (fraction)
+    and "grad_norm".
+  """
+  images = augment.normalize(batch["image"], data)
+  if data.flip:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    images = augment.random_flip(images, key)
+
+  def loss_of(params):
+    model = train_state.merge(graph, params, state.batch_stats)
+    logits = model(images)
+    targets = optax.smooth_labels(
+      jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype), label_smoothing
+    )
+    loss = optax.softmax_cross_entropy(logits, targets).mean()
+    return loss, (logits, train_state.split(model)[1])
+
+  (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  new = TrainState(
+    state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state
+  )
+  top1 = (logits.argmax(axis=-1) == batch["label"]).mean()
+  return new, {"loss": loss, "top1": top1, "grad_norm": optax.global_norm(grads)}
+
+
+def _claim_workdir(config: Config, workdir: Path) -> None:
+  """Creates the workdir and stores the configuration; refuses the workdir of another run."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if path.exists():
+      different = config_lib.differences(config, config_lib.load(workdir))
+      if different:
+        raise UsageError(
+          f"{workdir} holds a run with another configuration: {'; '.join(different)}. Take another "
+          "--workdir, or give the values that the run was started with"
+        )
+    if jax.process_index() == 0:
+      temporary = path.with_suffix(".tmp")
+      temporary.write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+      os.replace(temporary, path)
+  except OSError as error:
+    raise UsageError(f"cannot use --workdir {workdir}: {error}; name a writable directory") from None
+
+
+def _check_batch_norm_groups(config: Config) -> None:
+  size = config.model.get("bn_group_size")
+  if size and config.global_batch_size % size:
+    raise UsageError(
+      f"config.global_batch_size={config.global_batch_size} is not a multiple of "
+      f"config.model.bn_group_size={size}; change one of them"
+    )
+
+
+def _diverged(
+  step: int,
+  values: Mapping[str, float],
+  schedule: optax.Schedule,
+  saved: int,
+  checkpoints: Checkpoints,
+) -> str:
+  back = (
+    f"the last good checkpoint is {checkpoints.path(saved)}"
+    if saved
+    else "there is no earlier checkpoint: start again"
+  )
+  return (
+    f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g} at learning rate "
+    f"{float(schedule(step - 1)):g}; {back}. Lower config.optim.base_lr, lengthen "
+    "config.optim.warmup_epochs or use config.dtype=float32, with a new --workdir"
+  )
+
+

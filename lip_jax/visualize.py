@@ -1,0 +1,102 @@
+"""What a network finds important: the importance maps of its LIP layers, as arrays and figures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lip_jax.downsample import record_logits
+
+
+def importance_maps(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+  """Importance exp(G(x)) of every LIP layer, averaged over its channels.
+
+  Args:
+    model: a network of `create_model`, in eval mode.
+    images: [N, H, W, 3], normalized.
+
+  Returns:
+    From the layer's path in the model, for example "layer2.0.spatial.residual_pool", to
+    [N, H', W'] at the resolution of what the layer pools, scaled so that each map has a mean of
+    one; in the order of the computation. Empty for a model without LIP.
+  """
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def run(state, images):
+    copy = nnx.merge(graph, state, copy=True)
+    paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(copy)}
+    with record_logits() as records:
+      copy(images)
+    order.extend(paths[id(layer)] for layer, _ in records)
+    return [_importance(logits) for _, logits in records]
+
+  order: list[str] = []
+  maps = run(state, images)
+  return dict(zip(order, maps, strict=True))
+
+
+def _importance(logits: jax.Array) -> jax.Array:
+  """Channel mean of exp(logits), [N, H, W, C] -> [N, H, W], with a mean of one."""
+  logits = logits.astype(np.float32)
+  importance = jax.numpy.exp(logits - logits.max(axis=(1, 2, 3), keepdims=True)).mean(axis=3)
+  return importance / importance.mean(axis=(1, 2), keepdims=True)
+
+
+def draw_importance(
+  model: nnx.Module,
+  images: np.ndarray,
+  normalize: Callable[[np.ndarray], jax.Array],
+  path: str | Path,
+) -> None:
+  """Writes a PNG with each image above the importance maps of the network's LIP layers.
+
+  Args:
+    model: a network with LIP layers, in eval mode.
+    images: [N, H, W, 3] uint8.
+    normalize: from these to what the model takes.
+    path: file to write.
+
+  Raises:
+    ValueError: the model has no LIP layer.
+  """
+  # Drawn without pyplot, which would choose a window system and keep every figure.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  maps = importance_maps(model, normalize(images))
+  if not maps:
+    raise ValueError("the model has no LIP layer whose importance could be drawn")
+  rows = len(maps) + 1
+  figure = Figure(figsize=(1.25 * len(images) + 1.6, 1.3 * rows), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.subplots(rows, len(images), squeeze=False)
+  shown = None
+  for column, image in enumerate(images):
+    axes[0, column].imshow(image)
+    for row, importance in enumerate(maps.values(), start=1):
+      # Logarithmic: half as important is as far below the average as twice is above.
+      shown = axes[row, column].imshow(
+        np.log2(importance[column]), cmap="cividis", vmin=-2, vmax=2, interpolation="nearest"
+      )
+  for row, name in enumerate(["input", *map(_label, maps)]):
+    size = maps[list(maps)[row - 1]].shape[1:] if row else images.shape[1:3]
+    axes[row, 0].set_ylabel(
+      f"{name}\n{size[0]}x{size[1]}", rotation=0, ha="right", va="center", fontsize=9
+    )
+  for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+  bar = figure.colorbar(shown, ax=axes[1:], ticks=[-2, -1, 0, 1, 2], shrink=0.6)
+  bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
+  bar.set_label("importance, relative to the image's mean")
+  figure.savefig(path, dpi=110)
+
+
+def _label(path: str) -> str:
+  """Short name of a LIP layer for a figure: "layer2.0.spatial.shortcut_pool" -> "layer2 shortcut"."""
+  parts = path.split(".")
+  if len(parts) == 1:
+    return "stem"
+  return f"{parts[0]} {parts[-1].removesuffix('_pool')}"

@@ -1,0 +1,140 @@
+"""Trains or evaluates a network: flags and dispatch only.
+
+  python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
+  python train.py --mode=eval --workdir=runs/cluttered_digits
+
+Any value of the configuration can be set: --config.optim.base_lr=0.2 --config.model.pool=average
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration file, for example configs/cluttered_digits.py.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run: checkpoints, metrics, TensorBoard files, pictures."
+)
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "train",
+  ["train", "eval"],
+  "train: train, or go on where the run in --workdir stopped. eval: evaluate a checkpoint of the "
+  "run in --workdir on its validation split; --config is then taken from there.",
+)
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "best", "For --mode=eval: best, latest or a step number."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the chosen mode; errors that the user can mend are one line."""
+  from lip_jax.errors import UsageError
+  from lip_jax.trainer import NonFiniteLossError
+
+  if len(argv) > 1:
+    _fail(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help)")
+  if not _WORKDIR.value:
+    _fail("--workdir is missing; name the directory of the run, for example --workdir=runs/first")
+  _log_to_stdout()
+  try:
+    if _MODE.value == "eval":
+      _evaluate()
+    else:
+      _train()
+  except (UsageError, NonFiniteLossError) as error:
+    _fail(str(error), status=1)
+  except KeyboardInterrupt:
+    _fail("interrupted", status=130)
+
+
+def _train() -> None:
+  from lip_jax import config, trainer
+  from lip_jax.errors import UsageError
+
+  if _CONFIG.value is None:
+    raise UsageError("--config is missing; for example --config=configs/cluttered_digits.py")
+  result = trainer.train(config.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
+  if not result.finished:
+    print(f"stopped at step {result.step}; the same command goes on from {result.checkpoint}")
+    return
+  _report(result.metrics)
+  print(f"checkpoint: {result.checkpoint}")
+  print(f"TensorBoard: tensorboard --logdir {_WORKDIR.value}/tensorboard")
+  if result.importance_picture:
+    print(f"importance picture: {result.importance_picture}")
+
+
+def _evaluate() -> None:
+  from lip_jax import config, evaluate
+
+  overridden = _CONFIG.value
+  run = config.from_dict(overridden.to_dict()) if overridden else config.load(_WORKDIR.value)
+  step, metrics = evaluate.evaluate_checkpoint(run, _WORKDIR.value, _CHECKPOINT.value)
+  _report(metrics)
+  print(f"checkpoint: step {step} ({_CHECKPOINT.value})")
+
+
+def _log_to_stdout() -> None:
+  """Shows what lip_jax has to say, and of other libraries warnings only."""
+  logging.getLogger().setLevel(logging.WARNING)
+  log = logging.getLogger("lip_jax")
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  log.addHandler(handler)
+
+
+def _report(metrics: dict[str, float]) -> None:
+  print(f"top-1: {100 * metrics['top1']:.2f}%")
+  print(f"top-5: {100 * metrics['top5']:.2f}%")
+  print(f"loss: {metrics['loss']:.4f} over {metrics['count']} images")
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  """absl's flag parser, with one-line errors for a configuration that cannot be read or set."""
+  try:
+    remaining = app.parse_flags_with_usage(list(argv))
+    if _CONFIG.value is not None:
+      _CONFIG.value.to_dict()  # a file that could not be read raises only when it is used
+    return remaining
+  except (AttributeError, KeyError, OSError) as error:
+    _fail(_config_error(argv, error))
+
+
+def _config_error(argv: Sequence[str], error: Exception) -> str:
+  """What is wrong: a key that the configuration does not have, with those it has, or its file."""
+  files = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+  if not files:
+    return "--config=FILE must come before --config.KEY=VALUE"
+  path = files[-1].split(":", 1)[0]
+  if not Path(path).is_file():
+    return f"there is no configuration file {path!r}; see configs/"
+  config = config_flags.ConfigFileFlagParser("config").parse(files[-1])
+  for argument in argv:
+    if not argument.startswith("--config."):
+      continue
+    node = config
+    where = "config"
+    for key in argument.split("=", 1)[0].removeprefix("--config.").split("."):
+      if not isinstance(node, ConfigDict) or key not in node:
+        valid = ", ".join(node) if isinstance(node, ConfigDict) else "none"
+        return f"{argument.split('=')[0]}: {where} has no key {key!r}; valid keys: {valid}"
+      node, where = node[key], f"{where}.{key}"
+  return f"cannot read the configuration {files[-1]!r}: {str(error).splitlines()[0]}"
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(status)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse_flags)
