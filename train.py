@@ -45,38 +45,38 @@ def main(argv: Sequence[str]) -> None:
   _log_to_stdout()
   try:
     if _MODE.value == "eval":
-      _evaluate()
+      _evaluate(_WORKDIR.value)
     else:
-      _train()
+      _train(_WORKDIR.value)
   except (UsageError, NonFiniteLossError) as error:
     _fail(str(error), status=1)
   except KeyboardInterrupt:
     _fail("interrupted", status=130)
 
 
-def _train() -> None:
+def _train(workdir: str) -> None:
   from lip_jax import config, trainer
   from lip_jax.errors import UsageError
 
   if _CONFIG.value is None:
     raise UsageError("--config is missing; for example --config=configs/cluttered_digits.py")
-  result = trainer.train(config.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
+  result = trainer.train(config.from_dict(_CONFIG.value.to_dict()), workdir)
   if not result.finished:
     print(f"stopped at step {result.step}; the same command goes on from {result.checkpoint}")
     return
   _report(result.metrics)
   print(f"checkpoint: {result.checkpoint}")
-  print(f"TensorBoard: tensorboard --logdir {_WORKDIR.value}/tensorboard")
+  print(f"TensorBoard: tensorboard --logdir {workdir}/tensorboard")
   if result.importance_picture:
     print(f"importance picture: {result.importance_picture}")
 
 
-def _evaluate() -> None:
+def _evaluate(workdir: str) -> None:
   from lip_jax import config, evaluate
 
   overridden = _CONFIG.value
-  run = config.from_dict(overridden.to_dict()) if overridden else config.load(_WORKDIR.value)
-  step, metrics = evaluate.evaluate_checkpoint(run, _WORKDIR.value, _CHECKPOINT.value)
+  run = config.from_dict(overridden.to_dict()) if overridden else config.load(workdir)
+  step, metrics = evaluate.evaluate_checkpoint(run, workdir, _CHECKPOINT.value)
   _report(metrics)
   print(f"checkpoint: step {step} ({_CHECKPOINT.value})")
 
@@ -99,7 +99,7 @@ def _report(metrics: dict[str, float]) -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-  """absl's flag parser, with one-line errors for a configuration that cannot be read or set."""
+  """Absl's flag parser, with one-line errors for a configuration that cannot be read or set."""
   try:
     remaining = app.parse_flags_with_usage(list(argv))
     if _CONFIG.value is not None:

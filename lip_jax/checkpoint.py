@@ -1,4 +1,7 @@
-"""Checkpoints of a run: asynchronous, atomic, the latest few and the best. The only user of Orbax."""
+"""Checkpoints of a run: asynchronous, atomic, the latest few and the best.
+
+The only module that imports Orbax.
+"""
 
 import dataclasses
 from pathlib import Path

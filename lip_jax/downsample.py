@@ -213,8 +213,8 @@ class PoolTransition(nnx.Module):
 
   def __init__(
     self,
-    residual_pool: Callable[[jax.Array], jax.Array],
-    shortcut_pool: Callable[[jax.Array], jax.Array],
+    residual_pool: Callable[..., jax.Array],
+    shortcut_pool: Callable[..., jax.Array],
     in_features: int,
     mid_features: int,
     out_features: int,
@@ -232,7 +232,7 @@ class PoolTransition(nnx.Module):
 
 
 class SharedLIPTransition(PoolTransition):
-  """LIP and a 1x1 convolution in both branches, their logits from one trunk fed by the block's input.
+  """LIP and a 1x1 convolution in both branches; one trunk, fed by the block's input, for both.
 
   Args:
     in_features: channels of the block's input x.

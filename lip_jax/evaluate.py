@@ -15,6 +15,7 @@ from lip_jax import augment, optim, sharding, train_state, visualize
 from lip_jax.checkpoint import Checkpoints
 from lip_jax.config import Config, Data
 from lip_jax.data import pipeline
+from lip_jax.data.source import open_split
 from lip_jax.train_state import TrainState, Tree
 
 Batch = Mapping[str, jax.Array]
@@ -95,7 +96,7 @@ class Evaluator:
     self._config = config
     self._graph = graph
     self._mesh = mesh
-    self._source = pipeline.open_split(
+    self._source = open_split(
       config.data.dataset, config.data.validation_split, config.data.data_dir
     )
     self._step = jax.jit(
@@ -113,7 +114,7 @@ class Evaluator:
     model = train_state.merge(self._graph, state.params, state.batch_stats)
     model.eval()
     visualize.draw_importance(
-      model, images, lambda x: augment.normalize(x, self._config.data), path
+      model, images, lambda x: augment.normalize(jnp.asarray(x), self._config.data), path
     )
 
   def _batches(self) -> Iterator[Mapping[str, np.ndarray]]:
@@ -145,9 +146,7 @@ def evaluate_checkpoint(
   sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(which)
-    source = pipeline.open_split(
-      config.data.dataset, config.data.validation_split, config.data.data_dir
-    )
+    source = open_split(config.data.dataset, config.data.validation_split, config.data.data_dir)
     options = train_state.model_options(config, source.num_classes)
     optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
     init = functools.partial(train_state.init, optimizer, config.seed, **options)

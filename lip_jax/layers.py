@@ -17,7 +17,7 @@ linear_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def param_dtype(dtype: Dtype) -> Dtype:
-  """dtype of the parameters and statistics of a model that computes in `dtype`."""
+  """Dtype of the parameters and statistics of a model that computes in `dtype`."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -164,5 +164,5 @@ def _normalize(x: jax.Array, mean, var, norm: BatchNorm | InstanceNorm) -> jax.A
 
 
 def _last(a: jax.Array, like: jax.Array) -> jax.Array:
-  """a with axes of size one in front, up to the rank of `like`."""
+  """A with axes of size one in front, up to the rank of `like`."""
   return a.reshape((1,) * (like.ndim - a.ndim) + a.shape)

@@ -154,7 +154,7 @@ def _geometry(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOr
       raise ValueError(
         f"padding must be between 0 and window // 2 = {k // 2} for window {k}, got {p}"
       )
-  if min(geometry.output_size(x.shape[1:3])) < 1:
+  if min(geometry.output_size((x.shape[1], x.shape[2]))) < 1:
     raise ValueError(
       f"window {geometry.window} does not fit into an image of {tuple(x.shape[1:3])} with padding "
       f"{geometry.padding}"
@@ -388,7 +388,7 @@ def _forward_sums(x, logits, geometry, shift):
 
 
 def _backward_sums(x, logits, y, largest, a, geometry, shift):
-  """dx = exp(l) S(a), dl = exp(l) (x S(a) - S(a y)) with a = g / den, S the transposed sum."""
+  """Dx = exp(l) S(a), dl = exp(l) (x S(a) - S(a y)) with a = g / den, S the transposed sum."""
   del largest  # there is one shift for all windows
   size = x.shape[1:3]
   importance = jnp.exp(logits - shift)

@@ -71,7 +71,7 @@ def torch_names(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
   """(The authors' name, our variable) for each parameter and running statistic of a ResNet."""
   for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     name = ".".join(map(str, path))
-    # Where a pooling comes first, the convolution of the residual branch is the second part of conv2.
+    # Behind a pooling, the convolution of the residual branch is the second part of conv2.
     behind_pool = variable.ndim == 4 and variable.shape[0] == 1
     name = name.replace(".spatial.residual_conv.", ".conv2.1." if behind_pool else ".conv2.")
     for pattern, replacement in (*_RESNET_RULES, *_LEAF_RULES):

@@ -53,7 +53,7 @@ def model_options(config: Config, num_classes: int) -> dict[str, Any]:
 
 def split(model: nnx.Module) -> tuple[Tree, Tree]:
   """(parameters, batch statistics) of a model as nested dicts of arrays."""
-  _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+  params, batch_stats = nnx.state(model, nnx.Param, nnx.BatchStat)
   return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 

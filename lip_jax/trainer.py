@@ -17,6 +17,7 @@ from lip_jax import config as config_lib
 from lip_jax.checkpoint import Checkpoints
 from lip_jax.config import Config, Data
 from lip_jax.data import pipeline
+from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.evaluate import Evaluator
 from lip_jax.interrupt import StopOnSignal
@@ -67,7 +68,7 @@ def train(config: Config, workdir: str | Path) -> Result:
   processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
   # Data
-  source = pipeline.open_split(config.data.dataset, config.data.train_split, config.data.data_dir)
+  source = open_split(config.data.dataset, config.data.train_split, config.data.data_dir)
   steps_per_epoch = len(source) / config.global_batch_size
   total_steps = max(1, round(config.num_epochs * steps_per_epoch))
   eval_steps = max(1, round(config.eval_every_epochs * steps_per_epoch))
@@ -151,16 +152,18 @@ def train(config: Config, workdir: str | Path) -> Result:
           return
         done, arrays = pending
         pending = None
-        values = {name: float(value) for name, value in arrays.items()}
+        values = {name: float(arrays[name]) for name in ("loss", "top1", "grad_norm")}
         clock.count()
         writer.advance(done)
         if not all(map(math.isfinite, values.values())):
           raise NonFiniteLossError(_diverged(done, values, schedule, saved, checkpoints))
-        if done % config.log_every_steps == 0 or done == total_steps:
-          values["learning_rate"] = float(schedule(done - 1))
-          values["epoch"] = done / steps_per_epoch
-          values["images_per_second"] = clock.rate()
-          values["skipped_images"] = len(loader.skipped)
+        if done % config.log_every_steps == 0:
+          values |= {
+            "learning_rate": float(schedule(done - 1)),
+            "epoch": done / steps_per_epoch,
+            "images_per_second": clock.rate(),
+            "skipped_images": len(loader.skipped),
+          }
           writer.write(done, "train", values)
 
       while True:
@@ -258,7 +261,9 @@ def _claim_workdir(config: Config, workdir: Path) -> None:
       temporary.write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
       os.replace(temporary, path)
   except OSError as error:
-    raise UsageError(f"cannot use --workdir {workdir}: {error}; name a writable directory") from None
+    raise UsageError(
+      f"cannot use --workdir {workdir}: {error}; name a writable directory"
+    ) from None
 
 
 def _check_batch_norm_groups(config: Config) -> None:
@@ -287,5 +292,3 @@ def _diverged(
     f"{float(schedule(step - 1)):g}; {back}. Lower config.optim.base_lr, lengthen "
     "config.optim.warmup_epochs or use config.dtype=float32, with a new --workdir"
   )
-
-

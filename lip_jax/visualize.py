@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,6 +54,9 @@ def draw_importance(
 ) -> None:
   """Writes a PNG with each image above the importance maps of the network's LIP layers.
 
+  Of the two layers in a transition the one in the residual branch is shown; the other's maps look
+  alike where both share a trunk.
+
   Args:
     model: a network with LIP layers, in eval mode.
     images: [N, H, W, 3] uint8.
@@ -66,14 +70,18 @@ def draw_importance(
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  maps = importance_maps(model, normalize(images))
+  maps = {
+    name: importance
+    for name, importance in importance_maps(model, normalize(images)).items()
+    if not name.endswith("shortcut_pool")
+  }
   if not maps:
     raise ValueError("the model has no LIP layer whose importance could be drawn")
   rows = len(maps) + 1
   figure = Figure(figsize=(1.25 * len(images) + 1.6, 1.3 * rows), layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.subplots(rows, len(images), squeeze=False)
-  shown = None
+  shown: Any = None
   for column, image in enumerate(images):
     axes[0, column].imshow(image)
     for row, importance in enumerate(maps.values(), start=1):
@@ -95,8 +103,8 @@ def draw_importance(
 
 
 def _label(path: str) -> str:
-  """Short name of a LIP layer for a figure: "layer2.0.spatial.shortcut_pool" -> "layer2 shortcut"."""
+  """Short name of a LIP layer: "layer2.0.spatial.residual_pool" -> "layer2"."""
   parts = path.split(".")
   if len(parts) == 1:
     return "stem"
-  return f"{parts[0]} {parts[-1].removesuffix('_pool')}"
+  return parts[0]

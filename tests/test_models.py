@@ -149,7 +149,11 @@ def test_lip_layer_in_a_users_own_model():
   ("error", "arguments", "message"),
   [
     (ValueError, {"name": "resnet51"}, "unknown model 'resnet51'; choose one of .*resnet50"),
-    (TypeError, {"logits": "x"}, "unknown option logits for .* valid options: .*logit, logit_width"),
+    (
+      TypeError,
+      {"logits": "x"},
+      "unknown option logits for .* valid options: .*logit, logit_width",
+    ),
     (ValueError, {"pool": "lipp"}, "unknown pool 'lipp'; choose one of strided, average, max, lip"),
     (ValueError, {"logit": "x"}, "unknown logit 'x'; choose one of projection, bottleneck"),
     (ValueError, {"stem": "x"}, "unknown stem 'x'; choose one of imagenet, small"),
@@ -174,7 +178,7 @@ import sys, flax.nnx
 before = set(sys.modules)
 import lip_jax, lip_jax.visualize
 roots = {name.partition(".")[0] for name in set(sys.modules) - before}
-outside = {r for r in roots if r not in sys.stdlib_module_names} - {"lip_jax", "jax", "flax", "numpy"}
+outside = roots - sys.stdlib_module_names - {"lip_jax", "jax", "flax", "numpy"}
 assert not outside, outside
 """
   subprocess.run([sys.executable, "-c", code], check=True)

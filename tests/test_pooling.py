@@ -53,7 +53,9 @@ def loop_pool(x, logits, window, stride, padding):
   return out
 
 
-@pytest.mark.parametrize("options", [{}, {"implementation": "reference"}, {"logit_range": (-25, 25)}])
+@pytest.mark.parametrize(
+  "options", [{}, {"implementation": "reference"}, {"logit_range": (-25, 25)}]
+)
 @pytest.mark.parametrize("case", OP_CASES, ids=lambda case: case["name"])
 def test_equals_the_authors_implementation(case, options):
   expected = np.load(DATA / "lip_op.npz")
@@ -140,9 +142,9 @@ def test_large_logits_stay_finite_and_reach_the_limit(dtype, magnitude):
   rng = np.random.default_rng(0)
   shape = (2, 9, 9, 4)
   levels = np.linspace(-magnitude, magnitude, 81)  # distinct by far more than rounding
-  logits = np.stack(
-    [rng.permutation(levels).reshape(9, 9) for _ in range(8)], axis=-1
-  ).reshape(9, 9, 2, 4)
+  logits = np.stack([rng.permutation(levels).reshape(9, 9) for _ in range(8)], axis=-1).reshape(
+    9, 9, 2, 4
+  )
   logits = jnp.asarray(logits.transpose(2, 0, 1, 3), dtype)
   x = random(0, shape, dtype)
   y, vjp = jax.vjp(lip_jax.lip_pool, x, logits)
@@ -164,7 +166,9 @@ def test_constant_logits_average(value):
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
   g = random(1, y.shape)
   np.testing.assert_allclose(vjp(g)[0], expected_vjp(g)[0], rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(expected, loop_pool(x, jnp.zeros_like(x), 3, 2, 1), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    expected, loop_pool(x, jnp.zeros_like(x), 3, 2, 1), rtol=1e-5, atol=1e-6
+  )
 
 
 def test_large_multiples_of_the_features_approach_max_pooling():

@@ -13,7 +13,7 @@ from lip_jax.models.resnet import ResNet
 # The embedded job's network, for images of 32-64 px: 14 layers, a quarter of the usual width.
 _SMALL: dict[str, Any] = {"stage_sizes": (1, 1, 1, 1), "width": 16, "stem": "small"}
 
-_MODELS: dict[str, functools.partial[nnx.Module]] = {
+_MODELS: dict[str, functools.partial[Any]] = {
   "resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3)),
   "lip_resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), pool="lip"),
   "resnet_small": functools.partial(ResNet, **_SMALL),

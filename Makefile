@@ -1,0 +1,38 @@
+# Every target sets up what it needs in .venv; only Python >= 3.11 (with venv and pip) is assumed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Plain CPU runs must not look for a TPU that an installed libtpu promises.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: help train test compare lint ci clean
+.DEFAULT_GOAL := help
+
+help:  ## Show what can be made.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+train: $(VENV)/.train  ## Train the embedded job (about 5 minutes on 2 cores) into runs/cluttered_digits.
+	$(BIN)/python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
+
+test: $(VENV)/.test  ## Run all tests.
+	$(BIN)/python -m pytest
+
+compare: $(VENV)/.train  ## Train the embedded job with each pooling, three seeds each (about an hour).
+	$(BIN)/python benchmarks/compare_pools.py --workdir=runs/compare_pools
+
+lint: $(VENV)/.lint  ## Check formatting, lint and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+ci: lint test  ## What continuous integration runs.
+
+clean:  ## Remove the virtual environment and caches; keeps runs/.
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+
+# A stamp per extra: installed again when the project's requirements change.
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
