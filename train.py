@@ -6,7 +6,6 @@
 Any value of the configuration can be set: --config.optim.base_lr=0.2 --config.model.pool=average
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,13 +35,14 @@ _CHECKPOINT = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
   """Runs the chosen mode; errors that the user can mend are one line."""
   from lip_jax.errors import UsageError
+  from lip_jax.metrics import log_to_stdout
   from lip_jax.trainer import NonFiniteLossError
 
   if len(argv) > 1:
     _fail(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help)")
   if not _WORKDIR.value:
     _fail("--workdir is missing; name the directory of the run, for example --workdir=runs/first")
-  _log_to_stdout()
+  log_to_stdout()
   try:
     if _MODE.value == "eval":
       _evaluate(_WORKDIR.value)
@@ -79,17 +79,6 @@ def _evaluate(workdir: str) -> None:
   step, metrics = evaluate.evaluate_checkpoint(run, workdir, _CHECKPOINT.value)
   _report(metrics)
   print(f"checkpoint: step {step} ({_CHECKPOINT.value})")
-
-
-def _log_to_stdout() -> None:
-  """Shows what lip_jax has to say, and of other libraries warnings only."""
-  logging.getLogger().setLevel(logging.WARNING)
-  log = logging.getLogger("lip_jax")
-  log.setLevel(logging.INFO)
-  log.propagate = False
-  handler = logging.StreamHandler(sys.stdout)
-  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  log.addHandler(handler)
 
 
 def _report(metrics: dict[str, float]) -> None:

@@ -8,7 +8,6 @@ Interrupted, the same command goes on where it stopped.
 """
 
 import argparse
-import logging
 import math
 import runpy
 import statistics
@@ -20,6 +19,7 @@ from flax import nnx
 
 from lip_jax import config as config_lib
 from lip_jax import create_model, train_state, trainer
+from lip_jax.metrics import log_to_stdout
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
 
@@ -42,8 +42,7 @@ def main() -> None:
   parser.add_argument("--epochs", type=float, help="epochs of each run (default: the config's)")
   parser.add_argument("--data-dir", help="TFDS directory (default: ~/tensorflow_datasets)")
   args = parser.parse_args()
-  logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-  logging.getLogger("lip_jax").setLevel(logging.INFO)
+  log_to_stdout()
 
   table = [
     "| down-sampling | top-1, mean +- standard deviation (%) | each seed | parameters |",

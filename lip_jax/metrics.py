@@ -17,6 +17,16 @@ log = logging.getLogger("lip_jax")
 _FILE = "metrics.jsonl"
 
 
+def log_to_stdout() -> None:
+  """Prints what lip_jax has to say to stdout, and of other libraries warnings only."""
+  logging.getLogger().setLevel(logging.WARNING)
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  log.handlers = [handler]
+
+
 class MetricsWriter:
   """Writes scalars by step to `<workdir>/metrics.jsonl`, TensorBoard files and the terminal.
 

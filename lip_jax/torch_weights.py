@@ -1,8 +1,9 @@
-"""Weights in the authors' PyTorch names and layouts <-> our parameter tree. NumPy only."""
+"""Weights in the authors' PyTorch names and layouts <-> our parameter tree."""
 
 import re
 from collections.abc import Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -64,7 +65,7 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
       f"number of classes?): {'; '.join(faults)}"
     )
   for variable, value in found:
-    variable.set_value(value.astype(variable.dtype))
+    variable.set_value(jnp.asarray(value, variable.dtype))
 
 
 def torch_names(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:

@@ -241,7 +241,7 @@ def train_step(
     state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state
   )
   top1 = (logits.argmax(axis=-1) == batch["label"]).mean()
-  return new, {"loss": loss, "top1": top1, "grad_norm": optax.global_norm(grads)}
+  return new, {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads)}
 
 
 def _claim_workdir(config: Config, workdir: Path) -> None:

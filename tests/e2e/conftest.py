@@ -1,0 +1,106 @@
+"""Real processes: train.py on a small data set, as a user starts it."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lip_jax.data.cluttered_digits import ClutteredDigits
+
+ROOT = Path(__file__).parents[2]
+
+
+class Training:
+  """Starts train.py on the data set `cluttered_digits/tiny`: 64 + 20 images of 48 px."""
+
+  def __init__(self, data_dir: Path, cache: Path):
+    self.data_dir = data_dir
+    self._environment = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "",  # one device, unless a test says otherwise
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+  def command(self, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *flags]
+
+  def train_flags(self, workdir: Path, *overrides: str) -> list[str]:
+    """32 steps of 8 images, a checkpoint every 4, evaluation every 16."""
+    settings = {
+      "data.dataset": "cluttered_digits/tiny",
+      "data.data_dir": self.data_dir,
+      "num_epochs": 4,
+      "global_batch_size": 8,
+      "eval_batch_size": 8,
+      "model.bn_group_size": 8,
+      "log_every_steps": 1,
+      "eval_every_epochs": 2,
+      "checkpoint_every_steps": 4,
+      "importance_images": 0,
+    }
+    return [
+      f"--config={ROOT / 'configs' / 'cluttered_digits.py'}",
+      f"--workdir={workdir}",
+      *(f"--config.{key}={value}" for key, value in settings.items()),
+      *overrides,
+    ]
+
+  def run(self, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return self._run(self.command(*flags), environment)
+
+  def run_code(self, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in the environment of a training."""
+    return self._run([sys.executable, "-c", code], {})
+
+  def _run(self, command: list[str], environment: dict[str, str]):
+    return subprocess.run(
+      command,
+      env={**self._environment, **environment},
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
+
+  def train(self, workdir: Path, *overrides: str, **environment: str):
+    return self.run(*self.train_flags(workdir, *overrides), **environment)
+
+  def signal_at(self, workdir: Path, step: int, number: signal.Signals) -> tuple[int, str]:
+    """Starts training, sends a signal once `step` is logged; (exit code, output)."""
+    process = subprocess.Popen(
+      self.command(*self.train_flags(workdir)),
+      env=self._environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+      assert process.poll() is None, process.communicate()[0]
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+def prepare(name: str, data_dir: Path, builder: type[ClutteredDigits] = ClutteredDigits) -> None:
+  """Writes the data set `cluttered_digits/<name>`."""
+  config = dataclasses.replace(
+    ClutteredDigits.BUILDER_CONFIGS[0], name=name, num_train=64, num_validation=20
+  )
+  builder(config=config, data_dir=data_dir).download_and_prepare(file_format="array_record")
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory) -> Training:
+  data_dir = tmp_path_factory.mktemp("tfds")
+  prepare("tiny", data_dir)
+  return Training(data_dir, tmp_path_factory.mktemp("compilation_cache"))

@@ -1,0 +1,123 @@
+"""What goes wrong is said in one line that names the thing and the remedy."""
+
+import pytest
+from conftest import prepare
+
+from lip_jax.data.cluttered_digits import ClutteredDigits
+
+
+def assert_one_line(done, *parts):
+  assert done.returncode != 0, done.stdout
+  message = done.stderr.strip()
+  assert message.startswith("error: ")
+  assert len(message.splitlines()) == 1, message
+  for part in parts:
+    assert part in message, message
+
+
+@pytest.mark.parametrize(
+  ("override", "parts"),
+  [
+    ("--config.model.name=lip_resnet51", ["'lip_resnet51'", "choose one of", "lip_resnet50"]),
+    ("--config.model.pool=lipp", ["'lipp'", "strided, average, max, lip"]),
+    ("--config.optim.learning_rate=1", ["config.optim", "'learning_rate'", "base_lr, schedule"]),
+    ("--config.sed=1", ["'sed'", "valid keys", "seed"]),
+    ("--config.model.pol=max", ["config.model", "'pol'", "pool"]),
+    ("--config.dtype=float23", ["config.dtype", "float32, bfloat16", "'float23'"]),
+    ("--config.data.dataset=imagenet2012", ["imagenet2012", "config.data.data_dir"]),
+    ("--config.data.data_dir=/nowhere/at/all", ["/nowhere/at/all", "config.data.data_dir"]),
+    ("--config.data.train_split=trian", ["'trian'", "train, validation"]),
+    ("--config.model.bn_group_size=3", ["global_batch_size=8", "bn_group_size=3"]),
+    ("--config.global_batch_size=0", ["global_batch_size", "positive"]),
+  ],
+)
+def test_bad_configurations(training, tmp_path, override, parts):
+  assert_one_line(training.train(tmp_path / "run", override), *parts)
+
+
+def test_batch_size_that_the_devices_cannot_share(training, tmp_path):
+  done = training.train(
+    tmp_path / "run",
+    "--config.global_batch_size=12",
+    "--config.model.bn_group_size=None",
+    XLA_FLAGS="--xla_force_host_platform_device_count=8",
+  )
+  assert_one_line(done, "global_batch_size=12", "8 devices", "8 or 16")
+
+
+def test_flags_that_are_missing_or_unknown(training, tmp_path):
+  flags = training.train_flags(tmp_path / "run")
+  assert_one_line(training.run(flags[0]), "--workdir is missing")
+  assert_one_line(training.run(flags[1]), "--config is missing", "configs/")
+  assert_one_line(training.run("--config=configs/none.py", flags[1]), "configs/none.py")
+  assert_one_line(training.run(*flags, "extra"), "'extra'")
+
+
+def test_workdir_of_another_run(training, tmp_path):
+  workdir = tmp_path / "run"
+  assert training.train(workdir, "--config.num_epochs=0.25").returncode == 0
+  done = training.train(workdir, "--config.num_epochs=0.25", "--config.optim.base_lr=0.5")
+  assert_one_line(done, str(workdir), "optim.base_lr: 0.5 (was 0.8)", "--workdir")
+  # How often to log is no part of what a run computes.
+  again = training.train(workdir, "--config.num_epochs=0.25", "--config.log_every_steps=7")
+  assert again.returncode == 0, again.stderr
+
+
+def test_workdir_that_cannot_be_written(training, tmp_path):
+  (tmp_path / "file").touch()
+  assert_one_line(training.train(tmp_path / "file" / "run"), str(tmp_path / "file"), "writable")
+
+
+def test_evaluation_of_what_is_not_there(training, tmp_path):
+  assert_one_line(training.run("--mode=eval", f"--workdir={tmp_path}"), str(tmp_path), "no run")
+  training.train(tmp_path / "run", "--config.num_epochs=0.25")
+  done = training.run("--mode=eval", f"--workdir={tmp_path / 'run'}", "--checkpoint=77")
+  assert_one_line(done, "'77'", "there are: 2")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(training, tmp_path):
+  workdir = tmp_path / "run"
+  done = training.train(
+    workdir,
+    "--config.optim.base_lr=1e30",
+    "--config.optim.warmup_epochs=1",
+    "--config.optim.warmup_lr=0.001",
+    "--config.checkpoint_every_steps=1",
+  )
+  assert done.returncode == 1
+  assert_one_line(done, "step ", "loss", str(workdir / "checkpoints"), "base_lr")
+
+
+class Damaged(ClutteredDigits):
+  """The embedded data set with two unreadable training images and, on request, a third."""
+
+  name = "cluttered_digits"
+
+  def _generate_examples(self, split, count):
+    for k, example in super()._generate_examples(split, count):
+      if split == "train" and k in (3, 40):
+        example["image"] = example["image"][:200]
+      if split == "validation" and k == 5 and self.builder_config.name == "damaged_validation":
+        example["image"] = b""
+      yield k, example
+
+
+def test_corrupt_images_are_skipped_and_counted_in_training(training, tmp_path):
+  prepare("damaged", training.data_dir, Damaged)
+  workdir = tmp_path / "run"
+  done = training.train(workdir, "--config.data.dataset=cluttered_digits/damaged")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "skipped unreadable" in done.stdout
+  assert "train/000003" in done.stdout
+  assert "train/000040" in done.stdout
+  assert '"train/skipped_images": 2' in (workdir / "metrics.jsonl").read_text()
+
+
+def test_corrupt_images_are_an_error_in_evaluation(training, tmp_path):
+  prepare("damaged_validation", training.data_dir, Damaged)
+  done = training.train(
+    tmp_path / "run",
+    "--config.data.dataset=cluttered_digits/damaged_validation",
+    "--config.num_epochs=0.25",
+  )
+  assert_one_line(done, "validation/000005", "unreadable", str(training.data_dir))

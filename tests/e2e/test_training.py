@@ -1,0 +1,152 @@
+"""Training as a user sees it: output, resume after any interruption, evaluation."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from lip_jax import config as config_lib
+from lip_jax import optim, sharding, train_state
+from lip_jax.checkpoint import Checkpoints
+
+STEPS = 32
+
+
+def final_state(workdir):
+  """The train state that a finished run ended with, and the state of its input pipeline."""
+  config = config_lib.load(workdir)
+  optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
+  options = train_state.model_options(config, 10)
+  like = train_state.abstract(
+    lambda: train_state.init(optimizer, 0, **options), sharding.make_mesh(jax.devices()[:1])
+  )
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    assert checkpoints.latest_step == STEPS
+    return checkpoints.restore(STEPS, like)
+
+
+def metrics_of(workdir):
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  for line in lines:
+    line.pop("train/images_per_second", None)
+  return lines
+
+
+def assert_same_run(one, other):
+  ours, theirs = final_state(one), final_state(other)
+  jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
+  assert ours.iterator == theirs.iterator
+  assert metrics_of(one) == metrics_of(other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(training, tmp_path_factory):
+  """A run from start to end, with an importance picture: (workdir, finished process)."""
+  workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+  done = training.train(workdir, "--config.importance_images=3")
+  assert done.returncode == 0, done.stdout + done.stderr
+  return workdir, done
+
+
+def test_a_run_reports_and_leaves_what_the_readme_promises(uninterrupted):
+  workdir, done = uninterrupted
+  lines = done.stdout.splitlines()
+  top1 = next(line for line in lines if line.startswith("top-1: "))
+  percent = float(top1.removeprefix("top-1: ").removesuffix("%"))
+  metrics = metrics_of(workdir)
+  assert percent == pytest.approx(100 * metrics[-1]["validation/top1"], abs=0.01)
+  assert f"checkpoint: {workdir}/checkpoints/{STEPS}" in lines
+  assert f"TensorBoard: tensorboard --logdir {workdir}/tensorboard" in lines
+  assert f"importance picture: {workdir}/importance.png" in lines
+  assert (workdir / "importance.png").read_bytes().startswith(b"\x89PNG")
+  assert list((workdir / "tensorboard").glob("events.*"))
+  assert "step 32/32  validation" in done.stdout
+  assert [m["step"] for m in metrics if "train/loss" in m] == list(range(1, STEPS + 1))
+  evaluated = [m for m in metrics if "validation/top1" in m]
+  assert [(m["step"], m["validation/count"]) for m in evaluated] == [(16, 20), (32, 20)]
+  assert json.loads((workdir / "config.json").read_text())["data"]["dataset"] == (
+    "cluttered_digits/tiny"
+  )
+
+
+def test_sigkill_anywhere_ends_in_the_same_run(training, uninterrupted, tmp_path):
+  """Before the first checkpoint, between two, beside an evaluation, and near the end."""
+  workdir = tmp_path / "run"
+  for step in (2, 7, 16, 29):
+    code, _ = training.signal_at(workdir, step, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+  done = training.train(workdir)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "restored step" in done.stdout
+  assert_same_run(workdir, uninterrupted[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes_on_there(training, uninterrupted, tmp_path, number):
+  workdir = tmp_path / "run"
+  code, output = training.signal_at(workdir, 6, number)
+  assert code == 0, output
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    step = checkpoints.latest_step
+  assert 6 <= step <= 9
+  assert f"stopped at step {step}; the same command goes on from {workdir}/checkpoints/{step}" in (
+    output
+  )
+  done = training.train(workdir)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert f"restored step {step} " in done.stdout
+  assert_same_run(workdir, uninterrupted[0])
+
+
+def test_a_finished_run_is_reported_again(training, uninterrupted):
+  workdir, before = uninterrupted
+  again = training.train(workdir, "--config.importance_images=3")
+  assert again.returncode == 0
+  first = [line for line in before.stdout.splitlines() if line.startswith(("top-", "checkpoint"))]
+  assert [line for line in again.stdout.splitlines() if line in first] == first
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept(uninterrupted):
+  workdir, _ = uninterrupted
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    assert {28, 32} <= set(checkpoints.steps) <= {16, 28, 32}
+    assert checkpoints.best_step in (16, 32)
+    scores = {m["step"]: m["validation/top1"] for m in metrics_of(workdir) if "validation/top1" in m}
+    assert scores[checkpoints.best_step] == max(scores.values())
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_evaluation_of_a_checkpoint(training, uninterrupted, devices):
+  workdir, _ = uninterrupted
+  done = training.run(
+    "--mode=eval",
+    "--checkpoint=latest",
+    f"--workdir={workdir}",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  expected = metrics_of(workdir)[-1]
+  assert f"top-1: {100 * expected['validation/top1']:.2f}%" in done.stdout
+  assert f"top-5: {100 * expected['validation/top5']:.2f}%" in done.stdout
+  assert "over 20 images" in done.stdout
+
+
+def test_no_tensorflow_in_the_training_process(training, tmp_path):
+  code = (
+    "import runpy, sys\n"
+    "try:\n"
+    "  runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    "except SystemExit as end:\n"
+    "  assert not end.code\n"
+    "assert 'grain' in sys.modules and 'tensorflow_datasets' in sys.modules\n"
+    "assert 'tensorflow' not in sys.modules\n"
+    "print('no tensorflow')\n"
+  )
+  flags = training.train_flags(tmp_path / "run", "--config.num_epochs=0.25")
+  script = training.command()[-1]
+  done = training.run_code(f"import sys; sys.argv = {[script, *flags]!r}\n{code}")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "no tensorflow" in done.stdout

@@ -1,0 +1,191 @@
+"""The training step: against the authors' implementation, and the same on any number of devices."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fixture_weights import image, weight
+from flax import nnx
+
+import lip_jax
+from lip_jax import optim, sharding, train_state, trainer
+from lip_jax.config import Data, Optim
+from lip_jax.torch_weights import torch_names
+
+DATA = Path(__file__).parent / "data"
+REFERENCE = json.loads((DATA / "reference.json").read_text())["models"]["lip_resnet50"]
+
+PLAIN = Optim(
+  base_lr=0.1,
+  schedule="step",
+  step_epochs=(),
+  step_factor=0.1,
+  warmup_epochs=0,
+  warmup_lr=0.0,
+  momentum=0.9,
+  weight_decay=1e-4,
+)
+
+
+def data_config(**changes):
+  values = {
+    "dataset": "none",
+    "data_dir": None,
+    "train_split": "train",
+    "validation_split": "validation",
+    "image_size": 16,
+    "crop_scale": None,
+    "eval_resize": None,
+    "flip": False,
+    "mean": (128.0, 120.0, 110.0),
+    "std": (60.0, 61.0, 62.0),
+    "num_threads": 1,
+  }
+  return Data(**{**values, **changes})
+
+
+@pytest.mark.slow
+def test_three_steps_equal_the_authors_in_float64(x64):
+  """Losses, gradients, running statistics and parameters of LIP-ResNet-50 (reference.json)."""
+  spec = REFERENCE["train"]
+  model = nnx.eval_shape(
+    lambda: lip_jax.create_model("lip_resnet50", dtype=jnp.float64, rngs=nnx.Rngs(0))
+  )
+  lip_jax.load_torch_weights(
+    model, {key: weight(key, tuple(shape)) for key, shape in REFERENCE["state_dict"].items()}
+  )
+  assert (spec["momentum"], spec["weight_decay"], spec["nesterov"]) == (0.9, 1e-4, False)
+  optimizer = optim.sgd(PLAIN, optax.constant_schedule(spec["lr"]))
+  graph = nnx.graphdef(model)
+  params, batch_stats = train_state.split(model)
+  state = train_state.TrainState(
+    jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params)
+  )
+  labels = jnp.asarray(spec["labels"])
+
+  @jax.jit
+  def gradients(params, images):
+    def loss(params):
+      logits = train_state.merge(graph, params, batch_stats)(images)
+      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return jax.grad(loss)(params)
+
+  # The fixture's images are normalized already: identity constants, and no uint8 on the way.
+  step = jax.jit(
+    functools.partial(
+      trainer.train_step,
+      graph=graph,
+      optimizer=optimizer,
+      data=data_config(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+      label_smoothing=0.0,
+      seed=0,
+    )
+  )
+  losses = []
+  for number, name in enumerate(spec["images"]):
+    shape = (spec["batch"], 3, spec["size"], spec["size"])
+    images = jnp.asarray(image(name, shape).transpose(0, 2, 3, 1), jnp.float64)
+    if number == 0:
+      grads = gradients(params, images)
+    state, metrics = step(state, {"image": images, "label": labels})
+    losses.append(float(metrics["loss"]))
+    if number == 0:
+      after_first = state
+  np.testing.assert_allclose(losses, spec["losses"], rtol=1e-6)
+
+  def norms(params, batch_stats):
+    model = train_state.merge(graph, params, batch_stats)
+    return {
+      name: float(jnp.linalg.norm(variable[...].ravel())) for name, variable in torch_names(model)
+    }
+
+  def compare(ours, expected, rtol):
+    for name, norm in expected.items():
+      np.testing.assert_allclose(ours[name], norm, rtol=rtol, err_msg=name)
+
+  # The shortcut of an identity-initialised batch norm bias and the like have exact zeros nowhere.
+  compare(norms(grads, batch_stats), spec["grad_norms_step0"], 1e-5)
+  compare(norms(params, after_first.batch_stats), spec["running_norms_after_step0"], 1e-6)
+  compare(norms(state.params, state.batch_stats), spec["param_norms_after"], 1e-6)
+
+
+@functools.cache
+def run_steps(devices, **options):
+  """Losses, last state and program of three steps of a tiny network, 32 images a step."""
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  options = {
+    "name": "lip_resnet_small",
+    "width": 4,
+    "logit_width": 4,
+    "num_classes": 10,
+    "bn_group_size": 4,
+    **options,
+  }
+  optimizer = optim.sgd(PLAIN, optax.constant_schedule(0.05))
+  init = functools.partial(train_state.init, optimizer, 0, **options)
+  state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
+  step = jax.jit(
+    functools.partial(
+      trainer.train_step,
+      graph=train_state.graph_of(**options),
+      optimizer=optimizer,
+      data=data_config(flip=True),
+      label_smoothing=0.1,
+      seed=3,
+    ),
+    out_shardings=sharding.replicated(mesh),
+  )
+  rng = np.random.default_rng(0)
+  losses, compiled = [], None
+  for _ in range(3):
+    batch = {
+      "image": rng.integers(0, 256, (32, 32, 32, 3), np.uint8),
+      "label": rng.integers(0, 10, 32, np.int32),
+    }
+    batch = sharding.put_batch(batch, mesh)
+    compiled = compiled or step.lower(state, batch).compile()
+    state, metrics = compiled(state, batch)
+    losses.append(float(metrics["loss"]))
+  return losses, jax.device_get(state), compiled.as_text()
+
+
+def test_one_and_eight_devices_give_the_same_losses():
+  """In float32 the first loss agrees to rounding, which the steps then amplify."""
+  one, eight = run_steps(1)[0], run_steps(8)[0]
+  np.testing.assert_allclose(eight[0], one[0], rtol=1e-6)
+  np.testing.assert_allclose(eight, one, rtol=1e-3)
+
+
+def test_one_and_eight_devices_train_alike_in_float64(x64):
+  """Losses and the whole state after three steps; rounding has no room to hide a difference."""
+  one, state_one, _ = run_steps(1, dtype=jnp.float64)
+  eight, state_eight, program = run_steps(8, dtype=jnp.float64)
+  np.testing.assert_allclose(eight, one, rtol=1e-9)
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9),
+    state_eight,
+    state_one,
+  )
+  assert "all-reduce" in program  # of the gradients
+
+
+def test_groups_change_the_statistics():
+  """The test above would pass without grouping if groups made no difference."""
+  grouped, whole = run_steps(1)[0], run_steps(1, bn_group_size=None)[0]
+  assert abs(grouped[0] - whole[0]) > 1e-3
+
+
+def test_bfloat16_trains_with_float32_parameters_and_statistics():
+  losses, state, _ = run_steps(1, dtype=jnp.bfloat16)
+  assert np.isfinite(losses).all()
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))}
+  assert dtypes == {np.dtype("float32")}
+  exact = run_steps(1)[0]
+  np.testing.assert_allclose(losses, exact, rtol=0.1)
+  assert losses != exact
