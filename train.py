@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, for example configs/cluttered_digits.py.", lock_config=True
@@ -90,10 +91,12 @@ def _report(metrics: dict[str, float]) -> None:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Absl's flag parser, with one-line errors for a configuration that cannot be read or set."""
   try:
-    remaining = app.parse_flags_with_usage(list(argv))
+    remaining = flags.FLAGS(list(argv))
     if _CONFIG.value is not None:
       _CONFIG.value.to_dict()  # a file that could not be read raises only when it is used
     return remaining
+  except flags.Error as error:
+    _fail(f"{error} (see --help)")
   except (AttributeError, KeyError, OSError) as error:
     _fail(_config_error(argv, error))
 

@@ -26,6 +26,12 @@ class Restored:
   iterator: dict[str, Any]
 
 
+def has_checkpoints(workdir: Path) -> bool:
+  """Whether the run in `workdir` has saved anything yet."""
+  directory = _directory(workdir)
+  return directory.is_dir() and any(entry.name.isdecimal() for entry in directory.iterdir())
+
+
 class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints/<step>`.
 
@@ -39,8 +45,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False):
-    # Orbax takes absolute paths only.
-    self.directory = Path(workdir).resolve() / "checkpoints"
+    self.directory = _directory(workdir)
     if read_only and not self.directory.is_dir():
       raise UsageError(
         f"no checkpoints under {Path(workdir).resolve()}; give the --workdir of a training run"
@@ -149,3 +154,7 @@ class Checkpoints:
     state = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
     metadata = self._checkpointer.metadata(step).custom_metadata or {}
     return Restored(state, metadata[_ITERATOR])
+
+
+def _directory(workdir: str | Path) -> Path:
+  return Path(workdir).resolve() / "checkpoints"  # Orbax takes absolute paths only

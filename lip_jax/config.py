@@ -135,6 +135,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     value = values[name]
     if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
       value = _build(field.type, value, f"{where}.{name}")
+    elif isinstance(value, Mapping):
+      value = dict(value)
     elif isinstance(value, list):
       value = tuple(value)
     arguments[name] = value

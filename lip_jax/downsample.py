@@ -18,6 +18,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax import layers
+from lip_jax.errors import UsageError
 from lip_jax.logit_modules import BottleneckTrunk, Projection
 from lip_jax.pooling import IntOrPair, average_pool, lip_pool, max_pool
 
@@ -283,12 +284,12 @@ def make_downsample(
     logit_width: for "bottleneck", its width.
 
   Raises:
-    ValueError: a name that does not exist, with those that do.
+    UsageError: a name that does not exist, with those that do.
   """
   if pool not in POOLS:
-    raise ValueError(f"unknown pool {pool!r}; choose one of {', '.join(POOLS)}")
+    raise UsageError(f"unknown pool {pool!r}; choose one of {', '.join(POOLS)}")
   if logit not in LOGITS:
-    raise ValueError(f"unknown logit {logit!r}; choose one of {', '.join(LOGITS)}")
+    raise UsageError(f"unknown logit {logit!r}; choose one of {', '.join(LOGITS)}")
   if pool == "strided":
     return Strided()
   if pool == "average":

@@ -14,7 +14,7 @@ from flax import nnx
 
 from lip_jax import augment, optim, sharding, train_state
 from lip_jax import config as config_lib
-from lip_jax.checkpoint import Checkpoints
+from lip_jax.checkpoint import Checkpoints, has_checkpoints
 from lip_jax.config import Config, Data
 from lip_jax.data import pipeline
 from lip_jax.data.source import open_split
@@ -249,7 +249,7 @@ def _claim_workdir(config: Config, workdir: Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and has_checkpoints(workdir):
       different = config_lib.differences(config, config_lib.load(workdir))
       if different:
         raise UsageError(

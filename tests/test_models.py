@@ -9,6 +9,7 @@ from flax import nnx
 
 import lip_jax
 from lip_jax import downsample
+from lip_jax.errors import UsageError
 
 
 def count(model):
@@ -146,22 +147,18 @@ def test_lip_layer_in_a_users_own_model():
 
 
 @pytest.mark.parametrize(
-  ("error", "arguments", "message"),
+  ("arguments", "message"),
   [
-    (ValueError, {"name": "resnet51"}, "unknown model 'resnet51'; choose one of .*resnet50"),
-    (
-      TypeError,
-      {"logits": "x"},
-      "unknown option logits for .* valid options: .*logit, logit_width",
-    ),
-    (ValueError, {"pool": "lipp"}, "unknown pool 'lipp'; choose one of strided, average, max, lip"),
-    (ValueError, {"logit": "x"}, "unknown logit 'x'; choose one of projection, bottleneck"),
-    (ValueError, {"stem": "x"}, "unknown stem 'x'; choose one of imagenet, small"),
-    (ValueError, {"stage_sizes": (1, 2)}, "four positive numbers"),
+    ({"name": "resnet51"}, "unknown model 'resnet51'; choose one of .*resnet50"),
+    ({"logits": "x"}, "unknown option logits for .* valid options: .*logit, logit_width"),
+    ({"pool": "lipp"}, "unknown pool 'lipp'; choose one of strided, average, max, lip"),
+    ({"logit": "x"}, "unknown logit 'x'; choose one of projection, bottleneck"),
+    ({"stem": "x"}, "unknown stem 'x'; choose one of imagenet, small"),
+    ({"stage_sizes": (1, 2)}, "four positive numbers"),
   ],
 )
-def test_errors_name_what_exists(error, arguments, message):
-  with pytest.raises(error, match=message):
+def test_errors_name_what_exists(arguments, message):
+  with pytest.raises(UsageError, match=message):
     lip_jax.create_model(**{"name": "lip_resnet_small", "rngs": nnx.Rngs(0), **arguments})
 
 

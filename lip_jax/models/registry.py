@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from lip_jax.errors import UsageError
 from lip_jax.models.resnet import ResNet
 
 # The embedded job's network, for images of 32-64 px: 14 layers, a quarter of the usual width.
@@ -49,17 +50,16 @@ def create_model(
       logit="projection", logit_width=64, bn_group_size=32.
 
   Raises:
-    ValueError: an unknown name, or an option's value that does not exist.
-    TypeError: an option that the network does not have.
+    UsageError: an unknown name, option, or value of an option, with the valid ones.
   """
   if name not in _MODELS:
-    raise ValueError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
+    raise UsageError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
   constructor = _MODELS[name]
   arguments = inspect.signature(constructor.func.__init__).parameters
   valid = sorted(set(arguments) - {"self", "num_classes", "dtype", "rngs"})
   unknown = sorted(set(options) - set(valid))
   if unknown:
-    raise TypeError(
+    raise UsageError(
       f"unknown option {', '.join(unknown)} for model {name!r}; valid options: {', '.join(valid)}"
     )
   return constructor(num_classes=num_classes, dtype=dtype, rngs=rngs, **options)

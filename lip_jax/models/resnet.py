@@ -14,6 +14,7 @@ from flax.typing import Dtype
 
 from lip_jax import layers
 from lip_jax.downsample import Convolutions, Downsample, Logit, Pool, make_downsample
+from lip_jax.errors import UsageError
 
 EXPANSION = 4  # a bottleneck block puts out this many times its inner width
 
@@ -103,9 +104,9 @@ class ResNet(nnx.Module):
     rngs: nnx.Rngs,
   ):
     if len(stage_sizes) != 4 or min(stage_sizes) < 1:
-      raise ValueError(f"stage_sizes must be four positive numbers, got {stage_sizes}")
+      raise UsageError(f"stage_sizes must be four positive numbers, got {stage_sizes}")
     if stem not in ("imagenet", "small"):
-      raise ValueError(f"unknown stem {stem!r}; choose one of imagenet, small")
+      raise UsageError(f"unknown stem {stem!r}; choose one of imagenet, small")
     self.dtype = dtype
     downsample = make_downsample(pool, logit=logit, logit_width=logit_width)
 

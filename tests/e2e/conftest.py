@@ -28,6 +28,13 @@ class Training:
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
+  def prepare(self, name: str, builder: type[ClutteredDigits] = ClutteredDigits) -> None:
+    """Writes the data set `cluttered_digits/<name>`."""
+    config = dataclasses.replace(
+      ClutteredDigits.BUILDER_CONFIGS[0], name=name, num_train=64, num_validation=20
+    )
+    builder(config=config, data_dir=self.data_dir).download_and_prepare(file_format="array_record")
+
   def command(self, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *flags]
 
@@ -91,16 +98,8 @@ class Training:
     return process.returncode, output
 
 
-def prepare(name: str, data_dir: Path, builder: type[ClutteredDigits] = ClutteredDigits) -> None:
-  """Writes the data set `cluttered_digits/<name>`."""
-  config = dataclasses.replace(
-    ClutteredDigits.BUILDER_CONFIGS[0], name=name, num_train=64, num_validation=20
-  )
-  builder(config=config, data_dir=data_dir).download_and_prepare(file_format="array_record")
-
-
 @pytest.fixture(scope="session")
 def training(tmp_path_factory) -> Training:
-  data_dir = tmp_path_factory.mktemp("tfds")
-  prepare("tiny", data_dir)
-  return Training(data_dir, tmp_path_factory.mktemp("compilation_cache"))
+  training = Training(tmp_path_factory.mktemp("tfds"), tmp_path_factory.mktemp("compilation_cache"))
+  training.prepare("tiny")
+  return training

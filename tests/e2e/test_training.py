@@ -114,7 +114,8 @@ def test_the_latest_checkpoints_and_the_best_are_kept(uninterrupted):
   with Checkpoints(workdir, read_only=True) as checkpoints:
     assert {28, 32} <= set(checkpoints.steps) <= {16, 28, 32}
     assert checkpoints.best_step in (16, 32)
-    scores = {m["step"]: m["validation/top1"] for m in metrics_of(workdir) if "validation/top1" in m}
+    evaluated = [m for m in metrics_of(workdir) if "validation/top1" in m]
+    scores = {m["step"]: m["validation/top1"] for m in evaluated}
     assert scores[checkpoints.best_step] == max(scores.values())
 
 

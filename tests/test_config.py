@@ -1,0 +1,68 @@
+"""The configuration's schema, through the configuration of the embedded job."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from lip_jax import config as config_lib
+from lip_jax.errors import UsageError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def embedded():
+  get_config = runpy.run_path(str(CONFIGS / "cluttered_digits.py"))["get_config"]
+  return get_config().to_dict()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_configuration_fits_the_schema_and_survives_json(path):
+  values = runpy.run_path(str(path))["get_config"]().to_dict()
+  config = config_lib.from_dict(values)
+  assert config_lib.from_json(config_lib.to_json(config)) == config
+  assert config_lib.differences(config, config_lib.from_json(config_lib.to_json(config))) == []
+
+
+def test_differences_name_what_makes_another_run():
+  values = embedded()
+  old = config_lib.from_dict(values)
+  values["optim"]["base_lr"] = 0.5
+  values["model"]["pool"] = "max"
+  values["log_every_steps"] = 99
+  values["data"]["data_dir"] = "/elsewhere"
+  assert config_lib.differences(config_lib.from_dict(values), old) == [
+    "model.pool: 'max' (was 'lip')",
+    "optim.base_lr: 0.5 (was 0.8)",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("section", "key", "value", "message"),
+  [
+    (None, "sede", 1, "config has no key 'sede'; valid keys: model, data, optim, seed"),
+    ("optim", "lr", 1, "config.optim has no key 'lr'; valid keys: base_lr"),
+    (None, "dtype", "float23", "config.dtype must be one of float32, bfloat16, got 'float23'"),
+    ("optim", "schedule", "linear", "config.optim.schedule must be one of step, cosine"),
+    (None, "global_batch_size", 0, "config.global_batch_size must be positive, got 0"),
+    (None, "num_epochs", -1, "config.num_epochs must be positive, got -1"),
+    (None, "label_smoothing", 1.0, "config.label_smoothing must be in"),
+  ],
+)
+def test_faults_are_named(section, key, value, message):
+  values = embedded()
+  (values[section] if section else values)[key] = value
+  with pytest.raises(UsageError, match=message):
+    config_lib.from_dict(values)
+
+
+def test_what_is_missing_is_named():
+  values = embedded()
+  del values["optim"]["momentum"], values["optim"]["warmup_lr"]
+  with pytest.raises(UsageError, match=r"config.optim lacks warmup_lr, momentum"):
+    config_lib.from_dict(values)
+
+
+def test_a_directory_without_a_run(tmp_path):
+  with pytest.raises(UsageError, match=f"no run in {tmp_path}"):
+    config_lib.load(tmp_path)

@@ -1,0 +1,75 @@
+"""Exact evaluation: sums and counts, masked, divided once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lip_jax import evaluate, sharding, train_state
+from lip_jax.config import Data
+
+IDENTITY = Data(
+  dataset="none",
+  data_dir=None,
+  train_split="train",
+  validation_split="validation",
+  image_size=4,
+  crop_scale=None,
+  eval_resize=None,
+  flip=False,
+  mean=(0.0, 0.0, 0.0),
+  std=(1.0, 1.0, 1.0),
+  num_threads=1,
+)
+
+
+class ReadsTheFirstPixels(nnx.Module):
+  """A model whose logits are the red values of the first row and column of the image."""
+
+  def __init__(self, num_classes):
+    self.scale = nnx.Param(jnp.ones(()))
+    self.num_classes = num_classes
+
+  def __call__(self, images):
+    return images[:, :, :, 0].reshape(images.shape[0], -1)[:, : self.num_classes] * self.scale[...]
+
+
+def run(images, labels, batch_size, devices=1, num_classes=8):
+  model = ReadsTheFirstPixels(num_classes)
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  step = jax.jit(
+    functools.partial(evaluate.eval_step, graph=nnx.graphdef(model), data=IDENTITY),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+  def batches():
+    for start in range(0, len(images), batch_size):
+      part, marks = images[start : start + batch_size], labels[start : start + batch_size]
+      missing = batch_size - len(part)
+      yield {
+        "image": np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))),
+        "label": np.pad(marks, (0, missing)),
+        "mask": np.pad(np.ones(len(part), np.float32), (0, missing)),
+      }
+
+  return evaluate.evaluate(step, *train_state.split(model), batches(), mesh)
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(4, 1), (4, 4), (8, 8), (16, 2), (10, 1)])
+@pytest.mark.parametrize("num_classes", [8, 3])
+def test_ten_images_count_ten(batch_size, devices, num_classes):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (10, 4, 4, 3), np.uint8)
+  labels = rng.integers(0, num_classes, 10).astype(np.int32)
+  logits = images[:, :, :, 0].reshape(10, 16)[:, :num_classes].astype(np.float64)
+  shifted = logits - logits.max(axis=1, keepdims=True)
+  losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(10), labels]
+  ranks = (logits > logits[np.arange(10), labels][:, None]).sum(axis=1)
+  result = run(images, labels, batch_size, devices, num_classes)
+  assert result["count"] == 10
+  assert result["top1"] == pytest.approx((ranks == 0).mean())
+  assert result["top5"] == pytest.approx((ranks < 5).mean())
+  assert result["loss"] == pytest.approx(losses.mean(), rel=1e-5)
