@@ -28,6 +28,11 @@ _MODE = flags.DEFINE_enum(
   "train: train, or go on where the run in --workdir stopped. eval: evaluate a checkpoint of the "
   "run in --workdir on its validation split; --config is then taken from there.",
 )
+_START_FROM = flags.DEFINE_string(
+  "start_from",
+  None,
+  "Checkpoint of another run, RUN/checkpoints/STEP, that a new run goes on from.",
+)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "best", "For --mode=eval: best, latest or a step number."
 )
@@ -61,7 +66,8 @@ def _train(workdir: str) -> None:
 
   if _CONFIG.value is None:
     raise UsageError("--config is missing; for example --config=configs/cluttered_digits.py")
-  result = trainer.train(config.from_dict(_CONFIG.value.to_dict()), workdir)
+  run = config.from_dict(_CONFIG.value.to_dict())
+  result = trainer.train(run, workdir, start_from=_START_FROM.value)
   if not result.finished:
     print(f"stopped at step {result.step}; the same command goes on from {result.checkpoint}")
     return

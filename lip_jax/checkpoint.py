@@ -156,5 +156,16 @@ class Checkpoints:
     return Restored(state, metadata[_ITERATOR])
 
 
+def restore_path(path: str | Path, like: TrainState) -> Restored:
+  """Loads the checkpoint in the directory `<workdir>/checkpoints/<step>`.
+
+  Raises:
+    UsageError: there is none.
+  """
+  path = Path(path).resolve()
+  with Checkpoints(path.parent.parent, read_only=True) as checkpoints:
+    return checkpoints.restore(checkpoints.resolve(path.name), like)
+
+
 def _directory(workdir: str | Path) -> Path:
   return Path(workdir).resolve() / "checkpoints"  # Orbax takes absolute paths only

@@ -14,7 +14,7 @@ from flax import nnx
 
 from lip_jax import augment, optim, sharding, train_state
 from lip_jax import config as config_lib
-from lip_jax.checkpoint import Checkpoints, has_checkpoints
+from lip_jax.checkpoint import Checkpoints, has_checkpoints, restore_path
 from lip_jax.config import Config, Data
 from lip_jax.data import pipeline
 from lip_jax.data.source import open_split
@@ -25,6 +25,8 @@ from lip_jax.metrics import MetricsWriter, Throughput
 from lip_jax.train_state import TrainState
 
 log = logging.getLogger("lip_jax")
+
+_STEP_METRICS = ("loss", "top1", "grad_norm", "param_norm")  # in the order that they are shown
 
 
 class NonFiniteLossError(RuntimeError):
@@ -42,7 +44,7 @@ class Result:
   importance_picture: Path | None
 
 
-def train(config: Config, workdir: str | Path) -> Result:
+def train(config: Config, workdir: str | Path, *, start_from: str | Path | None = None) -> Result:
   """Trains, or goes on where the run in `workdir` stopped.
 
   Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
@@ -52,6 +54,8 @@ def train(config: Config, workdir: str | Path) -> Result:
   Args:
     config: what to train.
     workdir: directory of the run, created if need be.
+    start_from: directory of another run's checkpoint, `<its workdir>/checkpoints/<step>`. A run
+      that has none of its own yet goes on from there, for example with a lower learning rate.
 
   Raises:
     UsageError: a configuration that cannot run, or a workdir that holds another run.
@@ -100,14 +104,20 @@ def train(config: Config, workdir: str | Path) -> Result:
 
   with loader, Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
     # Restore
+    like = train_state.abstract(init, mesh)
     step = checkpoints.latest_step or 0
+    restored, last_good = None, None
     if step:
-      restored = checkpoints.restore(step, train_state.abstract(init, mesh))
-      state = restored.state
-      loader.set_state(restored.iterator)
-      log.info("restored step %d from %s", step, checkpoints.path(step))
-    else:
+      restored, last_good = checkpoints.restore(step, like), checkpoints.path(step)
+    elif start_from is not None:
+      restored, last_good = restore_path(start_from, like), Path(start_from)
+    if restored is None:
       state = init()
+    else:
+      state = restored.state
+      step = int(state.step)
+      loader.set_state(restored.iterator)
+      log.info("restored step %d from %s", step, last_good)
     results = checkpoints.metrics(step)
     log.info(
       "%s: %d parameters, %d images, %d steps of %d images on %d device(s) (%s)",
@@ -152,11 +162,11 @@ def train(config: Config, workdir: str | Path) -> Result:
           return
         done, arrays = pending
         pending = None
-        values = {name: float(arrays[name]) for name in ("loss", "top1", "grad_norm")}
+        values = {name: float(arrays[name]) for name in _STEP_METRICS}
         clock.count()
         writer.advance(done)
         if not all(map(math.isfinite, values.values())):
-          raise NonFiniteLossError(_diverged(done, values, schedule, saved, checkpoints))
+          raise NonFiniteLossError(_diverged(done, values, schedule, last_good))
         if done % config.log_every_steps == 0:
           values |= {
             "learning_rate": float(schedule(done - 1)),
@@ -174,12 +184,12 @@ def train(config: Config, workdir: str | Path) -> Result:
             results = evaluator(state)
             writer.write(step, "validation", results)
             checkpoints.save(state, loader.get_state(), step=step, metrics=results)
-          saved = step
+          saved, last_good = step, checkpoints.path(step)
         elif step > saved and (step % config.checkpoint_every_steps == 0 or stop.requested):
           settle()
           with clock.paused():
             checkpoints.save(state, loader.get_state(), step=step)
-          saved = step
+          saved, last_good = step, checkpoints.path(step)
         if step == total_steps or stop.requested:
           break
         state, arrays = update(state, sharding.put_batch(next(loader), mesh))
@@ -218,8 +228,8 @@ def train_step(
     seed: of the random flips, which depend on it and the step alone.
 
   Returns:
-    State after the update and, of the batch before it, the scalars "loss" (mean), "top1" (fraction)
-    and "grad_norm".
+    State after the update and the scalars "loss" (mean), "top1" (fraction) and "grad_norm" of the
+    batch before it, and "param_norm" after it.
   """
   images = augment.normalize(batch["image"], data)
   if data.flip:
@@ -241,7 +251,12 @@ def train_step(
     state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state
   )
   top1 = (logits.argmax(axis=-1) == batch["label"]).mean()
-  return new, {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads)}
+  return new, {
+    "loss": loss,
+    "top1": top1,
+    "grad_norm": optax.tree.norm(grads),
+    "param_norm": optax.tree.norm(new.params),
+  }
 
 
 def _claim_workdir(config: Config, workdir: Path) -> None:
@@ -276,19 +291,17 @@ def _check_batch_norm_groups(config: Config) -> None:
 
 
 def _diverged(
-  step: int,
-  values: Mapping[str, float],
-  schedule: optax.Schedule,
-  saved: int,
-  checkpoints: Checkpoints,
+  step: int, values: Mapping[str, float], schedule: optax.Schedule, last_good: Path | None
 ) -> str:
+  """What happened, and how to go on with a run that is no longer finite."""
   back = (
-    f"the last good checkpoint is {checkpoints.path(saved)}"
-    if saved
-    else "there is no earlier checkpoint: start again"
+    f"return to the checkpoint before it with --start_from={last_good}"
+    if last_good
+    else "there is no checkpoint before it: start again"
   )
+  numbers = ", ".join(f"{name} {values[name]:g}" for name in _STEP_METRICS)
   return (
-    f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g} at learning rate "
-    f"{float(schedule(step - 1)):g}; {back}. Lower config.optim.base_lr, lengthen "
-    "config.optim.warmup_epochs or use config.dtype=float32, with a new --workdir"
+    f"step {step} is not finite: {numbers}, learning rate {float(schedule(step - 1)):g}; {back}, "
+    "a new --workdir, and a lower config.optim.base_lr, a longer config.optim.warmup_epochs or "
+    "config.dtype=float32"
   )

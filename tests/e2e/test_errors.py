@@ -86,7 +86,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(training, tmp_path):
     "--config.checkpoint_every_steps=1",
   )
   assert done.returncode == 1
-  assert_one_line(done, "step ", "loss", str(workdir / "checkpoints"), "base_lr")
+  assert_one_line(done, "step ", "loss", f"--start_from={workdir}/checkpoints/", "base_lr")
+  # From there, with a learning rate that is not absurd, the run goes on.
+  checkpoint = done.stderr.partition("--start_from=")[2].partition(",")[0]
+  step = int(checkpoint.rpartition("/")[2])
+  again = training.train(
+    tmp_path / "again", f"--start_from={checkpoint}", "--config.num_epochs=0.5"
+  )
+  assert again.returncode == 0, again.stderr
+  assert f"restored step {step} from {checkpoint}" in again.stdout
 
 
 def damaged_digits():
