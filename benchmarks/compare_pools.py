@@ -27,8 +27,7 @@ NETWORKS = {
   "strided convolution": {"pool": "strided"},
   "average pooling": {"pool": "average"},
   "max pooling": {"pool": "max"},
-  "LIP, projection": {"pool": "lip", "logit": "projection"},
-  "LIP, bottleneck": {"pool": "lip", "logit": "bottleneck"},
+  "LIP": {"pool": "lip"},
 }
 
 
@@ -53,7 +52,7 @@ def main() -> None:
     for seed in range(args.seeds):
       config = _config(options, seed, args)
       print(f"== {name}, seed {seed}", flush=True)
-      result = trainer.train(config, args.workdir / f"{name.replace(', ', '-')}-{seed}")
+      result = trainer.train(config, args.workdir / f"{name.replace(' ', '-')}-{seed}")
       if not result.finished:
         sys.exit(f"stopped; the same command goes on from {result.checkpoint}")
       top1.append(100 * result.metrics["top1"])

@@ -1,6 +1,8 @@
 """Exact evaluation: every image counts once, on any number of devices and at any batch size."""
 
 import functools
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -106,7 +109,14 @@ class Evaluator:
 
   def __call__(self, state: TrainState) -> dict[str, float]:
     """Exact "loss", "top1", "top5" and "count" over the validation split."""
-    return evaluate(self._step, state.params, state.batch_stats, self._batches(), self._mesh)
+    batches = tqdm.tqdm(
+      self._batches(),
+      desc="validation",
+      total=math.ceil(len(self._source) / self._config.eval_batch_size),
+      leave=False,
+      disable=jax.process_index() != 0 or not sys.stderr.isatty(),
+    )
+    return evaluate(self._step, state.params, state.batch_stats, batches, self._mesh)
 
   def draw_importance(self, state: TrainState, count: int, path: Path) -> None:
     """Draws the importance maps of the first `count` validation images into a PNG file."""

@@ -15,6 +15,7 @@ import tqdm
 log = logging.getLogger("lip_jax")
 
 _FILE = "metrics.jsonl"
+_ON_THE_BAR = ("loss", "top1", "images_per_second")
 
 
 def log_to_stdout() -> None:
@@ -87,7 +88,8 @@ class MetricsWriter:
     if self._bar.disable:
       log.info("step %d/%d  %s  %s", step, self._total, prefix, text)
     elif prefix == "train":
-      self._bar.set_postfix_str(text)
+      shown = (f"{name} {values[name]:.3g}" for name in _ON_THE_BAR if name in values)
+      self._bar.set_postfix_str("  ".join(shown))
     else:
       self._bar.write(f"step {step}/{self._total}  {prefix}  {text}", file=sys.stderr)
 

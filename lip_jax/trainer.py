@@ -144,6 +144,9 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
       out_shardings=sharding.replicated(mesh),
     )
 
+    if step < total_steps:
+      log.info("compiling the training step, which can take minutes for a large network")
+
     # Loop
     with (
       StopOnSignal() as stop,
@@ -177,7 +180,9 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           writer.write(done, "train", values)
 
       while True:
-        due = step > 0 and (step % eval_steps == 0 or step == total_steps)
+        # The last evaluation is that of the last step, with none shortly before it.
+        early = step % eval_steps == 0 and 2 * (total_steps - step) > eval_steps
+        due = step > 0 and (early or step == total_steps)
         if due and results is None and not stop.requested:
           settle()
           with clock.paused():
