@@ -6,6 +6,7 @@
 Any value of the configuration can be set: --config.optim.base_lr=0.2 --config.model.pool=average
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ _START_FROM = flags.DEFINE_string(
   None,
   "Checkpoint of another run, RUN/checkpoints/STEP, that a new run goes on from.",
 )
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "For --mode=eval: TFDS directory, if it is not the one that was trained from."
+)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "best", "For --mode=eval: best, latest or a step number."
 )
@@ -40,6 +44,7 @@ _CHECKPOINT = flags.DEFINE_string(
 
 def main(argv: Sequence[str]) -> None:
   """Runs the chosen mode; errors that the user can mend are one line."""
+  # Imported here, so that --help and misspelt flags are answered at once.
   from lip_jax.errors import UsageError
   from lip_jax.metrics import log_to_stdout
   from lip_jax.trainer import NonFiniteLossError
@@ -56,8 +61,6 @@ def main(argv: Sequence[str]) -> None:
       _train(_WORKDIR.value)
   except (UsageError, NonFiniteLossError) as error:
     _fail(str(error), status=1)
-  except KeyboardInterrupt:
-    _fail("interrupted", status=130)
 
 
 def _train(workdir: str) -> None:
@@ -69,7 +72,8 @@ def _train(workdir: str) -> None:
   run = config.from_dict(_CONFIG.value.to_dict())
   result = trainer.train(run, workdir, start_from=_START_FROM.value)
   if not result.finished:
-    print(f"stopped at step {result.step}; the same command goes on from {result.checkpoint}")
+    place = f"from {result.checkpoint}" if result.checkpoint else "from the start"
+    print(f"stopped at step {result.step}; the same command goes on {place}")
     return
   _report(result.metrics)
   print(f"checkpoint: {result.checkpoint}")
@@ -83,6 +87,8 @@ def _evaluate(workdir: str) -> None:
 
   overridden = _CONFIG.value
   run = config.from_dict(overridden.to_dict()) if overridden else config.load(workdir)
+  if _DATA_DIR.value:
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=_DATA_DIR.value))
   step, metrics = evaluate.evaluate_checkpoint(run, workdir, _CHECKPOINT.value)
   _report(metrics)
   print(f"checkpoint: step {step} ({_CHECKPOINT.value})")
@@ -102,20 +108,24 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
       _CONFIG.value.to_dict()  # a file that could not be read raises only when it is used
     return remaining
   except flags.Error as error:
-    _fail(f"{error} (see --help)")
-  except (AttributeError, KeyError, OSError) as error:
+    _fail(f"{str(error).strip().splitlines()[-1]} (see --help)")
+  except Exception as error:  # a configuration file is code, which can raise anything
     _fail(_config_error(argv, error))
 
 
 def _config_error(argv: Sequence[str], error: Exception) -> str:
   """What is wrong: a key that the configuration does not have, with those it has, or its file."""
-  files = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+  files = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
   if not files:
-    return "--config=FILE must come before --config.KEY=VALUE"
+    return "write --config=FILE, before any --config.KEY=VALUE"
   path = files[-1].split(":", 1)[0]
   if not Path(path).is_file():
     return f"there is no configuration file {path!r}; see configs/"
-  config = config_flags.ConfigFileFlagParser("config").parse(files[-1])
+  try:
+    config = config_flags.ConfigFileFlagParser("config").parse(files[-1])
+  except Exception as cause:
+    reason = str(cause).strip().splitlines()[-1]
+    return f"cannot read the configuration {files[-1]!r}: {type(cause).__name__}: {reason}"
   for argument in argv:
     if not argument.startswith("--config."):
       continue
@@ -126,7 +136,7 @@ def _config_error(argv: Sequence[str], error: Exception) -> str:
         valid = ", ".join(node) if isinstance(node, ConfigDict) else "none"
         return f"{argument.split('=')[0]}: {where} has no key {key!r}; valid keys: {valid}"
       node, where = node[key], f"{where}.{key}"
-  return f"cannot read the configuration {files[-1]!r}: {str(error).splitlines()[0]}"
+  return f"cannot read the configuration {files[-1]!r}: {str(error).strip().splitlines()[-1]}"
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:
@@ -135,4 +145,7 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=_parse_flags)
+  try:
+    app.run(main, flags_parser=_parse_flags)
+  except KeyboardInterrupt:
+    _fail("interrupted", status=130)

@@ -19,6 +19,7 @@ from flax import nnx
 
 from lip_jax import config as config_lib
 from lip_jax import create_model, train_state, trainer
+from lip_jax.errors import UsageError
 from lip_jax.metrics import log_to_stdout
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
@@ -41,6 +42,8 @@ def main() -> None:
   parser.add_argument("--epochs", type=float, help="epochs of each run (default: the config's)")
   parser.add_argument("--data-dir", help="TFDS directory (default: ~/tensorflow_datasets)")
   args = parser.parse_args()
+  if args.seeds < 1:
+    parser.error(f"--seeds must be at least 1, got {args.seeds}")
   log_to_stdout()
 
   table = [
@@ -52,7 +55,10 @@ def main() -> None:
     for seed in range(args.seeds):
       config = _config(options, seed, args)
       print(f"== {name}, seed {seed}", flush=True)
-      result = trainer.train(config, args.workdir / f"{name.replace(' ', '-')}-{seed}")
+      try:
+        result = trainer.train(config, args.workdir / f"{name.replace(' ', '-')}-{seed}")
+      except (UsageError, trainer.NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
       if not result.finished:
         sys.exit(f"stopped; the same command goes on from {result.checkpoint}")
       top1.append(100 * result.metrics["top1"])

@@ -44,7 +44,7 @@ class Checkpoints:
     read_only: never delete anything, not even remains of interrupted saves.
   """
 
-  def __init__(self, workdir: str | Path, *, keep: int = 1, read_only: bool = False):
+  def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
     self.directory = _directory(workdir)
     if read_only and not self.directory.is_dir():
       raise UsageError(
@@ -147,13 +147,23 @@ class Checkpoints:
       step: one of `steps`.
       like: state of the expected shapes and dtypes, arrays or `ShapeDtypeStruct`s with the
         shardings that the result is to have.
+
+    Raises:
+      UsageError: the checkpoint is damaged or holds something else.
     """
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
-    state = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
-    metadata = self._checkpointer.metadata(step).custom_metadata or {}
-    return Restored(state, metadata[_ITERATOR])
+    try:
+      state = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
+      iterator = self._checkpointer.metadata(step).custom_metadata[_ITERATOR]
+    except Exception as error:  # Orbax raises whatever its storage layers do
+      raise UsageError(
+        f"cannot load the checkpoint {self.path(step)}: it is damaged, or of another model or "
+        f"optimizer than this configuration's. Delete it to go on from the one before it, or give "
+        f"the configuration that it was saved with ({str(error).splitlines()[0][:200]})"
+      ) from error
+    return Restored(state, iterator)
 
 
 def restore_path(path: str | Path, like: TrainState) -> Restored:
@@ -163,6 +173,8 @@ def restore_path(path: str | Path, like: TrainState) -> Restored:
     UsageError: there is none.
   """
   path = Path(path).resolve()
+  if not path.name.isdecimal() or path.parent.name != "checkpoints" or not path.is_dir():
+    raise UsageError(f"{path} is no checkpoint; name a directory RUN/checkpoints/STEP")
   with Checkpoints(path.parent.parent, read_only=True) as checkpoints:
     return checkpoints.restore(checkpoints.resolve(path.name), like)
 

@@ -6,6 +6,7 @@ by name.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,10 @@ def load(workdir: str | Path) -> Config:
   path = Path(workdir) / "config.json"
   if not path.exists():
     raise UsageError(f"no run in {workdir}: {path} does not exist; give a run's --workdir")
-  return from_json(path.read_text(encoding="utf-8"))
+  try:
+    return from_json(path.read_text(encoding="utf-8"))
+  except json.JSONDecodeError as error:
+    raise UsageError(f"{path} is damaged ({error}); restore it or take another --workdir") from None
 
 
 def to_json(config: Config) -> str:
@@ -152,9 +156,8 @@ def _check(config: Config) -> None:
     "log_every_steps",
     "eval_every_epochs",
     "checkpoint_every_steps",
-    "keep_checkpoints",
   ):
-    if getattr(config, name) <= 0:
+    if not 0 < getattr(config, name) < math.inf:
       raise UsageError(f"config.{name} must be positive, got {getattr(config, name)}")
   choices = {
     "dtype": (config.dtype, ("float32", "bfloat16")),
@@ -165,8 +168,39 @@ def _check(config: Config) -> None:
       raise UsageError(f"config.{name} must be one of {', '.join(valid)}, got {value!r}")
   if not 0 <= config.label_smoothing < 1:
     raise UsageError(f"config.label_smoothing must be in [0, 1), got {config.label_smoothing}")
+  # While the newest is replaced or damaged, one has to be left.
+  if config.keep_checkpoints < 2:
+    raise UsageError(f"config.keep_checkpoints must be at least 2, got {config.keep_checkpoints}")
+  if not 0 <= config.seed < 2**32:
+    raise UsageError(f"config.seed must be in [0, 2**32), got {config.seed}")
+  _check_data(config.data)
   if "name" not in config.model:
     raise UsageError("config.model lacks name; set it to one of lip_jax.list_models()")
+
+
+def _check_data(data: Data) -> None:
+  for name in ("image_size", "num_threads"):
+    if getattr(data, name) < 1:
+      raise UsageError(f"config.data.{name} must be positive, got {getattr(data, name)}")
+  for name in ("mean", "std"):
+    value = getattr(data, name)
+    if not isinstance(value, tuple) or len(value) != 3:
+      raise UsageError(f"config.data.{name} must be three numbers, for R, G and B, got {value}")
+  if min(data.std) <= 0:
+    raise UsageError(f"config.data.std must be positive, got {data.std}")
+  scale = data.crop_scale
+  if scale is not None and not (
+    isinstance(scale, tuple) and len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+  ):
+    raise UsageError(
+      "config.data.crop_scale must be (least, greatest) with 0 < least <= greatest <= 1, "
+      f"got {scale}"
+    )
+  if data.eval_resize is not None and data.eval_resize < data.image_size:
+    raise UsageError(
+      f"config.data.eval_resize={data.eval_resize} must be at least config.data.image_size="
+      f"{data.image_size}"
+    )
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Exact evaluation: every image counts once, on any number of devices and at any batch size."""
 
+import contextlib
 import functools
+import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -76,14 +78,23 @@ def evaluate(
     batches: this process's rows of each batch, padded and masked.
     mesh: to split the batches over.
   """
-  # Sums stay on the device until the end, so that batches overlap.
-  per_batch = [step(params, batch_stats, sharding.put_batch(b, mesh)) for b in batches]
-  sums = {
-    name: sum(float(batch[name]) for batch in jax.device_get(per_batch))
-    for name in ("loss", "top1", "top5", "count")
-  }
+  sums = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "count": 0.0}
+
+  def add(batch: Mapping[str, jax.Array]) -> None:
+    for name in sums:
+      sums[name] += float(batch[name])
+
+  pending = None
+  for batch in batches:
+    current = step(params, batch_stats, sharding.put_batch(batch, mesh))
+    if pending is not None:
+      add(pending)  # of the batch before, while this one runs
+    pending = current
+  if pending is not None:
+    add(pending)
   count = sums.pop("count")
-  return {**{name: value / count for name, value in sums.items()}, "count": int(count)}
+  # No batch at all, where an evaluation was cancelled: count zero says so.
+  return {**{name: value / max(count, 1.0) for name, value in sums.items()}, "count": int(count)}
 
 
 class Evaluator:
@@ -107,8 +118,15 @@ class Evaluator:
       out_shardings=sharding.replicated(mesh),
     )
 
-  def __call__(self, state: TrainState) -> dict[str, float]:
-    """Exact "loss", "top1", "top5" and "count" over the validation split."""
+  def __call__(
+    self, state: TrainState, cancelled: Callable[[], bool] = lambda: False
+  ) -> dict[str, float] | None:
+    """Exact "loss", "top1", "top5" and "count" over the validation split.
+
+    Args:
+      state: what to evaluate.
+      cancelled: asked before each batch; once it says yes, the result is None.
+    """
     batches = tqdm.tqdm(
       self._batches(),
       desc="validation",
@@ -116,18 +134,32 @@ class Evaluator:
       leave=False,
       disable=jax.process_index() != 0 or not sys.stderr.isatty(),
     )
-    return evaluate(self._step, state.params, state.batch_stats, batches, self._mesh)
+    with contextlib.closing(batches):
+      until = itertools.takewhile(lambda _: not cancelled(), batches)
+      results = evaluate(self._step, state.params, state.batch_stats, until, self._mesh)
+    return None if cancelled() else results
 
-  def draw_importance(self, state: TrainState, count: int, path: Path) -> None:
-    """Draws the importance maps of the first `count` validation images into a PNG file."""
-    images = next(iter(self._batches()))["image"][:count]
+  def draw_importance(self, state: TrainState, count: int, path: Path) -> bool:
+    """Draws the importance maps of the first validation images into a PNG file.
+
+    Args:
+      state: of the model.
+      count: number of images; at most those of one batch are taken.
+      path: file to write.
+
+    Returns:
+      False if the model has no LIP layer, and nothing was drawn.
+    """
+    with contextlib.closing(self._batches()) as batches:
+      batch = next(batches)
+    images = batch["image"][batch["mask"] > 0][:count]
     model = train_state.merge(self._graph, state.params, state.batch_stats)
     model.eval()
-    visualize.draw_importance(
+    return visualize.draw_importance(
       model, images, lambda x: augment.normalize(jnp.asarray(x), self._config.data), path
     )
 
-  def _batches(self) -> Iterator[Mapping[str, np.ndarray]]:
+  def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:
     return pipeline.eval_batches(
       self._source,
       image_size=self._config.data.image_size,
@@ -161,4 +193,6 @@ def evaluate_checkpoint(
     optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
     init = functools.partial(train_state.init, optimizer, config.seed, **options)
     state = checkpoints.restore(step, train_state.abstract(init, mesh)).state
-  return step, Evaluator(config, train_state.graph_of(**options), mesh)(state)
+  results = Evaluator(config, train_state.graph_of(**options), mesh)(state)
+  assert results is not None  # nothing cancels it
+  return step, results

@@ -76,7 +76,7 @@ class BatchNorm(nnx.Module):
 
   Args:
     features: C of the input [N, H, W, C].
-    group_size: images per group; None for the whole batch.
+    group_size: images per group; None or 0 for the whole batch.
     momentum: share of the old running statistics that each training step keeps.
     epsilon: added to the variance.
     zero_init: start with the scale at zero instead of one.
@@ -112,7 +112,7 @@ class BatchNorm(nnx.Module):
     if n % size:
       raise ValueError(
         f"batch norm over groups of {size} images needs a batch that is a multiple of {size}, got "
-        f"{n} images; change the batch size or bn_group_size (None: the whole batch is one group)"
+        f"{n} images; change the batch size or bn_group_size (0: the whole batch is one group)"
       )
     groups = x.reshape(n // size, size, *x.shape[1:])
     mean, var = _moments(groups, axes=(1, 2, 3))

@@ -51,7 +51,7 @@ class MetricsWriter:
     _truncate(path, start_step)
     self._lines = path.open("a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+      str(workdir / "tensorboard"), purge_step=start_step + 1
     )
     self._bar = tqdm.tqdm(
       total=total_steps,

@@ -20,13 +20,11 @@ def learning_rate(
     decay_steps = round(num_epochs * steps_per_epoch) - warmup_steps
     after = optax.cosine_decay_schedule(peak, max(decay_steps, 1))
   else:
-    after = optax.piecewise_constant_schedule(
-      peak,
-      {
-        round(epoch * steps_per_epoch) - warmup_steps: config.step_factor
-        for epoch in config.step_epochs
-      },
-    )
+    factors: dict[int, float] = {}
+    for epoch in config.step_epochs:
+      step = round(epoch * steps_per_epoch) - warmup_steps
+      factors[step] = factors.get(step, 1.0) * config.step_factor
+    after = optax.piecewise_constant_schedule(peak, factors)
   warmup = optax.linear_schedule(config.warmup_lr, peak, warmup_steps)
   return optax.join_schedules([warmup, after], [warmup_steps])
 

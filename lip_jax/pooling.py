@@ -52,9 +52,9 @@ def lip_pool(
   belong to no average.
 
   Sums run in float32 (float64 for float64 inputs) and are cast once, at the end. The result and
-  both gradients are finite for every finite x and logits of magnitude up to 1e4 in float32,
-  bfloat16 and float16. Gradients are first order and reverse mode (`jax.grad`, `jax.vjp`);
-  `implementation="reference"` also allows forward mode and higher orders.
+  both gradients are finite for logits of magnitude up to 1e4 in float32, bfloat16 and float16, and
+  every x whose sum over a window is finite. Gradients are reverse mode (`jax.grad`, `jax.vjp`);
+  `implementation="reference"` also allows forward mode.
 
   Args:
     x: features, [N, H, W, C], floating point.
@@ -97,6 +97,7 @@ def average_pool(
 
   Args and errors are those of `lip_pool`: x [N, H, W, C] -> [N, H', W', C] in the dtype of x.
   """
+  x = jnp.asarray(x)
   geometry = _geometry(x, window, stride, padding)
   inside = jnp.ones((1, *x.shape[1:3], 1), accumulation_dtype(x))
   total = window_sum(x.astype(inside.dtype), geometry)
@@ -173,6 +174,8 @@ def _fixed_shift(logit_range: tuple[float, float] | None) -> float | None:
   """Middle of the range: what to subtract from every logit before exp."""
   if logit_range is None:
     return None
+  if not isinstance(logit_range, (tuple, list)) or len(logit_range) != 2:
+    raise ValueError(f"logit_range must be a pair (low, high), got {logit_range!r}")
   low, high = logit_range
   if not 0 <= high - low <= 80:
     raise ValueError(
@@ -368,8 +371,9 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
       dl_phases.append(dl)
 
   def interleave(phases):
-    stacked = jnp.stack(phases).reshape(sh, sw, n, rows, columns, -1)
-    full = stacked.transpose(2, 3, 0, 4, 1, 5).reshape(n, rows * sh, columns * sw, -1)
+    channels = phases[0].shape[3]
+    stacked = jnp.stack(phases).reshape(sh, sw, n, rows, columns, channels)
+    full = stacked.transpose(2, 3, 0, 4, 1, 5).reshape(n, rows * sh, columns * sw, channels)
     return full[:, :height, :width]
 
   return interleave(dx_phases), interleave(dl_phases)

@@ -33,8 +33,8 @@ _TORCHVISION = (("downsample.conv.", "downsample.0."), ("downsample.bn.", "downs
 def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
   """Replaces all parameters and running statistics of `model`, in place.
 
-  Understands the published LIP networks and torchvision's plain ResNets.
-  `num_batches_tracked` entries are ignored.
+  Understands the published LIP networks and torchvision's plain ResNets, also with the prefix
+  `module.` that training on several GPUs leaves. `num_batches_tracked` entries are ignored.
 
   Args:
     model: a network of `create_model`.
@@ -45,7 +45,11 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
     UsageError: names that are missing or left over, and shapes that differ: all of them in one
       message. The model is then unchanged.
   """
-  source = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+  source = {
+    k.removeprefix("module."): v
+    for k, v in state_dict.items()
+    if not k.endswith("num_batches_tracked")
+  }
   for named, counted in _TORCHVISION:
     source = {k.replace(counted, named): v for k, v in source.items()}
   faults: list[str] = []

@@ -40,7 +40,7 @@ class Result:
   step: int  # updates made
   finished: bool  # False: stopped by a signal; the same call goes on
   metrics: dict[str, float]  # of the validation split: top1, top5 (fractions), loss, count
-  checkpoint: Path  # directory of the state
+  checkpoint: Path | None  # directory of the state; None: stopped before there was one
   importance_picture: Path | None
 
 
@@ -118,6 +118,11 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
       step = int(state.step)
       loader.set_state(restored.iterator)
       log.info("restored step %d from %s", step, last_good)
+    if step > total_steps:
+      raise UsageError(
+        f"the checkpoint {last_good} is of step {step}, but this run ends at step {total_steps}; "
+        "raise config.num_epochs"
+      )
     results = checkpoints.metrics(step)
     log.info(
       "%s: %d parameters, %d images, %d steps of %d images on %d device(s) (%s)",
@@ -180,22 +185,25 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           writer.write(done, "train", values)
 
       while True:
+        stopping = stop.requested
         # The last evaluation is that of the last step, with none shortly before it.
         early = step % eval_steps == 0 and 2 * (total_steps - step) > eval_steps
         due = step > 0 and (early or step == total_steps)
-        if due and results is None and not stop.requested:
+        if due and results is None and not stopping:
           settle()
           with clock.paused():
-            results = evaluator(state)
-            writer.write(step, "validation", results)
-            checkpoints.save(state, loader.get_state(), step=step, metrics=results)
-          saved, last_good = step, checkpoints.path(step)
-        elif step > saved and (step % config.checkpoint_every_steps == 0 or stop.requested):
+            results = evaluator(state, cancelled=lambda: stop.requested)
+            stopping = results is None
+            if results is not None:
+              writer.write(step, "validation", results)
+              checkpoints.save(state, loader.get_state(), step=step, metrics=results)
+              saved, last_good = step, checkpoints.path(step)
+        if step > saved and (step % config.checkpoint_every_steps == 0 or stopping):
           settle()
           with clock.paused():
             checkpoints.save(state, loader.get_state(), step=step)
           saved, last_good = step, checkpoints.path(step)
-        if step == total_steps or stop.requested:
+        if step == total_steps or stopping:
           break
         state, arrays = update(state, sharding.put_batch(next(loader), mesh))
         settle()  # of the step before, while this one runs
@@ -207,8 +215,9 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     picture = None
     if finished and config.importance_images and jax.process_index() == 0:
       picture = workdir / "importance.png"
-      evaluator.draw_importance(state, config.importance_images, picture)
-    return Result(step, finished, results or {}, checkpoints.path(step), picture)
+      if not evaluator.draw_importance(state, config.importance_images, picture):
+        picture = None
+    return Result(step, finished, results or {}, last_good, picture)
 
 
 def train_step(
@@ -269,7 +278,7 @@ def _claim_workdir(config: Config, workdir: Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    if path.exists() and has_checkpoints(workdir):
+    if has_checkpoints(workdir):
       different = config_lib.differences(config, config_lib.load(workdir))
       if different:
         raise UsageError(
@@ -288,7 +297,7 @@ def _claim_workdir(config: Config, workdir: Path) -> None:
 
 def _check_batch_norm_groups(config: Config) -> None:
   size = config.model.get("bn_group_size")
-  if size and config.global_batch_size % size:
+  if size and size > 0 and config.global_batch_size % size:
     raise UsageError(
       f"config.global_batch_size={config.global_batch_size} is not a multiple of "
       f"config.model.bn_group_size={size}; change one of them"

@@ -51,20 +51,20 @@ def draw_importance(
   images: np.ndarray,
   normalize: Callable[[np.ndarray], jax.Array],
   path: str | Path,
-) -> None:
+) -> bool:
   """Writes a PNG with each image above the importance maps of the network's LIP layers.
 
   Of the two layers in a transition the one in the residual branch is shown; the other's maps look
   alike where both share a trunk.
 
   Args:
-    model: a network with LIP layers, in eval mode.
+    model: a network in eval mode.
     images: [N, H, W, 3] uint8.
     normalize: from these to what the model takes.
     path: file to write.
 
-  Raises:
-    ValueError: the model has no LIP layer.
+  Returns:
+    False if the model has no LIP layer, and nothing was drawn.
   """
   # Drawn without pyplot, which would choose a window system and keep every figure.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -76,7 +76,7 @@ def draw_importance(
     if not name.endswith("shortcut_pool")
   }
   if not maps:
-    raise ValueError("the model has no LIP layer whose importance could be drawn")
+    return False
   rows = len(maps) + 1
   figure = Figure(figsize=(1.25 * len(images) + 1.6, 1.3 * rows), layout="constrained")
   FigureCanvasAgg(figure)
@@ -100,6 +100,7 @@ def draw_importance(
   bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
   bar.set_label("importance, relative to the image's mean")
   figure.savefig(path, dpi=110)
+  return True
 
 
 def _label(path: str) -> str:

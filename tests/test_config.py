@@ -46,7 +46,16 @@ def test_differences_name_what_makes_another_run():
     ("optim", "schedule", "linear", "config.optim.schedule must be one of step, cosine"),
     (None, "global_batch_size", 0, "config.global_batch_size must be positive, got 0"),
     (None, "num_epochs", -1, "config.num_epochs must be positive, got -1"),
+    (None, "num_epochs", float("nan"), "config.num_epochs must be positive, got nan"),
     (None, "label_smoothing", 1.0, "config.label_smoothing must be in"),
+    (None, "seed", -1, "config.seed must be in"),
+    (None, "keep_checkpoints", 1, "config.keep_checkpoints must be at least 2, got 1"),
+    ("data", "eval_resize", 32, "config.data.eval_resize=32 must be at least .*image_size=48"),
+    ("data", "crop_scale", (1.0, 0.5), "config.data.crop_scale must be .*got \\(1.0, 0.5\\)"),
+    ("data", "crop_scale", 0.5, "config.data.crop_scale must be .*got 0.5"),
+    ("data", "mean", (1.0, 2.0), "config.data.mean must be three numbers"),
+    ("data", "std", (1.0, 0.0, 1.0), "config.data.std must be positive"),
+    ("data", "image_size", 0, "config.data.image_size must be positive, got 0"),
   ],
 )
 def test_faults_are_named(section, key, value, message):

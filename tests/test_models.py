@@ -155,6 +155,8 @@ def test_lip_layer_in_a_users_own_model():
     ({"logit": "x"}, "unknown logit 'x'; choose one of projection, bottleneck"),
     ({"stem": "x"}, "unknown stem 'x'; choose one of imagenet, small"),
     ({"stage_sizes": (1, 2)}, "four positive numbers"),
+    ({"logit_width": 0}, "logit_width must be positive, got 0"),
+    ({"bn_group_size": -8}, "bn_group_size must be positive"),
   ],
 )
 def test_errors_name_what_exists(arguments, message):

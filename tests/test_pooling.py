@@ -263,6 +263,7 @@ X = jnp.zeros((1, 8, 8, 2))
     (ValueError, {"x": jnp.zeros((8, 8, 2))}, r"\[N, H, W, C\], got shape \(8, 8, 2\)"),
     (ValueError, {"logit_range": (0, 200)}, "at most 80 apart"),
     (ValueError, {"logit_range": (1, 0)}, "logit_range"),
+    (ValueError, {"logit_range": 5}, "a pair"),
     (TypeError, {"x": jnp.zeros((1, 8, 8, 2), jnp.int32)}, "x must be floating point, got int32"),
   ],
 )

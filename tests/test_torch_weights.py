@@ -78,7 +78,7 @@ def test_torchvisions_names_for_plain_networks():
   state_dict = small_state_dict()
   assert {"layer2.0.conv2.weight", "layer2.0.downsample.0.weight"} <= set(state_dict)
   model = small_model()
-  lip_jax.load_torch_weights(model, state_dict)
+  lip_jax.load_torch_weights(model, {f"module.{name}": v for name, v in state_dict.items()})
   np.testing.assert_array_equal(
     model.layer2[0].spatial.shortcut_conv.kernel[...],
     state_dict["layer2.0.downsample.0.weight"].transpose(2, 3, 1, 0),

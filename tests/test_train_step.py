@@ -109,7 +109,6 @@ def test_three_steps_equal_the_authors_in_float64(x64):
     for name, norm in expected.items():
       np.testing.assert_allclose(ours[name], norm, rtol=rtol, err_msg=name)
 
-  # The shortcut of an identity-initialised batch norm bias and the like have exact zeros nowhere.
   compare(norms(grads, batch_stats), spec["grad_norms_step0"], 1e-5)
   compare(norms(params, after_first.batch_stats), spec["running_norms_after_step0"], 1e-6)
   compare(norms(state.params, state.batch_stats), spec["param_norms_after"], 1e-6)

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import grain
@@ -74,7 +74,7 @@ class TrainLoader(Iterator[Batch]):
 
   @property
   def skipped(self) -> tuple[str, ...]:
-    """Names of the unreadable images met so far, each once, in the order of their index."""
+    """Names of the unreadable images that this process has met, each once, by index."""
     return self._read.skipped
 
   def close(self) -> None:
@@ -197,7 +197,7 @@ def eval_batches(
   process_count: int = 1,
   num_threads: int | None = None,
   prefetch: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
   """Every image once, in order, in ceil(n / global_batch_size) batches on every process.
 
   Yields "image": uint8 [local batch, S, S, 3], "label": int32 [local batch], and "mask": float32
@@ -244,7 +244,7 @@ def eval_batches(
   return _closing(iter(dataset.to_iter_dataset(_read_options(num_threads, prefetch))))
 
 
-def _closing(iterator: Any) -> Iterator[Batch]:
+def _closing(iterator: Any) -> Generator[Batch, None, None]:
   """Passes batches on and ends the threads with the last one, an error, or the consumer."""
   with contextlib.closing(iterator):
     yield from iterator

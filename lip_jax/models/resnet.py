@@ -82,7 +82,7 @@ class ResNet(nnx.Module):
     pool: "strided", "average", "max" or "lip".
     logit: for pool="lip", the logit module: "projection" or "bottleneck".
     logit_width: x in "bottleneck-x".
-    bn_group_size: images per batch-norm group in training; None for the whole batch.
+    bn_group_size: images per batch-norm group in training; None or 0 for the whole batch.
     zero_init_residual: start every block as identity (Goyal et al. 2017).
     dtype: of the computation: float32, bfloat16, float16, or float64 where JAX has x64 enabled.
     rngs: source of the initial weights.
@@ -107,6 +107,12 @@ class ResNet(nnx.Module):
       raise UsageError(f"stage_sizes must be four positive numbers, got {stage_sizes}")
     if stem not in ("imagenet", "small"):
       raise UsageError(f"unknown stem {stem!r}; choose one of imagenet, small")
+    sizes = {"width": width, "logit_width": logit_width, "num_classes": num_classes}
+    for name, value in sizes.items():
+      if value < 1:
+        raise UsageError(f"{name} must be positive, got {value}")
+    if bn_group_size is not None and bn_group_size < 0:
+      raise UsageError(f"bn_group_size must be positive, or 0 for the whole batch: {bn_group_size}")
     self.dtype = dtype
     downsample = make_downsample(pool, logit=logit, logit_width=logit_width)
 

@@ -50,6 +50,9 @@ def test_flags_that_are_missing_or_unknown(training, tmp_path):
   assert_one_line(training.run(flags[1]), "--config is missing", "configs/")
   assert_one_line(training.run("--config=configs/none.py", flags[1]), "configs/none.py")
   assert_one_line(training.run(*flags, "extra"), "'extra'")
+  broken = tmp_path / "broken.py"
+  broken.write_text("import nothing_of_that_name\n")
+  assert_one_line(training.run(f"--config={broken}", flags[1]), str(broken), "nothing_of_that_name")
 
 
 def test_workdir_of_another_run(training, tmp_path):
@@ -62,6 +65,18 @@ def test_workdir_of_another_run(training, tmp_path):
   # How often to log is no part of what a run computes.
   again = training.train(workdir, "--config.num_epochs=0.25", "--config.log_every_steps=7")
   assert again.returncode == 0, again.stderr
+
+
+def test_a_network_without_lip_ends_without_a_picture(training, tmp_path):
+  done = training.train(
+    tmp_path / "run",
+    "--config.num_epochs=0.25",
+    "--config.model.pool=max",
+    "--config.importance_images=3",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "top-1: " in done.stdout
+  assert "importance" not in done.stdout
 
 
 def test_workdir_that_cannot_be_written(training, tmp_path):
@@ -95,6 +110,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(training, tmp_path):
   )
   assert again.returncode == 0, again.stderr
   assert f"restored step {step} from {checkpoint}" in again.stdout
+  start = f"--start_from={tmp_path}/again/checkpoints/4"
+  done = training.train(tmp_path / "other", start, "--config.model.pool=max")
+  assert_one_line(done, f"{tmp_path}/again/checkpoints/4", "of another model")
+  done = training.train(tmp_path / "short", start, "--config.num_epochs=0.25")
+  assert_one_line(done, "step 4", "ends at step 2", "num_epochs")
 
 
 def damaged_digits():

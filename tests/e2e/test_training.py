@@ -84,14 +84,15 @@ def test_sigkill_anywhere_ends_in_the_same_run(training, uninterrupted, tmp_path
   assert_same_run(workdir, uninterrupted[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_goes_on_there(training, uninterrupted, tmp_path, number):
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 15), (signal.SIGINT, 6)])
+def test_asked_to_stop_it_saves_and_goes_on_there(training, uninterrupted, tmp_path, number, at):
+  """In the middle of an epoch, and around an evaluation."""
   workdir = tmp_path / "run"
-  code, output = training.signal_at(workdir, 6, number)
+  code, output = training.signal_at(workdir, at, number)
   assert code == 0, output
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.latest_step
-  assert 6 <= step <= 9
+  assert at <= step <= at + 3
   assert f"stopped at step {step}; the same command goes on from {workdir}/checkpoints/{step}" in (
     output
   )
