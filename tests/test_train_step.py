@@ -13,7 +13,7 @@ from fixture_weights import image, weight
 from flax import nnx
 
 import lip_jax
-from lip_jax import optim, sharding, train_state, trainer
+from lip_jax import layers, optim, sharding, train_state, trainer
 from lip_jax.config import Data, Optim
 from lip_jax.torch_weights import torch_names
 
@@ -172,6 +172,17 @@ def test_one_and_eight_devices_train_alike_in_float64(x64):
     state_one,
   )
   assert "all-reduce" in program  # of the gradients
+
+
+def test_normalizing_within_groups_needs_no_traffic_between_devices():
+  x = jax.device_put(jnp.ones((32, 8, 8, 4)), sharding.over_batch(sharding.make_mesh()))
+
+  def program(group_size):
+    normalize = jax.jit(lambda x: layers.BatchNorm(4, group_size=group_size)(x))
+    return normalize.lower(x).compile().as_text()
+
+  assert not any(name in program(4) for name in ("all-reduce", "all-gather", "permute"))
+  assert "all-reduce" in program(None)
 
 
 def test_groups_change_the_statistics():
