@@ -126,6 +126,7 @@ def test_evaluation_of_a_checkpoint(training, uninterrupted, devices):
   done = training.run(
     "--mode=eval",
     "--checkpoint=latest",
+    f"--data_dir={training.data_dir}",
     f"--workdir={workdir}",
     XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
   )
