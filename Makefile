@@ -17,7 +17,7 @@ train: $(VENV)/.train  ## Train the embedded job (about 5 minutes on 2 cores) in
 test: $(VENV)/.test  ## Run all tests.
 	$(BIN)/python -m pytest
 
-compare: $(VENV)/.train  ## Train the embedded job with each pooling, three seeds each (about 40 minutes).
+compare: $(VENV)/.train  ## Train the embedded job with each pooling, three seeds each (twelve trainings).
 	$(BIN)/python benchmarks/compare_pools.py --workdir=runs/compare_pools
 
 lint: $(VENV)/.lint  ## Check formatting, lint and types.
