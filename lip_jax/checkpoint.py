@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from lip_jax.errors import UsageError
@@ -145,17 +144,14 @@ class Checkpoints:
 
     Args:
       step: one of `steps`.
-      like: state of the expected shapes and dtypes, arrays or `ShapeDtypeStruct`s with the
-        shardings that the result is to have.
+      like: what `train_state.abstract` gives: the expected shapes and dtypes, and the shardings
+        that the result is to have.
 
     Raises:
       UsageError: the checkpoint is damaged or holds something else.
     """
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-    )
     try:
-      state = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
+      state = self._checkpointer.load_checkpointables(step, {_STATE: like})[_STATE]
       iterator = self._checkpointer.metadata(step).custom_metadata[_ITERATOR]
     except Exception as error:  # Orbax raises whatever its storage layers do
       raise UsageError(

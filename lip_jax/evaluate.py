@@ -20,7 +20,7 @@ from lip_jax import augment, optim, sharding, train_state, visualize
 from lip_jax.checkpoint import Checkpoints
 from lip_jax.config import Config, Data
 from lip_jax.data import pipeline
-from lip_jax.data.source import open_split
+from lip_jax.data.source import Source, open_split
 from lip_jax.train_state import TrainState, Tree
 
 Batch = Mapping[str, jax.Array]
@@ -102,17 +102,16 @@ class Evaluator:
 
   Args:
     config: of the run.
+    source: its validation split.
     graph: of its model.
     mesh: to evaluate on.
   """
 
-  def __init__(self, config: Config, graph: nnx.GraphDef, mesh: Mesh):
+  def __init__(self, config: Config, source: Source, graph: nnx.GraphDef, mesh: Mesh):
     self._config = config
+    self._source = source
     self._graph = graph
     self._mesh = mesh
-    self._source = open_split(
-      config.data.dataset, config.data.validation_split, config.data.data_dir
-    )
     self._step = jax.jit(
       functools.partial(eval_step, graph=graph, data=config.data),
       out_shardings=sharding.replicated(mesh),
@@ -193,6 +192,6 @@ def evaluate_checkpoint(
     optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
     init = functools.partial(train_state.init, optimizer, config.seed, **options)
     state = checkpoints.restore(step, train_state.abstract(init, mesh)).state
-  results = Evaluator(config, train_state.graph_of(**options), mesh)(state)
+  results = Evaluator(config, source, train_state.graph_of(**options), mesh)(state)
   assert results is not None  # nothing cancels it
   return step, results

@@ -100,7 +100,8 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     functools.partial(train_state.init, optimizer, config.seed, **options),
     out_shardings=sharding.replicated(mesh),
   )
-  evaluator = Evaluator(config, graph, mesh)
+  validation = open_split(config.data.dataset, config.data.validation_split, config.data.data_dir)
+  evaluator = Evaluator(config, validation, graph, mesh)
 
   with loader, Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
     # Restore
@@ -189,19 +190,20 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         # The last evaluation is that of the last step, with none shortly before it.
         early = step % eval_steps == 0 and 2 * (total_steps - step) > eval_steps
         due = step > 0 and (early or step == total_steps)
+        evaluated = False
         if due and results is None and not stopping:
           settle()
           with clock.paused():
             results = evaluator(state, cancelled=lambda: stop.requested)
-            stopping = results is None
-            if results is not None:
-              writer.write(step, "validation", results)
-              checkpoints.save(state, loader.get_state(), step=step, metrics=results)
-              saved, last_good = step, checkpoints.path(step)
-        if step > saved and (step % config.checkpoint_every_steps == 0 or stopping):
+          evaluated = results is not None
+          stopping = results is None
+          if results is not None:
+            writer.write(step, "validation", results)
+        unsaved = step > saved and (step % config.checkpoint_every_steps == 0 or stopping)
+        if evaluated or unsaved:
           settle()
           with clock.paused():
-            checkpoints.save(state, loader.get_state(), step=step)
+            checkpoints.save(state, loader.get_state(), step=step, metrics=results)
           saved, last_good = step, checkpoints.path(step)
         if step == total_steps or stopping:
           break
