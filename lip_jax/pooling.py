@@ -1,38 +1,40 @@
-"""Local importance-based pooling as a pure function of features and logits.
+"""The LAN family: poolings that average each window by a local importance, as pure functions.
 
-Source: Gao, Wang and Wu, "LIP: Local Importance-based Pooling", ICCV 2019, equation 6.
+Local aggregation and normalization (section 3.1 of Gao, Wang and Wu, "LIP: Local Importance-based
+Pooling", ICCV 2019): y = sum(F(x) * x) / sum(F(x)) over each window, with an importance F >= 0.
+The poolings differ in F alone: one for average pooling, exp(G(x)) with a learned G for LIP.
+`lip_jax.lan` has the same as layers, which also give their importance.
+
+All take x [N, H, W, C] and `window`, `stride` and `padding` in pixels, ints or pairs (h, w), and
+give [N, (H + 2 * padding - window) // stride + 1, (W + ...) // ... + 1, C] in the dtype of x; sums
+run in float32 (float64 for float64 inputs). Positions outside the image belong to no window. They
+raise ValueError for shapes, windows and paddings that do not fit, and TypeError for x that is not
+floating point.
 """
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lip_jax.kernels import xla
+from lip_jax.windows import (
+  Geometry,
+  IntOrPair,
+  accumulation_dtype,
+  check_array,
+  check_logits,
+  make_geometry,
+  taps,
+  window_sum,
+)
+
 Implementation = Literal["auto", "reference", "xla"]
-IntOrPair = int | tuple[int, int]
 
 IMPLEMENTATIONS = ("auto", "reference", "xla")
-
-
-class Geometry(NamedTuple):
-  """Window, stride and padding of a pooling, each as a (height, width) pair."""
-
-  window: tuple[int, int]
-  stride: tuple[int, int]
-  padding: tuple[int, int]
-
-  def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-    """Output (height, width) for an input (height, width)."""
-    height, width = (
-      (n + 2 * p - k) // s + 1
-      for n, k, s, p in zip(size, self.window, self.stride, self.padding, strict=True)
-    )
-    return height, width
 
 
 def lip_pool(
@@ -60,7 +62,8 @@ def lip_pool(
     x: features, [N, H, W, C], floating point.
     logits: logarithms of the importance, [N, H, W, C], or [N, H, W, 1] to share one map among all
       channels; floating point.
-    window: height and width of the window in pixels, an int or a pair (h, w).
+    window: height and width of the window in pixels, an int or a pair (h, w). Meant for small ones:
+      the code of a window's pixels is unrolled (see `lip_jax.adaptive_lip_pool` for large ones).
     stride: distance between windows in pixels, an int or a pair (h, w).
     padding: pixels added on each side, an int or a pair (h, w); at most window // 2.
     implementation: "auto" (the best for the platform), "xla" (numerically safe, hand-derived
@@ -78,7 +81,8 @@ def lip_pool(
       window, an unknown implementation, or a logit_range that is reversed or too wide.
     TypeError: x or logits that are not floating point.
   """
-  geometry = _check(x, logits, window, stride, padding)
+  geometry = make_geometry(x, window, stride, padding)
+  check_logits(x, logits)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"unknown implementation {implementation!r}; choose one of "
@@ -87,18 +91,15 @@ def lip_pool(
   shift = _fixed_shift(logit_range)
   if implementation == "reference":
     return _reference(x, logits, geometry)
-  return _lip_pool(x, logits, geometry, shift)
+  return xla.lip_pool(x, logits, geometry, shift)
 
 
 def average_pool(
   x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
 ) -> jax.Array:
-  """Mean over each window, of the positions inside the image: `lip_pool` with constant logits.
-
-  Args and errors are those of `lip_pool`: x [N, H, W, C] -> [N, H', W', C] in the dtype of x.
-  """
+  """Mean over each window, of the positions inside the image: F = 1."""
   x = jnp.asarray(x)
-  geometry = _geometry(x, window, stride, padding)
+  geometry = make_geometry(x, window, stride, padding)
   inside = jnp.ones((1, *x.shape[1:3], 1), accumulation_dtype(x))
   total = window_sum(x.astype(inside.dtype), geometry)
   return (total / window_sum(inside, geometry)).astype(x.dtype)
@@ -107,11 +108,8 @@ def average_pool(
 def max_pool(
   x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
 ) -> jax.Array:
-  """Maximum over each window: the limit of `lip_pool` with logits beta * x as beta grows.
-
-  Args and errors are those of `lip_pool`: x [N, H, W, C] -> [N, H', W', C] in the dtype of x.
-  """
-  (kh, kw), (sh, sw), (ph, pw) = _geometry(x, window, stride, padding)
+  """Maximum over each window: the limit of F = exp(beta * x) as beta grows."""
+  (kh, kw), (sh, sw), (ph, pw) = make_geometry(x, window, stride, padding)
   return lax.reduce_window(
     x,
     np.asarray(-np.inf, x.dtype),
@@ -122,52 +120,180 @@ def max_pool(
   )
 
 
-def _check(x, logits, window, stride, padding) -> Geometry:
-  """Geometry of a `lip_pool` whose arguments are valid; raises otherwise."""
-  geometry = _geometry(x, window, stride, padding)
-  _check_array("logits", logits)
-  if logits.shape[:3] != x.shape[:3] or logits.shape[3] not in (1, x.shape[3]):
-    raise ValueError(
-      f"logits must have the shape of x, {tuple(x.shape)}, or one channel, "
-      f"{(*x.shape[:3], 1)}; got {tuple(logits.shape)}"
-    )
-  return geometry
+def strided_pool(
+  x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
+) -> jax.Array:
+  """The pixel window // 2 of each window: F is one there and zero elsewhere.
+
+  What a strided convolution does after the same convolution at every pixel.
+  """
+  geometry = make_geometry(x, window, stride, padding)
+  rows, columns = (
+    slice(k // 2 - p, k // 2 - p + (out - 1) * s + 1, s)
+    for k, s, p, out in zip(*geometry, geometry.output_size((x.shape[1], x.shape[2])), strict=True)
+  )
+  return x[:, rows, columns]
 
 
-def _check_array(name: str, array: jax.Array) -> None:
-  if array.ndim != 4:
-    raise ValueError(f"{name} must be [N, H, W, C], got shape {tuple(array.shape)}")
-  if not jnp.issubdtype(array.dtype, jnp.floating):
-    raise TypeError(
-      f"{name} must be floating point, got {array.dtype}; cast it first, for example "
-      f"{name}.astype(jnp.float32)"
-    )
+def exp_pool(
+  x: jax.Array,
+  beta: jax.typing.ArrayLike,
+  *,
+  window: IntOrPair = 3,
+  stride: IntOrPair = 2,
+  padding: IntOrPair = 1,
+) -> jax.Array:
+  """F = exp(beta * x): average pooling at beta = 0, max pooling in the limit of a large beta.
+
+  Args:
+    x: [N, H, W, C].
+    beta: a number, or one per channel, [C]; may be learned.
+    window: in pixels.
+    stride: in pixels.
+    padding: in pixels.
+  """
+  check_array("x", x)
+  dtype = accumulation_dtype(x)
+  logits = _per_channel("beta", beta, x, dtype) * x.astype(dtype)
+  return lip_pool(x, logits, window=window, stride=stride, padding=padding)
 
 
-def _geometry(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair) -> Geometry:
-  """Geometry of a pooling of x whose arguments are valid; raises otherwise."""
-  _check_array("x", x)
-  geometry = Geometry(_pair("window", window), _pair("stride", stride), _pair("padding", padding))
-  if min(geometry.window) < 1 or min(geometry.stride) < 1:
-    raise ValueError(f"window and stride must be at least 1, got {window} and {stride}")
-  for k, p in zip(geometry.window, geometry.padding, strict=True):
-    if not 0 <= p <= k // 2:
+def soft_pool(
+  x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
+) -> jax.Array:
+  """F = exp(x): SoftPool (Stergiou et al. 2021), which is LIP with G(x) = x."""
+  return lip_pool(x, x, window=window, stride=stride, padding=padding)
+
+
+def lp_pool(
+  x: jax.Array,
+  p: float,
+  *,
+  window: IntOrPair = 3,
+  stride: IntOrPair = 2,
+  padding: IntOrPair = 1,
+) -> jax.Array:
+  """Power mean (mean(|x|^p))^(1 / p) over each window (Sermanet et al. 2012).
+
+  The mean of |x| at p = 1, the maximum of |x| in the limit of a large p. Its importance is
+  F = |x|^(p - 1), normalized otherwise than the family's others: with n pixels in a window and
+  q = p / (p - 1), y = sum(F |x|) / (n^(1 / p) * sum(F^q)^(1 / q)).
+
+  Args:
+    x: [N, H, W, C]; signs are lost.
+    p: at least 1.
+    window: in pixels.
+    stride: in pixels.
+    padding: in pixels.
+  """
+  geometry = make_geometry(x, window, stride, padding)
+  if p < 1:
+    raise ValueError(f"p must be at least 1, got {p}")
+  dtype = accumulation_dtype(x)
+  magnitude = [jnp.abs(tap) for tap in taps(x.astype(dtype), geometry, 0.0)]
+  # Relative to the window's largest value no power over- or underflows; the result does not
+  # depend on what is divided by, so no gradient flows through it.
+  largest = lax.stop_gradient(functools.reduce(jnp.maximum, magnitude))
+  scale = jnp.where(largest > 0, largest, 1)
+  total = functools.reduce(jnp.add, [(tap / scale) ** p for tap in magnitude])
+  mean = total / window_sum(jnp.ones((1, *x.shape[1:3], 1), dtype), geometry)
+  # In a window of zeros the root has no derivative; zero is the subgradient of smallest norm.
+  root = jnp.where(largest > 0, mean, 1) ** (1 / p)
+  return (jnp.where(largest > 0, root, 0) * scale).astype(x.dtype)
+
+
+def detail_preserving_pool(
+  x: jax.Array,
+  alpha: jax.typing.ArrayLike = 1.0,
+  lam: jax.typing.ArrayLike = 1.0,
+  *,
+  kernel: jax.Array | None = None,
+  symmetric: bool = True,
+  epsilon: float = 1e-3,
+  window: IntOrPair = 3,
+  stride: IntOrPair = 2,
+  padding: IntOrPair = 1,
+) -> jax.Array:
+  """Detail-preserving pooling: F grows with the distance to the window's linear down-scaling.
+
+  F[p, q] = alpha + rho(x[q] - d[p]) for the pixels q of window p (Saeedan et al. 2018), where
+  rho(t) = sqrt(t^2 + epsilon^2)^lam (symmetric) or sqrt(max(t, 0)^2 + epsilon^2)^lam (asymmetric),
+  and d[p] is the mean of the window ("lite") or sum_q kernel[q] x[q] ("full"), zero outside the
+  image. Average pooling at lam = 0.
+
+  Args:
+    x: [N, H, W, C].
+    alpha: share of average pooling, >= 0: a number, or one per channel, [C].
+    lam: exponent lambda, >= 0: a number, or one per channel, [C].
+    kernel: for the full form, [window_h, window_w, C].
+    symmetric: whether pixels below d[p] count as details, too.
+    epsilon: keeps rho differentiable.
+    window: in pixels.
+    stride: in pixels.
+    padding: in pixels.
+  """
+  geometry = make_geometry(x, window, stride, padding)
+  importance = detail_importance(x, alpha, lam, geometry, kernel, symmetric, epsilon)
+  dtype = importance[0].dtype
+  weighted = [f * t for f, t in zip(importance, taps(x.astype(dtype), geometry, 0.0), strict=True)]
+  y = functools.reduce(jnp.add, weighted) / functools.reduce(jnp.add, importance)
+  return y.astype(x.dtype)
+
+
+def detail_importance(
+  x: jax.Array,
+  alpha: jax.typing.ArrayLike,
+  lam: jax.typing.ArrayLike,
+  geometry: Geometry,
+  kernel: jax.Array | None,
+  symmetric: bool,
+  epsilon: float,
+) -> list[jax.Array]:
+  """F of `detail_preserving_pool` for each tap of the window, up to a factor per window.
+
+  Returns:
+    window_h * window_w arrays [N, H', W', C], zero outside the image.
+  """
+  if epsilon <= 0:
+    raise ValueError(f"epsilon must be positive, got {epsilon}")
+  dtype = accumulation_dtype(x)
+  pixels = taps(x.astype(dtype), geometry, 0.0)
+  inside = taps(jnp.ones((1, *x.shape[1:3], 1), dtype), geometry, 0.0)
+  if kernel is None:
+    down = functools.reduce(jnp.add, pixels) / functools.reduce(jnp.add, inside)
+  else:
+    if kernel.shape != (*geometry.window, x.shape[3]):
       raise ValueError(
-        f"padding must be between 0 and window // 2 = {k // 2} for window {k}, got {p}"
+        f"kernel must be [window_h, window_w, C] = {(*geometry.window, x.shape[3])}, got "
+        f"{tuple(kernel.shape)}"
       )
-  if min(geometry.output_size((x.shape[1], x.shape[2]))) < 1:
+    factors = kernel.astype(dtype).reshape(-1, 1, 1, 1, x.shape[3])
+    down = functools.reduce(jnp.add, [f * t for f, t in zip(factors, pixels, strict=True)])
+  exponent = _per_channel("lam", lam, x, dtype) / 2
+  constant = _per_channel("alpha", alpha, x, dtype)
+  log_rho = []
+  for pixel, here in zip(pixels, inside, strict=True):
+    detail = pixel - down if symmetric else jax.nn.relu(pixel - down)
+    rho = exponent * jnp.log(detail * detail + epsilon**2)
+    log_rho.append(jnp.where(here > 0, rho, -jnp.inf))
+  # The window's largest weight is brought to about one: nothing overflows, and where alpha is zero
+  # and all details are tiny the sum does not vanish. The factor cancels in the pooling.
+  log_alpha = jnp.where(constant > 0, jnp.log(jnp.where(constant > 0, constant, 1)), -jnp.inf)
+  largest = lax.stop_gradient(functools.reduce(jnp.maximum, log_rho, log_alpha))
+  return [
+    here * (jnp.exp(log_alpha - largest) + jnp.exp(rho - largest))
+    for here, rho in zip(inside, log_rho, strict=True)
+  ]
+
+
+def _per_channel(name: str, value: jax.typing.ArrayLike, x: jax.Array, dtype) -> jax.Array:
+  """`value`, a number or [C], as an array that multiplies x [N, H, W, C]."""
+  array = jnp.asarray(value, dtype)
+  if array.shape not in ((), (1,), (x.shape[3],)):
     raise ValueError(
-      f"window {geometry.window} does not fit into an image of {tuple(x.shape[1:3])} with padding "
-      f"{geometry.padding}"
+      f"{name} must be a number or one per channel, [{x.shape[3]}], got shape {array.shape}"
     )
-  return geometry
-
-
-def _pair(name: str, value: IntOrPair) -> tuple[int, int]:
-  pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-  if len(pair) != 2 or not all(isinstance(v, (int, np.integer)) for v in pair):
-    raise ValueError(f"{name} must be an int or a pair (h, w) of ints, got {value!r}")
-  return int(pair[0]), int(pair[1])
+  return array.reshape(1, 1, 1, -1)
 
 
 def _fixed_shift(logit_range: tuple[float, float] | None) -> float | None:
@@ -185,219 +311,9 @@ def _fixed_shift(logit_range: tuple[float, float] | None) -> float | None:
   return (low + high) / 2
 
 
-def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
-  """float64 if any input is, float32 otherwise."""
-  return functools.reduce(jnp.promote_types, (a.dtype for a in arrays), jnp.dtype(jnp.float32))
-
-
-def window_sum(x: jax.Array, geometry: Geometry) -> jax.Array:
-  """Sum of x, [N, H, W, C], over each window; positions outside the image count as zero."""
-  (kh, kw), (sh, sw), (ph, pw) = geometry
-  return lax.reduce_window(
-    x,
-    np.zeros((), x.dtype),
-    lax.add,
-    (1, kh, kw, 1),
-    (1, sh, sw, 1),
-    ((0, 0), (ph, ph), (pw, pw), (0, 0)),
-  )
-
-
-def window_sum_transpose(
-  g: jax.Array, geometry: Geometry, input_size: tuple[int, int]
-) -> jax.Array:
-  """Transpose of `window_sum`: each of the input pixels sums the windows that it belongs to.
-
-  A gather: one `reduce_window` over the base-dilated g.
-
-  Args:
-    g: [N, H', W', C], a value per window.
-    geometry: of the window sum.
-    input_size: (H, W).
-
-  Returns:
-    [N, H, W, C].
-  """
-  pads = []
-  for n, m, k, s, p in zip(input_size, g.shape[1:3], *geometry, strict=True):
-    dilated = (m - 1) * s + 1
-    low = k - 1 - p
-    pads.append((low, n + k - 1 - low - dilated))
-  (kh, kw), (sh, sw), _ = geometry
-  return lax.reduce_window(
-    g,
-    np.zeros((), g.dtype),
-    lax.add,
-    (1, kh, kw, 1),
-    (1, 1, 1, 1),
-    ((0, 0), *pads, (0, 0)),
-    base_dilation=(1, sh, sw, 1),
-  )
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def _reference(x: jax.Array, logits: jax.Array, geometry: Geometry) -> jax.Array:
   dtype = accumulation_dtype(x, logits)
   importance = jnp.exp(logits.astype(dtype))
   weighted = window_sum(x.astype(dtype) * importance, geometry)
   return (weighted / window_sum(importance, geometry)).astype(x.dtype)
-
-
-# The safe form. Each window o subtracts its own largest logit m_o before exp, so nothing overflows
-# and the largest weight is exactly one. The backward pass keeps y_o, m_o and the denominator
-# den_o = sum_i exp(l_i - m_o), a quarter of the input's size each at stride 2, and recomputes exp:
-#   dx_i = sum_o exp(l_i - m_o) g_o / den_o,
-#   dl_i = sum_o exp(l_i - m_o) g_o / den_o (x_i - y_o),
-# gathered by each input pixel i from the windows o that contain it. (One log-sum-exp instead of m
-# and den would lose three digits where logits are as large as 1e4.)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _lip_pool(
-  x: jax.Array, logits: jax.Array, geometry: Geometry, shift: float | None
-) -> jax.Array:
-  return _lip_pool_fwd(x, logits, geometry, shift)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))  # one program where there is no jit around
-def _lip_pool_fwd(x, logits, geometry, shift):
-  dtype = accumulation_dtype(x, logits)
-  forward = _per_platform(_forward_slices, _forward_sums, shift)
-  y, largest, total = forward(x.astype(dtype), logits.astype(dtype), geometry, shift)
-  return y.astype(x.dtype), (x, logits, y, largest, total)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lip_pool_bwd(geometry, shift, residuals, g):
-  x, logits, y, largest, total = residuals
-  dtype = y.dtype
-  backward = _per_platform(_backward_slices, _backward_sums, shift)
-  dx, dlogits = backward(
-    x.astype(dtype), logits.astype(dtype), y, largest, g.astype(dtype) / total, geometry, shift
-  )
-  return dx.astype(x.dtype), dlogits.astype(logits.dtype)
-
-
-_lip_pool.defvjp(_lip_pool_fwd, _lip_pool_bwd)
-
-
-def _per_platform(slices: Callable, sums: Callable, shift: float | None) -> Callable:
-  """`slices` everywhere but on TPU, where strided slices are slow: there `sums`, where it is safe.
-
-  Window sums need one shift for all windows, so only a known range of logits allows them.
-  """
-  if shift is None:
-    return slices
-
-  def call(*args):
-    *arrays, geometry, fixed = args
-    return lax.platform_dependent(
-      *arrays,
-      tpu=lambda *a: sums(*a, geometry, fixed),
-      default=lambda *a: slices(*a, geometry, fixed),
-    )
-
-  return call
-
-
-def _forward_slices(x, logits, geometry, shift):
-  """(y, largest logit, denominator) per window, from its taps as strided slices that XLA fuses."""
-  xs = _taps(x, geometry, 0.0)
-  ls = _taps(logits, geometry, -math.inf)
-  largest = None if shift is not None else functools.reduce(jnp.maximum, ls)
-  weights = [jnp.exp(tap - (shift if largest is None else largest)) for tap in ls]
-  total = functools.reduce(jnp.add, weights)
-  y = functools.reduce(jnp.add, [a * w for a, w in zip(xs, weights, strict=True)]) / total
-  return y, largest, total
-
-
-def _taps(a: jax.Array, geometry: Geometry, outside: float) -> list[jax.Array]:
-  """The window_h * window_w strided slices of `a`, each with one pixel of every window."""
-  n, height, width, c = a.shape
-  (kh, kw), (sh, sw), (ph, pw) = geometry
-  out_h, out_w = geometry.output_size((height, width))
-  a = jnp.pad(a, ((0, 0), (ph, ph), (pw, pw), (0, 0)), constant_values=outside)
-  return [
-    lax.slice(
-      a,
-      (0, i, j, 0),
-      (n, i + (out_h - 1) * sh + 1, j + (out_w - 1) * sw + 1, c),
-      (1, sh, sw, 1),
-    )
-    for i in range(kh)
-    for j in range(kw)
-  ]
-
-
-def _backward_slices(x, logits, y, largest, a, geometry, shift):
-  """(dx, dlogits) from a = g / den.
-
-  Pixels of equal phase modulo the stride see their windows at equal offsets, so each phase is a sum
-  of shifted slices of the small arrays.
-  """
-  n, height, width, _ = x.shape
-  (kh, kw), (sh, sw), (ph, pw) = geometry
-  rows, columns = -(-height // sh), -(-width // sw)
-  # Windows of the pixels (row * stride + phase), as offsets to `row`.
-  offsets_h = [[(r + ph - t) // sh for t in range(kh) if (r + ph - t) % sh == 0] for r in range(sh)]
-  offsets_w = [[(r + pw - t) // sw for t in range(kw) if (r + pw - t) % sw == 0] for r in range(sw)]
-  margin_h = _margins(offsets_h, rows, y.shape[1])
-  margin_w = _margins(offsets_w, columns, y.shape[2])
-  margins = ((0, 0), margin_h, margin_w, (0, 0))
-  y, a = jnp.pad(y, margins), jnp.pad(a, margins)
-  if largest is not None:  # a window that does not exist weighs exp(-inf) = 0
-    largest = jnp.pad(largest, margins, constant_values=math.inf)
-  grow = ((0, 0), (0, rows * sh - height), (0, columns * sw - width), (0, 0))
-  x, logits = jnp.pad(x, grow), jnp.pad(logits, grow)
-
-  def windows(array, i, j):
-    top, left = margin_h[0] + i, margin_w[0] + j
-    return lax.slice(array, (0, top, left, 0), (n, top + rows, left + columns, array.shape[3]))
-
-  dx_phases, dl_phases = [], []
-  for r in range(sh):
-    for q in range(sw):
-      x_phase, l_phase = x[:, r::sh, q::sw], logits[:, r::sh, q::sw]
-      dx, dl = jnp.zeros_like(x_phase), jnp.zeros_like(x_phase)
-      for i in offsets_h[r]:
-        for j in offsets_w[q]:
-          subtracted = shift if largest is None else windows(largest, i, j)
-          weighted = jnp.exp(l_phase - subtracted) * windows(a, i, j)
-          dx += weighted
-          dl += weighted * (x_phase - windows(y, i, j))
-      if logits.shape[3] != x.shape[3]:
-        dl = dl.sum(axis=3, keepdims=True)
-      dx_phases.append(dx)
-      dl_phases.append(dl)
-
-  def interleave(phases):
-    channels = phases[0].shape[3]
-    stacked = jnp.stack(phases).reshape(sh, sw, n, rows, columns, channels)
-    full = stacked.transpose(2, 3, 0, 4, 1, 5).reshape(n, rows * sh, columns * sw, channels)
-    return full[:, :height, :width]
-
-  return interleave(dx_phases), interleave(dl_phases)
-
-
-def _margins(offsets: list[list[int]], size: int, windows: int) -> tuple[int, int]:
-  """How far the offsets reach before the first and beyond the last window."""
-  flat = [o for phase in offsets for o in phase]
-  return max(0, -min(flat)), max(0, max(flat) + size - windows)
-
-
-def _forward_sums(x, logits, geometry, shift):
-  importance = jnp.exp(logits - shift)
-  total = window_sum(importance, geometry)
-  return window_sum(x * importance, geometry) / total, None, total
-
-
-def _backward_sums(x, logits, y, largest, a, geometry, shift):
-  """Dx = exp(l) S(a), dl = exp(l) (x S(a) - S(a y)) with a = g / den, S the transposed sum."""
-  del largest  # there is one shift for all windows
-  size = x.shape[1:3]
-  importance = jnp.exp(logits - shift)
-  dx = importance * window_sum_transpose(a, geometry, size)
-  dlogits = x * dx - importance * window_sum_transpose(a * y, geometry, size)
-  if logits.shape[3] != x.shape[3]:
-    dlogits = dlogits.sum(axis=3, keepdims=True)
-  return dx, dlogits

@@ -1,10 +1,12 @@
-"""Eight fake CPU devices, and arrays of different rank do not mix silently."""
+"""Eight fake CPU devices, quick compilation, and arrays of different rank do not mix silently."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8"
+  + " --xla_backend_optimization_level=0"  # most of the tests' time is compiling
 )
 
 import jax

@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 import lip_jax
-from lip_jax import pooling, sharding
+from lip_jax import sharding
+from lip_jax.kernels import xla
+from lip_jax.windows import Geometry
 
 DATA = Path(__file__).parent / "data"
 OP_CASES = json.loads((DATA / "reference.json").read_text())["op"]
@@ -118,9 +120,7 @@ def test_gradients_against_finite_differences(
 @pytest.mark.parametrize(("window", "stride", "padding", "size"), GEOMETRIES)
 def test_form_for_tpu_equals_the_other(window, stride, padding, size, channels):
   """Window sums, chosen when compiling for TPU, give what strided slices give."""
-  geometry = pooling.Geometry(
-    *(v if isinstance(v, tuple) else (v, v) for v in (window, stride, padding))
-  )
+  geometry = Geometry(*(v if isinstance(v, tuple) else (v, v) for v in (window, stride, padding)))
   x, logits = random(0, (2, *size, 3)), random(1, (2, *size, channels), scale=3.0)
   a = random(2, (2, *geometry.output_size(size), 3))
 
@@ -129,8 +129,8 @@ def test_form_for_tpu_equals_the_other(window, stride, padding, size, channels):
     y, _, total = forward(x, logits, geometry, 0.5)
     return y, total, *backward(x, logits, y, None, a / total, geometry, 0.5)
 
-  sums = run(pooling._forward_sums, pooling._backward_sums, x, logits, a)
-  slices = run(pooling._forward_slices, pooling._backward_slices, x, logits, a)
+  sums = run(xla._forward_sums, xla._backward_sums, x, logits, a)
+  slices = run(xla._forward_slices, xla._backward_slices, x, logits, a)
   for one, other in zip(sums, slices, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 

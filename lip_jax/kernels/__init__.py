@@ -1,0 +1,1 @@
+"""Implementations of `lip_jax.lip_pool`; nothing else imports them."""

@@ -1,0 +1,162 @@
+"""`lip_pool` in plain XLA with a hand-derived gradient, for every platform.
+
+The safe form. Each window o subtracts its own largest logit m_o before exp, so nothing overflows
+and the largest weight is exactly one. The backward pass keeps y_o, m_o and the denominator
+den_o = sum_i exp(l_i - m_o), a quarter of the input's size each at stride 2, and recomputes exp:
+  dx_i = sum_o exp(l_i - m_o) g_o / den_o,
+  dl_i = sum_o exp(l_i - m_o) g_o / den_o (x_i - y_o),
+gathered by each input pixel i from the windows o that contain it. (One log-sum-exp instead of m
+and den would lose three digits where logits are as large as 1e4.)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lip_jax.windows import Geometry, accumulation_dtype, taps, window_sum, window_sum_transpose
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lip_pool(x: jax.Array, logits: jax.Array, geometry: Geometry, shift: float | None) -> jax.Array:
+  """`lip_jax.lip_pool` of valid arguments.
+
+  Args:
+    x: [N, H, W, C].
+    logits: [N, H, W, C] or [N, H, W, 1].
+    geometry: of the pooling.
+    shift: what to subtract from all logits; None: each window's largest.
+
+  Returns:
+    [N, H', W', C] in the dtype of x.
+  """
+  return _fwd(x, logits, geometry, shift)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))  # one program where there is no jit around
+def _fwd(x, logits, geometry, shift):
+  dtype = accumulation_dtype(x, logits)
+  forward = _per_platform(_forward_slices, _forward_sums, shift)
+  y, largest, total = forward(x.astype(dtype), logits.astype(dtype), geometry, shift)
+  return y.astype(x.dtype), (x, logits, y, largest, total)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _bwd(geometry, shift, residuals, g):
+  x, logits, y, largest, total = residuals
+  dtype = y.dtype
+  backward = _per_platform(_backward_slices, _backward_sums, shift)
+  dx, dlogits = backward(
+    x.astype(dtype), logits.astype(dtype), y, largest, g.astype(dtype) / total, geometry, shift
+  )
+  return dx.astype(x.dtype), dlogits.astype(logits.dtype)
+
+
+lip_pool.defvjp(_fwd, _bwd)
+
+
+def _per_platform(slices: Callable, sums: Callable, shift: float | None) -> Callable:
+  """`slices` everywhere but on TPU, where strided slices are slow: there `sums`, where it is safe.
+
+  Window sums need one shift for all windows, so only a known range of logits allows them.
+  """
+  if shift is None:
+    return slices
+
+  def call(*args):
+    *arrays, geometry, fixed = args
+    return lax.platform_dependent(
+      *arrays,
+      tpu=lambda *a: sums(*a, geometry, fixed),
+      default=lambda *a: slices(*a, geometry, fixed),
+    )
+
+  return call
+
+
+def _forward_slices(x, logits, geometry, shift):
+  """(y, largest logit, denominator) per window, from its taps as strided slices that XLA fuses."""
+  xs = taps(x, geometry, 0.0)
+  ls = taps(logits, geometry, -math.inf)
+  largest = None if shift is not None else functools.reduce(jnp.maximum, ls)
+  weights = [jnp.exp(tap - (shift if largest is None else largest)) for tap in ls]
+  total = functools.reduce(jnp.add, weights)
+  y = functools.reduce(jnp.add, [a * w for a, w in zip(xs, weights, strict=True)]) / total
+  return y, largest, total
+
+
+def _backward_slices(x, logits, y, largest, a, geometry, shift):
+  """(dx, dlogits) from a = g / den.
+
+  Pixels of equal phase modulo the stride see their windows at equal offsets, so each phase is a sum
+  of shifted slices of the small arrays.
+  """
+  n, height, width, _ = x.shape
+  (kh, kw), (sh, sw), (ph, pw) = geometry
+  rows, columns = -(-height // sh), -(-width // sw)
+  # Windows of the pixels (row * stride + phase), as offsets to `row`.
+  offsets_h = [[(r + ph - t) // sh for t in range(kh) if (r + ph - t) % sh == 0] for r in range(sh)]
+  offsets_w = [[(r + pw - t) // sw for t in range(kw) if (r + pw - t) % sw == 0] for r in range(sw)]
+  margin_h = _margins(offsets_h, rows, y.shape[1])
+  margin_w = _margins(offsets_w, columns, y.shape[2])
+  margins = ((0, 0), margin_h, margin_w, (0, 0))
+  y, a = jnp.pad(y, margins), jnp.pad(a, margins)
+  if largest is not None:  # a window that does not exist weighs exp(-inf) = 0
+    largest = jnp.pad(largest, margins, constant_values=math.inf)
+  grow = ((0, 0), (0, rows * sh - height), (0, columns * sw - width), (0, 0))
+  x, logits = jnp.pad(x, grow), jnp.pad(logits, grow)
+
+  def windows(array, i, j):
+    top, left = margin_h[0] + i, margin_w[0] + j
+    return lax.slice(array, (0, top, left, 0), (n, top + rows, left + columns, array.shape[3]))
+
+  dx_phases, dl_phases = [], []
+  for r in range(sh):
+    for q in range(sw):
+      x_phase, l_phase = x[:, r::sh, q::sw], logits[:, r::sh, q::sw]
+      dx, dl = jnp.zeros_like(x_phase), jnp.zeros_like(x_phase)
+      for i in offsets_h[r]:
+        for j in offsets_w[q]:
+          subtracted = shift if largest is None else windows(largest, i, j)
+          weighted = jnp.exp(l_phase - subtracted) * windows(a, i, j)
+          dx += weighted
+          dl += weighted * (x_phase - windows(y, i, j))
+      if logits.shape[3] != x.shape[3]:
+        dl = dl.sum(axis=3, keepdims=True)
+      dx_phases.append(dx)
+      dl_phases.append(dl)
+
+  def interleave(phases):
+    channels = phases[0].shape[3]
+    stacked = jnp.stack(phases).reshape(sh, sw, n, rows, columns, channels)
+    full = stacked.transpose(2, 3, 0, 4, 1, 5).reshape(n, rows * sh, columns * sw, channels)
+    return full[:, :height, :width]
+
+  return interleave(dx_phases), interleave(dl_phases)
+
+
+def _margins(offsets: list[list[int]], size: int, windows: int) -> tuple[int, int]:
+  """How far the offsets reach before the first and beyond the last window."""
+  flat = [o for phase in offsets for o in phase]
+  return max(0, -min(flat)), max(0, max(flat) + size - windows)
+
+
+def _forward_sums(x, logits, geometry, shift):
+  importance = jnp.exp(logits - shift)
+  total = window_sum(importance, geometry)
+  return window_sum(x * importance, geometry) / total, None, total
+
+
+def _backward_sums(x, logits, y, largest, a, geometry, shift):
+  """Dx = exp(l) S(a), dl = exp(l) (x S(a) - S(a y)) with a = g / den, S the transposed sum."""
+  del largest  # there is one shift for all windows
+  size = x.shape[1:3]
+  importance = jnp.exp(logits - shift)
+  dx = importance * window_sum_transpose(a, geometry, size)
+  dlogits = x * dx - importance * window_sum_transpose(a * y, geometry, size)
+  if logits.shape[3] != x.shape[3]:
+    dlogits = dlogits.sum(axis=3, keepdims=True)
+  return dx, dlogits

@@ -1,0 +1,163 @@
+"""Windows of a pooling: their geometry, sums over them, and their pixels one by one."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+IntOrPair = int | tuple[int, int]
+
+
+class Geometry(NamedTuple):
+  """Window, stride and padding of a pooling, each as a (height, width) pair."""
+
+  window: tuple[int, int]
+  stride: tuple[int, int]
+  padding: tuple[int, int]
+
+  def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+    """Output (height, width) for an input (height, width)."""
+    height, width = (
+      (n + 2 * p - k) // s + 1
+      for n, k, s, p in zip(size, self.window, self.stride, self.padding, strict=True)
+    )
+    return height, width
+
+
+def make_geometry(
+  x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair
+) -> Geometry:
+  """Geometry of a pooling of x, [N, H, W, C].
+
+  Raises:
+    ValueError: padding above window // 2, an image smaller than the window, sizes below one.
+    TypeError: x that is not floating point.
+  """
+  check_array("x", x)
+  geometry = Geometry(pair("window", window), pair("stride", stride), pair("padding", padding))
+  if min(geometry.window) < 1 or min(geometry.stride) < 1:
+    raise ValueError(f"window and stride must be at least 1, got {window} and {stride}")
+  for k, p in zip(geometry.window, geometry.padding, strict=True):
+    if not 0 <= p <= k // 2:
+      raise ValueError(
+        f"padding must be between 0 and window // 2 = {k // 2} for window {k}, got {p}"
+      )
+  if min(geometry.output_size((x.shape[1], x.shape[2]))) < 1:
+    raise ValueError(
+      f"window {geometry.window} does not fit into an image of {tuple(x.shape[1:3])} with padding "
+      f"{geometry.padding}"
+    )
+  return geometry
+
+
+def check_array(name: str, array: jax.Array) -> None:
+  """Raises unless `array` is [N, H, W, C] and floating point."""
+  if array.ndim != 4:
+    raise ValueError(f"{name} must be [N, H, W, C], got shape {tuple(array.shape)}")
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise TypeError(
+      f"{name} must be floating point, got {array.dtype}; cast it first, for example "
+      f"{name}.astype(jnp.float32)"
+    )
+
+
+def check_logits(x: jax.Array, logits: jax.Array) -> None:
+  """Raises unless logits are [N, H, W, C] as x, or [N, H, W, 1], and floating point."""
+  check_array("logits", logits)
+  if logits.shape[:3] != x.shape[:3] or logits.shape[3] not in (1, x.shape[3]):
+    raise ValueError(
+      f"logits must have the shape of x, {tuple(x.shape)}, or one channel, "
+      f"{(*x.shape[:3], 1)}; got {tuple(logits.shape)}"
+    )
+
+
+def pair(name: str, value: IntOrPair) -> tuple[int, int]:
+  """`value` as a pair (h, w).
+
+  Raises:
+    ValueError: neither an int nor a pair of ints.
+  """
+  values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+  if len(values) != 2 or not all(isinstance(v, (int, np.integer)) for v in values):
+    raise ValueError(f"{name} must be an int or a pair (h, w) of ints, got {value!r}")
+  return int(values[0]), int(values[1])
+
+
+def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
+  """float64 if any input is, float32 otherwise."""
+  return functools.reduce(jnp.promote_types, (a.dtype for a in arrays), jnp.dtype(jnp.float32))
+
+
+def window_sum(x: jax.Array, geometry: Geometry) -> jax.Array:
+  """Sum of x, [N, H, W, C], over each window; positions outside the image count as zero."""
+  (kh, kw), (sh, sw), (ph, pw) = geometry
+  return lax.reduce_window(
+    x,
+    np.zeros((), x.dtype),
+    lax.add,
+    (1, kh, kw, 1),
+    (1, sh, sw, 1),
+    ((0, 0), (ph, ph), (pw, pw), (0, 0)),
+  )
+
+
+def window_sum_transpose(
+  g: jax.Array, geometry: Geometry, input_size: tuple[int, int]
+) -> jax.Array:
+  """Transpose of `window_sum`: each of the input pixels sums the windows that it belongs to.
+
+  A gather: one `reduce_window` over the base-dilated g.
+
+  Args:
+    g: [N, H', W', C], a value per window.
+    geometry: of the window sum.
+    input_size: (H, W).
+
+  Returns:
+    [N, H, W, C].
+  """
+  pads = []
+  for n, m, k, s, p in zip(input_size, g.shape[1:3], *geometry, strict=True):
+    dilated = (m - 1) * s + 1
+    low = k - 1 - p
+    pads.append((low, n + k - 1 - low - dilated))
+  (kh, kw), (sh, sw), _ = geometry
+  return lax.reduce_window(
+    g,
+    np.zeros((), g.dtype),
+    lax.add,
+    (1, kh, kw, 1),
+    (1, 1, 1, 1),
+    ((0, 0), *pads, (0, 0)),
+    base_dilation=(1, sh, sw, 1),
+  )
+
+
+def taps(a: jax.Array, geometry: Geometry, outside: float) -> list[jax.Array]:
+  """The window_h * window_w strided slices of `a`, each with one pixel of every window.
+
+  Args:
+    a: [N, H, W, C].
+    geometry: of the pooling.
+    outside: value of the positions outside the image.
+
+  Returns:
+    A list of [N, H', W', C], row by row through the window.
+  """
+  n, height, width, c = a.shape
+  (kh, kw), (sh, sw), (ph, pw) = geometry
+  out_h, out_w = geometry.output_size((height, width))
+  a = jnp.pad(a, ((0, 0), (ph, ph), (pw, pw), (0, 0)), constant_values=outside)
+  return [
+    lax.slice(
+      a,
+      (0, i, j, 0),
+      (n, i + (out_h - 1) * sh + 1, j + (out_w - 1) * sw + 1, c),
+      (1, sh, sw, 1),
+    )
+    for i in range(kh)
+    for j in range(kw)
+  ]
