@@ -1,16 +1,14 @@
-"""How a network halves its resolution: strided convolution, average, max or LIP, one interface.
+"""How a network halves its resolution: strided convolution or any pooling, one interface.
 
-A `Downsample` makes the layers for the two kinds of place where that happens in a ResNet: the
-pooling of the stem, and the transition inside the first block of a stage. A transition is called
-with the block's input x [N, H, W, in] and the residual branch's features h [N, H, W, mid], and
-returns the next features of both: [N, H', W', mid] and, for the shortcut, [N, H', W', out], with
-H' = ceil(H / 2).
+A `Downsample` makes the layers for the places where that happens: the pooling of the stem; in a
+ResNet the transition inside the first block of a stage, and what follows that block; in a DenseNet
+the pooling between two dense blocks. A transition is called with the block's input x [N, H, W, in]
+and the residual branch's features h [N, H, W, branch], and returns the next features of both:
+[N, H', W', mid] and, for the shortcut, [N, H', W', out].
 """
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,81 +17,73 @@ from flax.typing import Dtype
 
 from lip_jax import layers
 from lip_jax.errors import UsageError
-from lip_jax.logit_modules import BottleneckTrunk, Projection
-from lip_jax.pooling import IntOrPair, average_pool, lip_pool, max_pool
-
-Pool = Literal["strided", "average", "max", "lip"]
-Logit = Literal["projection", "bottleneck"]
-
-POOLS = ("strided", "average", "max", "lip")
-LOGITS = ("projection", "bottleneck")
-
-_recorded: contextvars.ContextVar[list[tuple["LIP", jax.Array]] | None] = contextvars.ContextVar(
-  "recorded_logits", default=None
+from lip_jax.lan import (
+  LIP,
+  AveragePool,
+  DetailPreservingPool,
+  ExpPool,
+  LocalPool,
+  LpPool,
+  MaxPool,
+  SoftPool,
+  StridedPool,
 )
+from lip_jax.logit_modules import Bottleneck, BottleneckTrunk, Projection, Top
 
+Pool = Literal[
+  "original",
+  "strided",
+  "average",
+  "max",
+  "exp",
+  "soft",
+  "lp",
+  "dpp_full_sym",
+  "dpp_full_asym",
+  "dpp_lite_sym",
+  "dpp_lite_asym",
+  "lip",
+]
+Logit = Literal["projection", "bottleneck"]
+Structure = Literal["baseline", "dense"]
+Place = Literal["stem", "c3", "c4", "c5"]
 
-@contextlib.contextmanager
-def record_logits() -> Iterator[list[tuple["LIP", jax.Array]]]:
-  """Collects (layer, logits [N, H, W, C]) of every LIP layer called inside the `with` block."""
-  records: list[tuple[LIP, jax.Array]] = []
-  token = _recorded.set(records)
-  try:
-    yield records
-  finally:
-    _recorded.reset(token)
+POOLS: tuple[str, ...] = get_args(Pool)
+LOGITS: tuple[str, ...] = get_args(Logit)
+STRUCTURES: tuple[str, ...] = get_args(Structure)
+PLACES: tuple[str, ...] = get_args(Place)
 
+_WINDOW_3 = {"window": 3, "stride": 2, "padding": 1}
+_WINDOW_2 = {"window": 2, "stride": 2, "padding": 0}
 
-class LIP(nnx.Module):
-  """Local importance-based pooling layer: a logit module and `lip_pool` (section 3.2).
-
-  Args:
-    logits: module from features [N, H, W, C] to logits [N, H, W, C]; its `logit_range`, if it has
-      one, must bound them.
-    window: height and width of the window in pixels, an int or a pair (h, w).
-    stride: in pixels.
-    padding: in pixels, at most window // 2.
-  """
-
-  def __init__(
-    self,
-    logits: Callable[[jax.Array], jax.Array],
-    *,
-    window: IntOrPair = 3,
-    stride: IntOrPair = 2,
-    padding: IntOrPair = 1,
-  ):
-    self.logits = logits
-    self.window = window
-    self.stride = stride
-    self.padding = padding
-
-  def __call__(self, x: jax.Array, source: jax.Array | None = None) -> jax.Array:
-    """Pools x, [N, H, W, C]; its importance is predicted from `source` [N, H, W, S], if given."""
-    logits = self.logits(x if source is None else source)
-    records = _recorded.get()
-    if records is not None:
-      records.append((self, logits))
-    return lip_pool(
-      x,
-      logits,
-      window=self.window,
-      stride=self.stride,
-      padding=self.padding,
-      logit_range=getattr(self.logits, "logit_range", None),
-    )
+PoolFactory = Callable[..., LocalPool]
 
 
 class Downsample(Protocol):
-  """Maker of the layers that halve a ResNet's resolution."""
+  """Maker of the layers that halve a network's resolution."""
 
   def stem(self, features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> Callable[..., Any]:
     """Pooling after the first convolution: [N, H, W, features] -> [N, H', W', features]."""
 
   def transition(
-    self, in_features: int, mid_features: int, out_features: int, *, dtype: Dtype, rngs: nnx.Rngs
+    self,
+    in_features: int,
+    branch_features: int,
+    mid_features: int,
+    out_features: int,
+    *,
+    dtype: Dtype,
+    rngs: nnx.Rngs,
   ) -> Callable[..., Any]:
-    """Layer for a stage's first block: (x, h) -> (h', shortcut)."""
+    """Layer inside the first block of a ResNet's stage: (x, h) -> (h', shortcut)."""
+
+  def after_block(
+    self, features: int, *, dtype: Dtype, rngs: nnx.Rngs
+  ) -> Callable[..., Any] | None:
+    """Pooling behind that block; None where the transition has halved the resolution already."""
+
+  def between_blocks(self, features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> Callable[..., Any]:
+    """Pooling of a DenseNet's transition: [N, H, W, features] -> [N, H // 2, W // 2, features]."""
 
 
 class Strided:
@@ -101,67 +91,139 @@ class Strided:
 
   def stem(self, features, *, dtype, rngs):
     del features, dtype, rngs
-    return max_pool
+    return MaxPool(**_WINDOW_3)
 
-  def transition(self, in_features, mid_features, out_features, *, dtype, rngs):
-    return Convolutions(in_features, mid_features, out_features, stride=2, dtype=dtype, rngs=rngs)
+  def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
+    return Convolutions(
+      in_features, branch_features, mid_features, out_features, stride=2, dtype=dtype, rngs=rngs
+    )
+
+  def after_block(self, features, *, dtype, rngs):
+    del features, dtype, rngs
+
+  def between_blocks(self, features, *, dtype, rngs):
+    del features, dtype, rngs
+    return StridedPool(**_WINDOW_2)
 
 
-class FixedPool:
-  """A pooling without parameters at every place, followed by 1x1 convolutions in the transitions.
+class Original(Strided):
+  """What the network has without LIP: as `Strided`, but a DenseNet's transitions are averages."""
+
+  def between_blocks(self, features, *, dtype, rngs):
+    del features, dtype, rngs
+    return AveragePool(**_WINDOW_2)
+
+
+class Pooled:
+  """One pooling at every place, followed by 1x1 convolutions in a ResNet's transitions.
 
   Args:
-    pool: [N, H, W, C] -> [N, H', W', C].
+    make: (features, window=, stride=, padding=, dtype=, rngs=) -> layer that pools so many
+      features.
   """
 
-  def __init__(self, pool: Callable[[jax.Array], jax.Array]):
-    self.pool = pool
+  def __init__(self, make: PoolFactory):
+    self.make = make
 
   def stem(self, features, *, dtype, rngs):
+    return self.make(features, **_WINDOW_3, dtype=dtype, rngs=rngs)
+
+  def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
+    return PoolTransition(
+      self.make(branch_features, **_WINDOW_3, dtype=dtype, rngs=rngs),
+      self.make(in_features, **_WINDOW_3, dtype=dtype, rngs=rngs),
+      in_features,
+      branch_features,
+      mid_features,
+      out_features,
+      dtype=dtype,
+      rngs=rngs,
+    )
+
+  def after_block(self, features, *, dtype, rngs):
     del features, dtype, rngs
-    return self.pool
 
-  def transition(self, in_features, mid_features, out_features, *, dtype, rngs):
-    return PoolTransition(
-      self.pool, self.pool, in_features, mid_features, out_features, dtype=dtype, rngs=rngs
+  def between_blocks(self, features, *, dtype, rngs):
+    return self.make(features, **_WINDOW_2, dtype=dtype, rngs=rngs)
+
+
+class DenseThenPool(Strided):
+  """Convolutions at full resolution, then one pooling of the whole block's output.
+
+  The structure that detail-preserving pooling was published with (Saeedan et al. 2018); the stem
+  stays max-pooled. It costs a ResNet-50 60 % more multiply-adds.
+
+  Args:
+    pooled: whose pooling of 2x2 windows to take.
+  """
+
+  def __init__(self, pooled: Pooled):
+    self.pooled = pooled
+
+  def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
+    return Convolutions(
+      in_features, branch_features, mid_features, out_features, stride=1, dtype=dtype, rngs=rngs
     )
 
+  def after_block(self, features, *, dtype, rngs):
+    return self.pooled.between_blocks(features, dtype=dtype, rngs=rngs)
 
-class LIPProjection:
-  """LIP at every place, each predicting importance from what it pools through a 1x1 projection."""
+  def between_blocks(self, features, *, dtype, rngs):
+    return self.pooled.between_blocks(features, dtype=dtype, rngs=rngs)
+
+
+class LIPProjection(Pooled):
+  """LIP at every place, each predicting importance from what it pools through a 1x1 projection.
+
+  Args:
+    top: of the logit modules.
+    average_steps: training steps that pool by averages first.
+  """
+
+  def __init__(self, top: Top = "norm_gate", average_steps: int = 0):
+    super().__init__(self._lip)
+    self.top = top
+    self.average_steps = average_steps
+
+  def _lip(self, features, *, dtype, rngs, kernel_size=1, **windows):
+    logits = Projection(
+      features, features, kernel_size=kernel_size, top=self.top, dtype=dtype, rngs=rngs
+    )
+    return LIP(logits, average_steps=self.average_steps, **windows)
 
   def stem(self, features, *, dtype, rngs):
-    return _stem_lip(features, dtype, rngs)
-
-  def transition(self, in_features, mid_features, out_features, *, dtype, rngs):
-    residual = LIP(Projection(mid_features, mid_features, dtype=dtype, rngs=rngs))
-    shortcut = LIP(Projection(in_features, in_features, dtype=dtype, rngs=rngs))
-    return PoolTransition(
-      residual, shortcut, in_features, mid_features, out_features, dtype=dtype, rngs=rngs
-    )
+    return self._lip(features, kernel_size=3, **_WINDOW_3, dtype=dtype, rngs=rngs)
 
 
-class LIPBottleneck:
-  """LIP at every place; the two of a transition share a bottleneck trunk (figure 4).
+class LIPBottleneck(LIPProjection):
+  """LIP at every place; the two of a ResNet's transition share a bottleneck trunk (figure 4).
 
   Args:
     width: x in "bottleneck-x".
+    top: of the logit modules.
+    average_steps: training steps that pool by averages first.
   """
 
-  def __init__(self, width: int = 128):
+  def __init__(self, width: int = 128, top: Top = "norm_gate", average_steps: int = 0):
+    super().__init__(top, average_steps)
     self.width = width
 
-  def stem(self, features, *, dtype, rngs):
-    return _stem_lip(features, dtype, rngs)
-
-  def transition(self, in_features, mid_features, out_features, *, dtype, rngs):
+  def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
     return SharedLIPTransition(
-      in_features, mid_features, out_features, width=self.width, dtype=dtype, rngs=rngs
+      in_features,
+      branch_features,
+      mid_features,
+      out_features,
+      width=self.width,
+      top=self.top,
+      average_steps=self.average_steps,
+      dtype=dtype,
+      rngs=rngs,
     )
 
-
-def _stem_lip(features: int, dtype: Dtype, rngs: nnx.Rngs) -> LIP:
-  return LIP(Projection(features, features, kernel_size=3, dtype=dtype, rngs=rngs))
+  def between_blocks(self, features, *, dtype, rngs):
+    logits = Bottleneck(features, features, self.width, top=self.top, dtype=dtype, rngs=rngs)
+    return LIP(logits, average_steps=self.average_steps, **_WINDOW_2)
 
 
 class Convolutions(nnx.Module):
@@ -169,7 +231,8 @@ class Convolutions(nnx.Module):
 
   Args:
     in_features: channels of the block's input x.
-    mid_features: channels of the residual branch h.
+    branch_features: channels of the residual branch h.
+    mid_features: channels of its next features.
     out_features: channels of the block's output.
     stride: of both convolutions, in pixels.
     dtype: of the computation.
@@ -179,6 +242,7 @@ class Convolutions(nnx.Module):
   def __init__(
     self,
     in_features: int,
+    branch_features: int,
     mid_features: int,
     out_features: int,
     *,
@@ -187,7 +251,7 @@ class Convolutions(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.residual_conv = layers.conv(
-      mid_features, mid_features, 3, stride=stride, dtype=dtype, rngs=rngs
+      branch_features, mid_features, 3, stride=stride, dtype=dtype, rngs=rngs
     )
     self.shortcut_conv = (
       None
@@ -206,7 +270,8 @@ class PoolTransition(nnx.Module):
     residual_pool: pools h.
     shortcut_pool: pools x.
     in_features: channels of the block's input x.
-    mid_features: channels of the residual branch h.
+    branch_features: channels of the residual branch h.
+    mid_features: channels of its next features.
     out_features: channels of the block's output.
     dtype: of the computation.
     rngs: source of the initial weights.
@@ -217,6 +282,7 @@ class PoolTransition(nnx.Module):
     residual_pool: Callable[..., jax.Array],
     shortcut_pool: Callable[..., jax.Array],
     in_features: int,
+    branch_features: int,
     mid_features: int,
     out_features: int,
     *,
@@ -224,7 +290,7 @@ class PoolTransition(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.residual_pool = residual_pool
-    self.residual_conv = layers.conv(mid_features, mid_features, 1, dtype=dtype, rngs=rngs)
+    self.residual_conv = layers.conv(branch_features, mid_features, 1, dtype=dtype, rngs=rngs)
     self.shortcut_pool = shortcut_pool
     self.shortcut_conv = layers.conv(in_features, out_features, 1, dtype=dtype, rngs=rngs)
 
@@ -237,9 +303,12 @@ class SharedLIPTransition(PoolTransition):
 
   Args:
     in_features: channels of the block's input x.
-    mid_features: channels of the residual branch h.
+    branch_features: channels of the residual branch h.
+    mid_features: channels of its next features.
     out_features: channels of the block's output.
     width: of the shared trunk.
+    top: of the logit modules.
+    average_steps: training steps that pool by averages first.
     dtype: of the computation.
     rngs: source of the initial weights.
   """
@@ -247,18 +316,27 @@ class SharedLIPTransition(PoolTransition):
   def __init__(
     self,
     in_features: int,
+    branch_features: int,
     mid_features: int,
     out_features: int,
     *,
     width: int = 128,
+    top: Top = "norm_gate",
+    average_steps: int = 0,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.trunk = BottleneckTrunk(in_features, width, dtype=dtype, rngs=rngs)
+
+    def lip(features: int) -> LIP:
+      head = Projection(width, features, top=top, dtype=dtype, rngs=rngs)
+      return LIP(head, average_steps=average_steps)
+
     super().__init__(
-      LIP(Projection(width, mid_features, dtype=dtype, rngs=rngs)),
-      LIP(Projection(width, in_features, dtype=dtype, rngs=rngs)),
+      lip(branch_features),
+      lip(in_features),
       in_features,
+      branch_features,
       mid_features,
       out_features,
       dtype=dtype,
@@ -273,27 +351,84 @@ class SharedLIPTransition(PoolTransition):
     )
 
 
-def make_downsample(
-  pool: Pool, *, logit: Logit = "bottleneck", logit_width: int = 128
-) -> Downsample:
-  """The `Downsample` of a name.
+def make_downsamples(
+  pool: Pool = "original",
+  *,
+  logit: Logit = "bottleneck",
+  logit_width: int = 128,
+  logit_top: Top = "norm_gate",
+  average_steps: int = 0,
+  pool_parameter: float | None = None,
+  structure: Structure = "baseline",
+  lip_stages: Sequence[Place] = ("stem", "c3", "c4", "c5"),
+) -> dict[str, Downsample]:
+  """The `Downsample` of each place of a network.
 
   Args:
-    pool: "strided", "average", "max" or "lip".
+    pool: "original" (what the network has without LIP), "strided", "average", "max", "exp",
+      "soft", "lp", "dpp_full_sym", "dpp_full_asym", "dpp_lite_sym", "dpp_lite_asym" or "lip".
     logit: for "lip", the logit module: "projection" or "bottleneck".
     logit_width: for "bottleneck", its width.
+    logit_top: for "lip", what follows the logit module's last convolution: "norm_gate", "norm",
+      "gate" or "none" (table 2, A to D).
+    average_steps: for "lip", training steps that pool by averages first (2,000 in table 2, D).
+    pool_parameter: for "exp" the initial beta (1 by default), for "lp" the exponent p (2).
+    structure: where a ResNet pools: "baseline" (pooling, then 1x1 convolution, in both branches)
+      or "dense" (convolutions at full resolution, then one pooling behind the block).
+    lip_stages: places that get this pool, of "stem" (stride 4), "c3" (on the way to stride 8),
+      "c4" and "c5"; the others keep the network's own (table 3).
+
+  Returns:
+    {"stem": ..., "c3": ..., "c4": ..., "c5": ...}.
 
   Raises:
-    UsageError: a name that does not exist, with those that do.
+    UsageError: a name that does not exist, with those that do, or a number out of range.
   """
-  if pool not in POOLS:
-    raise UsageError(f"unknown pool {pool!r}; choose one of {', '.join(POOLS)}")
-  if logit not in LOGITS:
-    raise UsageError(f"unknown logit {logit!r}; choose one of {', '.join(LOGITS)}")
-  if pool == "strided":
-    return Strided()
-  if pool == "average":
-    return FixedPool(average_pool)
-  if pool == "max":
-    return FixedPool(max_pool)
-  return LIPProjection() if logit == "projection" else LIPBottleneck(logit_width)
+  for name, value, valid in (
+    ("pool", pool, POOLS),
+    ("logit", logit, LOGITS),
+    ("structure", structure, STRUCTURES),
+  ):
+    if value not in valid:
+      raise UsageError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
+  if isinstance(lip_stages, str) or not set(lip_stages) <= set(PLACES):
+    raise UsageError(f"lip_stages must be some of {', '.join(PLACES)}, got {lip_stages!r}")
+  if logit_width < 1:
+    raise UsageError(f"logit_width must be positive, got {logit_width}")
+  if average_steps < 0:
+    raise UsageError(f"average_steps must not be negative, got {average_steps}")
+  if pool == "lp" and pool_parameter is not None and pool_parameter < 1:
+    raise UsageError(f"pool_parameter of pool 'lp' is its exponent, at least 1; {pool_parameter}")
+  here: Downsample
+  if pool in ("original", "strided"):
+    here = Original() if pool == "original" else Strided()
+  else:
+    pooled: Pooled
+    if pool != "lip":
+      pooled = Pooled(_factory(pool, pool_parameter))
+    elif logit == "projection":
+      pooled = LIPProjection(logit_top, average_steps)
+    else:
+      pooled = LIPBottleneck(logit_width, logit_top, average_steps)
+    here = pooled if structure == "baseline" else DenseThenPool(pooled)
+  original = Original()
+  return {place: here if place in lip_stages else original for place in PLACES}
+
+
+def _factory(pool: Pool, parameter: float | None) -> PoolFactory:
+  """What makes the layers of a pooling that needs no logit module."""
+
+  def make(features, *, dtype, rngs, **windows):
+    del rngs  # nothing starts at random
+    if pool == "exp":
+      return ExpPool(1.0 if parameter is None else parameter, dtype=dtype, **windows)
+    if pool == "lp":
+      return LpPool(2.0 if parameter is None else parameter, **windows)
+    if pool.startswith("dpp"):
+      _, form, symmetry = pool.split("_")
+      return DetailPreservingPool(
+        features, full=form == "full", symmetric=symmetry == "sym", dtype=dtype, **windows
+      )
+    return {"average": AveragePool, "max": MaxPool, "soft": SoftPool}[pool](**windows)
+
+  return make

@@ -5,13 +5,20 @@ normalizations compute in that precision and cast their output. Paddings are exp
 "SAME" pads differently from the networks that the published weights come from.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from lip_jax.errors import UsageError
+
 # He et al. 2015 with fan-out, as fb.resnet.torch and torchvision initialise convolutions.
 kaiming_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# The same with fan-in: DenseNets.
+kaiming_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 # Uniform in +-1 / sqrt(fan_in): what PyTorch gives a linear layer's weight.
 linear_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -27,7 +34,7 @@ def conv(
   kernel_size: int,
   *,
   stride: int = 1,
-  zero_init: bool = False,
+  init: nnx.Initializer = kaiming_fan_out,
   dtype: Dtype = jnp.float32,
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
@@ -38,7 +45,7 @@ def conv(
     out_features: channels of the output.
     kernel_size: height and width of the kernel in pixels; padded by kernel_size // 2 on each side.
     stride: in pixels.
-    zero_init: start with all weights at zero instead of He-normal (fan-out).
+    init: of the weights.
     dtype: of the computation.
     rngs: source of the initial weights.
   """
@@ -52,9 +59,22 @@ def conv(
     use_bias=False,
     dtype=dtype,
     param_dtype=param_dtype(dtype),
-    kernel_init=nnx.initializers.zeros if zero_init else kaiming_fan_out,
+    kernel_init=init,
     rngs=rngs,
   )
+
+
+def check_sizes(**sizes: int) -> None:
+  """Raises UsageError unless all are positive."""
+  for name, value in sizes.items():
+    if value < 1:
+      raise UsageError(f"{name} must be positive, got {value}")
+
+
+def check_images(images: jax.Array) -> None:
+  """Raises ValueError unless images are [N, H, W, 3]."""
+  if images.ndim != 4 or images.shape[3] != 3:
+    raise ValueError(f"images must be [N, H, W, 3], got shape {tuple(images.shape)}")
 
 
 def linear(in_features: int, out_features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -123,6 +143,13 @@ class BatchNorm(nnx.Module):
 
   def _update(self, running: nnx.BatchStat, batch: jax.Array):
     running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
+
+
+def norm_factory(group_size: int | None, dtype: Dtype) -> Callable[..., BatchNorm]:
+  """What makes a network's batch norms: (features, zero_init=False) -> `BatchNorm`."""
+  if group_size is not None and group_size < 0:
+    raise UsageError(f"bn_group_size must be positive, or 0 for the whole batch: {group_size}")
+  return functools.partial(BatchNorm, group_size=group_size, dtype=dtype)
 
 
 class InstanceNorm(nnx.Module):

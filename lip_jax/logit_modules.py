@@ -6,12 +6,20 @@ pooling that uses them starts as average pooling. `logit_range` is the interval 
 in, or None if they are unbounded.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax import layers
+from lip_jax.errors import UsageError
+
+# What follows the last convolution of a logit module: table 2 of the paper, A to D.
+Top = Literal["norm_gate", "norm", "gate", "none"]
+
+TOPS = ("norm_gate", "norm", "gate", "none")
 
 # "a sigmoid function with a fixed amplification coefficient": exp(12) bounds the ratio of the most
 # to the least important pixel.
@@ -24,7 +32,7 @@ def gate(x: jax.Array) -> jax.Array:
 
 
 class Projection(nnx.Module):
-  """Convolution, affine instance norm, gate: the projection form of figure 3(a).
+  """Convolution and its top, by default affine instance norm and gate: figure 3(a).
 
   With a 1x1 kernel it is the paper's projection and the last layer of the bottleneck form; with a
   3x3 kernel it is the form that the published networks use for the LIP of the stem.
@@ -33,11 +41,10 @@ class Projection(nnx.Module):
     in_features: channels that the logits are predicted from.
     out_features: channels that are to be pooled.
     kernel_size: of the convolution, in pixels.
+    top: "norm_gate", "norm", "gate" or "none". Without the gate the logits are unbounded.
     dtype: of the computation.
     rngs: source of the initial weights.
   """
-
-  logit_range: tuple[float, float] | None = (0.0, GATE)
 
   def __init__(
     self,
@@ -45,16 +52,33 @@ class Projection(nnx.Module):
     out_features: int,
     *,
     kernel_size: int = 1,
+    top: Top = "norm_gate",
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.conv = layers.conv(
-      in_features, out_features, kernel_size, zero_init=True, dtype=dtype, rngs=rngs
+      in_features,
+      out_features,
+      kernel_size,
+      init=nnx.initializers.zeros,
+      dtype=dtype,
+      rngs=rngs,
     )
-    self.norm = layers.InstanceNorm(out_features, dtype=dtype)
+    if top not in TOPS:
+      raise UsageError(f"unknown logit_top {top!r}; choose one of {', '.join(TOPS)}")
+    has_norm = top in ("norm_gate", "norm")
+    self.norm = layers.InstanceNorm(out_features, dtype=dtype) if has_norm else None
+    self.gated = top in ("norm_gate", "gate")
+
+  @property
+  def logit_range(self) -> tuple[float, float] | None:
+    return (0.0, GATE) if self.gated else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return gate(self.norm(self.conv(x)))
+    logits = self.conv(x)
+    if self.norm is not None:
+      logits = self.norm(logits)
+    return gate(logits) if self.gated else logits
 
 
 class BottleneckTrunk(nnx.Module):
@@ -89,11 +113,10 @@ class Bottleneck(nnx.Module):
     in_features: channels that the logits are predicted from.
     out_features: channels that are to be pooled.
     width: x in "bottleneck-x".
+    top: as for `Projection`.
     dtype: of the computation.
     rngs: source of the initial weights.
   """
-
-  logit_range: tuple[float, float] | None = (0.0, GATE)
 
   def __init__(
     self,
@@ -101,11 +124,16 @@ class Bottleneck(nnx.Module):
     out_features: int,
     width: int = 128,
     *,
+    top: Top = "norm_gate",
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.trunk = BottleneckTrunk(in_features, width, dtype=dtype, rngs=rngs)
-    self.projection = Projection(width, out_features, dtype=dtype, rngs=rngs)
+    self.projection = Projection(width, out_features, top=top, dtype=dtype, rngs=rngs)
+
+  @property
+  def logit_range(self) -> tuple[float, float] | None:
+    return self.projection.logit_range
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.projection(self.trunk(x))

@@ -8,33 +8,52 @@ import numpy as np
 from flax import nnx
 
 from lip_jax.errors import UsageError
+from lip_jax.lan import LIP
+from lip_jax.models.densenet import DenseNet
+from lip_jax.models.resnet import ResNet
 
-# Our path, dots between its parts -> the authors' name. Applied in order, each at most once.
+# Our path, dots between its parts -> the authors' name. Applied in order, each at most once;
+# {conv} is the convolution of a block that the transition replaces.
 _RESNET_RULES = (
-  (r"^pool\.logits\.(conv|norm)", r"maxpool.logit.\1"),
-  (r"\.spatial\.trunk\.(conv|norm)(\d)", r".bottleneck_shared.logit.\1\2"),
-  (r"\.spatial\.residual_pool\.logits\.", ".conv2.0.postprocessing."),
+  (r"^pool\.logits\.", "maxpool.logit."),
+  (r"\.spatial\.trunk\.", ".bottleneck_shared.logit."),
+  (r"\.spatial\.residual_pool\.logits\.", ".{conv}.0.postprocessing."),
   (r"\.spatial\.shortcut_pool\.logits\.", ".downsample.lip.postprocessing."),
   (r"\.spatial\.shortcut_conv\.", ".downsample.conv."),
   (r"\.shortcut_bn\.", ".downsample.bn."),
+  (r"\bnorm(\d?)\.", r"bn\1."),  # instance norms are called bn there
 )
-# Instance norms are called bn there.
+_DENSENET_RULES = (
+  (r"^(?!classifier)", "features."),
+  (r"(denseblock\d)\.(\d+)", lambda match: f"{match[1]}.denselayer{int(match[2]) + 1}"),
+  (r"pool(0?)\.logits\.projection\.(conv|norm)", r"pool\1.logits.\g<2>3"),
+  (r"pool(0?)\.logits\.trunk\.", r"pool\1.logits."),
+  (r"pool(0?)\.logits\.(conv|norm)\.", r"pool\1.logits.\g<2>1."),
+  (r"\.logits\.norm", ".logits.bn"),
+  (r"\.logits\.", ".logit."),
+)
 _LEAF_RULES = (
-  (r"\bnorm(\d?)\.", r"bn\1."),
   (r"\.kernel$", ".weight"),
   (r"\.scale$", ".weight"),
   (r"\.mean$", ".running_mean"),
   (r"\.var$", ".running_var"),
 )
-# torchvision's plain networks count the parts of the shortcut instead of naming them.
-_TORCHVISION = (("downsample.conv.", "downsample.0."), ("downsample.bn.", "downsample.1."))
+# Other spellings of the same names: torchvision counts the parts of a shortcut where the authors
+# name them, and its published DenseNets number a layer's parts with a dot.
+_SPELLINGS = (
+  (r"\bdownsample\.0\.", "downsample.conv."),
+  (r"\bdownsample\.1\.", "downsample.bn."),
+  (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
+)
+_COUNTER = "num_batches_tracked"  # PyTorch's, in each batch norm; we keep none
 
 
 def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
   """Replaces all parameters and running statistics of `model`, in place.
 
-  Understands the published LIP networks and torchvision's plain ResNets, also with the prefix
-  `module.` that training on several GPUs leaves. `num_batches_tracked` entries are ignored.
+  Understands the published LIP networks and torchvision's plain ResNets and DenseNets, also with
+  the prefix `module.` that training on several GPUs leaves. `num_batches_tracked` entries are
+  ignored. LIP layers that pool by averages at first (`average_steps`) are past that.
 
   Args:
     model: a network of `create_model`.
@@ -45,13 +64,14 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
     UsageError: names that are missing or left over, and shapes that differ: all of them in one
       message. The model is then unchanged.
   """
-  source = {
-    k.removeprefix("module."): v
-    for k, v in state_dict.items()
-    if not k.endswith("num_batches_tracked")
-  }
-  for named, counted in _TORCHVISION:
-    source = {k.replace(counted, named): v for k, v in source.items()}
+  source: dict[str, np.ndarray] = {}
+  for name, value in state_dict.items():
+    if name.endswith(_COUNTER):
+      continue
+    name = name.removeprefix("module.")
+    for pattern, replacement in _SPELLINGS:
+      name = re.sub(pattern, replacement, name)
+    source[name] = value
   faults: list[str] = []
   found: list[tuple[nnx.Variable, np.ndarray]] = []
   for name, variable in torch_names(model):
@@ -70,22 +90,75 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
     )
   for variable, value in found:
     variable.set_value(jnp.asarray(value, variable.dtype))
+  for layer in _lip_layers(model):
+    if layer.steps is not None:
+      layer.steps.set_value(jnp.asarray(layer.average_steps, jnp.int32))
+
+
+def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+  """All parameters and running statistics, as PyTorch's `load_state_dict` takes them.
+
+  The inverse of `load_torch_weights`, bit for bit. Networks without LIP get torchvision's names.
+
+  Args:
+    model: a network of `create_model`.
+
+  Returns:
+    From the authors' names to arrays in PyTorch's layouts, with a `num_batches_tracked` of zero for
+    each batch norm.
+  """
+  state_dict: dict[str, np.ndarray] = {}
+  plain = not _lip_layers(model)
+  for name, variable in torch_names(model):
+    if plain:
+      name = name.replace("downsample.conv.", "downsample.0.")
+      name = name.replace("downsample.bn.", "downsample.1.")
+    state_dict[name] = _to_torch_layout(np.asarray(variable[...]))
+    if name.endswith(".running_var"):
+      counter = f"{name.removesuffix('running_var')}{_COUNTER}"
+      state_dict[counter] = np.zeros((), np.int64)
+  return state_dict
 
 
 def torch_names(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-  """(The authors' name, our variable) for each parameter and running statistic of a ResNet."""
+  """(The authors' name, our variable) for each parameter and running statistic.
+
+  What the authors' networks do not have, such as the parameters of other poolings, keeps our name.
+  """
+  if not isinstance(model, (ResNet, DenseNet)):
+    raise UsageError(
+      f"there are no PyTorch names for a {type(model).__name__}, only for networks of create_model"
+    )
+  rules = _DENSENET_RULES if isinstance(model, DenseNet) else _resnet_rules(model)
   for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     name = ".".join(map(str, path))
-    # Behind a pooling, the convolution of the residual branch is the second part of conv2.
-    behind_pool = variable.ndim == 4 and variable.shape[0] == 1
-    name = name.replace(".spatial.residual_conv.", ".conv2.1." if behind_pool else ".conv2.")
-    for pattern, replacement in (*_RESNET_RULES, *_LEAF_RULES):
+    if jnp.issubdtype(variable.dtype, jnp.integer):  # the step counter of a LIP layer
+      continue
+    for pattern, replacement in (*rules, *_LEAF_RULES):
       name = re.sub(pattern, replacement, name)
     yield name, variable
 
 
+def _resnet_rules(model: ResNet) -> tuple[tuple[str, str], ...]:
+  first_blocks = {stage: getattr(model, f"layer{stage}")[0] for stage in (2, 3, 4)}
+  conv = first_blocks[2].transition_name
+  rules = [(pattern, replacement.format(conv=conv)) for pattern, replacement in _RESNET_RULES]
+  for stage, block in first_blocks.items():
+    # Behind a pooling, the convolution of the residual branch is the second part of a sequence.
+    if hasattr(block.spatial, "residual_pool"):
+      rules.append((rf"^(layer{stage}\.0)\.spatial\.residual_conv\.", rf"\1.{conv}.1."))
+  return (*rules, (r"\.spatial\.residual_conv\.", f".{conv}."))
+
+
+def _lip_layers(model: nnx.Module) -> list[LIP]:
+  return [module for _, module in nnx.iter_modules(model) if isinstance(module, LIP)]
+
+
 def _to_our_layout(value: np.ndarray) -> np.ndarray:
   """[O, I, H, W] -> [H, W, I, O] and [O, I] -> [I, O]; vectors as they are."""
-  if value.ndim == 4:
-    return value.transpose(2, 3, 1, 0)
-  return value.T
+  return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _to_torch_layout(value: np.ndarray) -> np.ndarray:
+  """[H, W, I, O] -> [O, I, H, W] and [I, O] -> [O, I]; vectors as they are."""
+  return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lip_jax.downsample import record_logits
+from lip_jax.lan import record_logits
 
 
 def importance_maps(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:

@@ -13,25 +13,23 @@ from lip_jax.errors import UsageError
 from lip_jax.torch_weights import torch_names
 
 DATA = Path(__file__).parent / "data"
-REFERENCE = json.loads((DATA / "reference.json").read_text())["models"]["lip_resnet50"]
+REFERENCE = json.loads((DATA / "reference.json").read_text())["models"]
 
 
-def fixture_weights():
-  return {key: weight(key, tuple(shape)) for key, shape in REFERENCE["state_dict"].items()}
+def abstract(name, **options):
+  """The model without its weights: shapes only, and fast."""
+  return nnx.eval_shape(lambda: lip_jax.create_model(name, rngs=nnx.Rngs(0), **options))
 
 
-@pytest.fixture(scope="module")
-def lip_resnet50():
-  """LIP-ResNet-50 with the fixture's weights, split so that jit compiles it once."""
-  model = nnx.eval_shape(lambda: lip_jax.create_model("lip_resnet50", rngs=nnx.Rngs(0)))
-  lip_jax.load_torch_weights(model, fixture_weights())
+@pytest.mark.parametrize("name", ["lip_resnet50", "lip_densenet121"])
+def test_reproduces_the_authors_network_at_224(name):
+  model = abstract(name)
+  lip_jax.load_torch_weights(
+    model, {key: weight(key, tuple(shape)) for key, shape in REFERENCE[name]["state_dict"].items()}
+  )
   model.eval()
-  return nnx.split(model)
-
-
-def test_reproduces_the_authors_network_at_224(lip_resnet50):
-  graph, state = lip_resnet50
-  spec = REFERENCE["eval"]
+  graph, state = nnx.split(model)
+  spec = REFERENCE[name]["eval"]
   shape = (spec["batch"], 3, spec["size"], spec["size"])
   x = jnp.asarray(image(spec["image"], shape).transpose(0, 2, 3, 1))
 
@@ -41,20 +39,29 @@ def test_reproduces_the_authors_network_at_224(lip_resnet50):
     return model(x), model.features(x)
 
   logits, features = run(state, x)
-  expected = np.load(DATA / "lip_resnet50.npz")["logits"]
+  expected = np.load(DATA / f"{name}.npz")["logits"]
   np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
   ours = {"maxpool": "stem", "layer1": "c2", "layer2": "c3", "layer3": "c4", "layer4": "c5"}
-  for name, moments in REFERENCE["features"].items():
-    feature = features[ours[name]]
+  for stage, moments in REFERENCE[name].get("features", {}).items():
+    feature = features[ours[stage]]
     n, c, height, width = moments["shape"]
     assert feature.shape == (n, height, width, c)
     np.testing.assert_allclose(feature.mean(), moments["mean"], rtol=1e-5)
     np.testing.assert_allclose(feature.std(ddof=1), moments["std"], rtol=1e-5)
 
 
-def test_names_are_the_authors(lip_resnet50):
-  names = {name for name, _ in torch_names(nnx.merge(*lip_resnet50))}
-  assert names == {k for k in REFERENCE["state_dict"] if not k.endswith("num_batches_tracked")}
+@pytest.mark.parametrize("name", ["lip_resnet50", "lip_resnet101", "lip_densenet121"])
+def test_names_and_shapes_are_the_authors(name):
+  expected = {
+    key: tuple(shape)
+    for key, shape in REFERENCE[name]["state_dict"].items()
+    if not key.endswith("num_batches_tracked")
+  }
+  ours = {}
+  for key, variable in torch_names(abstract(name)):
+    shape = variable.shape
+    ours[key] = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+  assert ours == expected
 
 
 def small_model():

@@ -1,25 +1,43 @@
 """Model names and what they stand for."""
 
-import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from lip_jax.downsample import make_downsamples
 from lip_jax.errors import UsageError
+from lip_jax.models.densenet import DenseNet
 from lip_jax.models.resnet import ResNet
 
-# The embedded job's network, for images of 32-64 px: 14 layers, a quarter of the usual width.
-_SMALL: dict[str, Any] = {"stage_sizes": (1, 1, 1, 1), "width": 16, "stem": "small"}
 
-_MODELS: dict[str, functools.partial[Any]] = {
-  "resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3)),
-  "lip_resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), pool="lip"),
-  "resnet_small": functools.partial(ResNet, **_SMALL),
-  "lip_resnet_small": functools.partial(ResNet, **_SMALL, pool="lip", logit_width=16),
+class _Entry(NamedTuple):
+  constructor: type[ResNet] | type[DenseNet]
+  options: dict[str, Any]  # of the constructor
+  downsampling: dict[str, Any]  # of `make_downsamples`
+
+
+_NETWORKS: dict[str, tuple[type[ResNet] | type[DenseNet], dict[str, Any]]] = {
+  "resnet18": (ResNet, {"stage_sizes": (2, 2, 2, 2), "block": "basic"}),
+  "resnet34": (ResNet, {"stage_sizes": (3, 4, 6, 3), "block": "basic"}),
+  "resnet50": (ResNet, {"stage_sizes": (3, 4, 6, 3)}),
+  "resnet101": (ResNet, {"stage_sizes": (3, 4, 23, 3)}),
+  "resnet152": (ResNet, {"stage_sizes": (3, 8, 36, 3)}),
+  # The embedded job's network, for images of 32-64 px: 14 layers, a quarter of the usual width.
+  "resnet_small": (ResNet, {"stage_sizes": (1, 1, 1, 1), "width": 16, "stem": "small"}),
+  "densenet121": (DenseNet, {"block_sizes": (6, 12, 24, 16)}),
+  "densenet169": (DenseNet, {"block_sizes": (6, 12, 32, 32)}),
+  "densenet201": (DenseNet, {"block_sizes": (6, 12, 48, 32)}),
+  "densenet161": (DenseNet, {"block_sizes": (6, 12, 36, 24), "growth": 48, "width": 96}),
 }
+_LIP: dict[str, dict[str, Any]] = {"resnet_small": {"logit_width": 16}}
+
+_MODELS: dict[str, _Entry] = {}
+for _name, (_constructor, _options) in _NETWORKS.items():
+  _MODELS[_name] = _Entry(_constructor, _options, {})
+  _MODELS[f"lip_{_name}"] = _Entry(_constructor, _options, {"pool": "lip", **_LIP.get(_name, {})})
 
 
 def list_models() -> list[str]:
@@ -46,20 +64,30 @@ def create_model(
     num_classes: number of logits.
     dtype: of the computation; parameters and statistics stay in float32 (float64 for float64).
     rngs: source of the initial weights, `nnx.Rngs(seed)`.
-    **options: arguments of the network's constructor, for example pool="average",
-      logit="projection", logit_width=64, bn_group_size=32.
+    **options: arguments of the network's constructor, for example bn_group_size=32, and of
+      `lip_jax.downsample.make_downsamples`, for example pool="average", logit="projection",
+      logit_width=64, lip_stages=("c4", "c5").
 
   Raises:
     UsageError: an unknown name, option, or value of an option, with the valid ones.
   """
   if name not in _MODELS:
     raise UsageError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
-  constructor = _MODELS[name]
-  arguments = inspect.signature(constructor.func.__init__).parameters
-  valid = sorted(set(arguments) - {"self", "num_classes", "dtype", "rngs"})
-  unknown = sorted(set(options) - set(valid))
+  entry = _MODELS[name]
+  pooling = set(inspect.signature(make_downsamples).parameters)
+  own = set(inspect.signature(entry.constructor.__init__).parameters)
+  own -= {"self", "downsample", "num_classes", "dtype", "rngs"}
+  unknown = sorted(set(options) - pooling - own)
   if unknown:
     raise UsageError(
-      f"unknown option {', '.join(unknown)} for model {name!r}; valid options: {', '.join(valid)}"
+      f"unknown option {', '.join(unknown)} for model {name!r}; valid options: "
+      + ", ".join(sorted(pooling | own))
     )
-  return constructor(num_classes=num_classes, dtype=dtype, rngs=rngs, **options)
+  downsampling = entry.downsampling | {k: v for k, v in options.items() if k in pooling}
+  return entry.constructor(
+    num_classes=num_classes,
+    downsample=make_downsamples(**downsampling),
+    dtype=dtype,
+    rngs=rngs,
+    **entry.options | {k: v for k, v in options.items() if k in own},
+  )
