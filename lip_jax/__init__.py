@@ -1,21 +1,57 @@
 """LIP, local importance-based pooling (Gao et al., ICCV 2019), for JAX on TPU and GPU."""
 
-from lip_jax.downsample import LIP
+from typing import Any
+
+from lip_jax import lan
+from lip_jax.adaptive import AdaptiveLIP, GlobalLIP, adaptive_lip_pool, global_lip_pool
+from lip_jax.lan import LIP
 from lip_jax.logit_modules import Bottleneck, Projection
 from lip_jax.models import create_model, list_models
-from lip_jax.pooling import average_pool, lip_pool, max_pool
-from lip_jax.torch_weights import load_torch_weights
+from lip_jax.pooling import (
+  average_pool,
+  detail_preserving_pool,
+  exp_pool,
+  lip_pool,
+  lp_pool,
+  max_pool,
+  soft_pool,
+  strided_pool,
+)
+from lip_jax.swap import replace_downsampling
+from lip_jax.torch_weights import load_torch_weights, to_torch_state_dict
 
 __version__ = "0.1.0"
 
 __all__ = [
   "LIP",
+  "AdaptiveLIP",
   "Bottleneck",
+  "GlobalLIP",
   "Projection",
+  "adaptive_lip_pool",
   "average_pool",
   "create_model",
+  "detail_preserving_pool",
+  "exp_pool",
+  "global_lip_pool",
+  "lan",
   "lip_pool",
   "list_models",
+  "load",
   "load_torch_weights",
+  "lp_pool",
   "max_pool",
+  "replace_downsampling",
+  "soft_pool",
+  "strided_pool",
+  "to_torch_state_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  """`lip_jax.load`, which needs safetensors, on first use: the rest works without."""
+  if name == "load":
+    from lip_jax.export import load
+
+    return load
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
