@@ -140,7 +140,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
       value = _build(field.type, value, f"{where}.{name}")
     elif isinstance(value, Mapping):
-      value = dict(value)
+      # Sequences are tuples here, too: JSON gives lists.
+      value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
     elif isinstance(value, list):
       value = tuple(value)
     arguments[name] = value

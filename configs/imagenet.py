@@ -1,0 +1,168 @@
+"""The networks of the paper on ImageNet, with its recipe: one command per row of tables 1 to 4.
+
+Command:   python train.py --config=configs/imagenet.py:lip_resnet50 --workdir=runs/lip_resnet50
+           The argument is a model (`lip-jax models` lists them) or a row of the table below. With
+           ",tiny" behind it, as in configs/imagenet.py:table1_average,tiny, everything is shrunk to
+           a few steps on small images of the embedded data set, to see that a row runs at all.
+Data:      imagenet2012, prepared by TFDS as ArrayRecord; --config.data.data_dir=DIR if it is not in
+           ~/tensorflow_datasets
+Hardware:  not yet run here
+Expected:  the paper's top-1 and top-5 in percent, one crop of 224 px; "-" where the figure could
+           not be obtained (lip_jax/paper.py says where each is from). `lip-jax tables` adds ours.
+
+  argument                  top-1  top-5  our result
+  table1_strided            76.40  93.15  not yet run
+  table1_average                -      -  not yet run
+  table1_max                    -      -  not yet run
+  table1_dpp_full_sym           -      -  not yet run
+  table1_dpp_full_asym          -      -  not yet run
+  table1_dpp_lite_sym           -      -  not yet run
+  table1_dpp_lite_asym          -      -  not yet run
+  table1_dpp_original           -      -  not yet run
+  table1_lip_projection         -      -  not yet run
+  table1_lip_bottleneck64       -      -  not yet run
+  table1_lip_bottleneck128  78.19  93.96  not yet run
+  table1_lip_bottleneck256  78.15      -  not yet run
+  table2_a                  78.19  93.96  not yet run
+  table2_b                      -      -  not yet run
+  table2_c                      -      -  not yet run
+  table2_d                      -      -  not yet run
+  table3_a                      -      -  not yet run
+  table3_b                      -      -  not yet run
+  table3_c                      -      -  not yet run
+  table3_d                      -      -  not yet run
+  table3_e                  78.19  93.96  not yet run
+  table4_resnet50           76.40  93.15  not yet run
+  table4_lip_resnet50       78.19  93.96  not yet run
+  table4_resnet101          77.98  93.98  not yet run
+  table4_lip_resnet101      79.33  94.60  not yet run
+  table4_densenet121        75.62  92.56  not yet run
+  table4_lip_densenet121    76.64  93.16  not yet run
+
+Recipe (authors' training script and section 4.1): SGD with a learning rate of 0.1 for 256 images,
+divided by 10 after 30, 60 and 80 of 90 epochs; no warm-up, no label smoothing; batch norm over 32
+images (64 for DenseNets). Any value can be set, such as --config.dtype=bfloat16 or
+--config.model.lip_stages="('c4', 'c5')".
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from lip_jax import list_models, paper
+from lip_jax.errors import UsageError
+
+
+def get_config(arg: str = "lip_resnet50") -> ConfigDict:
+  """Configuration of a model or row.
+
+  Args:
+    arg: one of `lip_jax.list_models()` or the name of one of `lip_jax.paper.ROWS`; and ",tiny".
+
+  Raises:
+    UsageError: anything else, with what there is.
+  """
+  name, _, size = arg.partition(",")
+  if size not in ("", "tiny"):
+    raise UsageError(f"unknown size {size!r} in {arg!r}; leave it out, or write {name},tiny")
+  model, options = _network(name)
+
+  config = ConfigDict()
+  config.seed = 0
+  config.num_epochs = 90.0
+  config.global_batch_size = 256
+  config.eval_batch_size = 256
+  config.dtype = "float32"  # or bfloat16
+  config.label_smoothing = 0.0
+
+  config.model = ConfigDict()
+  config.model.name = model
+  config.model.pool = "lip" if model.startswith("lip_") else "original"
+  config.model.logit = "bottleneck"  # or projection
+  config.model.logit_width = 16 if model == "lip_resnet_small" else 128
+  config.model.logit_top = "norm_gate"  # or norm, gate, none
+  config.model.average_steps = 0
+  config.model.pool_parameter = placeholder(float)  # of pool exp or lp
+  config.model.structure = "baseline"  # or dense
+  config.model.lip_stages = ("stem", "c3", "c4", "c5")
+  config.model.update(options)
+  if "densenet" in model:
+    config.model.bn_group_size = 64  # 0: the whole batch
+  else:
+    config.model.bn_group_size = 32
+    config.model.zero_init_residual = True
+
+  config.data = ConfigDict()
+  config.data.dataset = paper.DATASET
+  config.data.data_dir = placeholder(str)  # ~/tensorflow_datasets
+  config.data.train_split = "train"
+  config.data.validation_split = "validation"
+  config.data.image_size = 224
+  config.data.crop_scale = (0.08, 1.0)
+  config.data.eval_resize = 256
+  config.data.flip = True
+  config.data.mean = (123.675, 116.28, 103.53)
+  config.data.std = (58.395, 57.12, 57.375)
+  config.data.num_threads = 16
+
+  config.optim = ConfigDict()
+  config.optim.base_lr = 0.1  # per 256 images
+  config.optim.schedule = "step"
+  config.optim.step_epochs = (30, 60, 80)
+  config.optim.step_factor = 0.1
+  config.optim.warmup_epochs = 0.0
+  config.optim.warmup_lr = 0.0
+  config.optim.momentum = 0.9
+  config.optim.weight_decay = 1e-4
+
+  config.log_every_steps = 100
+  config.eval_every_epochs = 1.0
+  config.checkpoint_every_steps = 1000
+  config.keep_checkpoints = 2
+  config.importance_images = 8
+  if size:
+    _shrink(config)
+  return config
+
+
+def _network(name: str) -> tuple[str, dict[str, Any]]:
+  """Name of the model and its options."""
+  if name in list_models():
+    return name, {}
+  for row in paper.ROWS:
+    if row.name == name:
+      return row.model, dict(row.options)
+  rows = ", ".join(row.name for row in paper.ROWS)
+  raise UsageError(
+    f"unknown network {name!r}; choose one of the models {', '.join(list_models())} or of the "
+    f"paper's rows {rows}; with ,tiny behind it for a trial"
+  )
+
+
+def _shrink(config: ConfigDict) -> None:
+  """What is left is the kind of network: four steps of it in seconds."""
+  config.num_epochs = 0.5
+  config.global_batch_size = 8
+  config.eval_batch_size = 8
+
+  config.model.width = 8
+  config.model.logit_width = 4
+  config.model.average_steps = min(config.model.average_steps, 1)
+  config.model.bn_group_size = 4
+  if "densenet" in config.model.name:
+    config.model.block_sizes = (1, 1, 1, 1)
+    config.model.growth = 4
+  else:
+    config.model.stage_sizes = (1, 1, 1, 1)
+
+  config.data.dataset = "cluttered_digits/classify"
+  config.data.train_split = "train[:64]"
+  config.data.validation_split = "validation[:16]"
+  config.data.image_size = 32
+  config.data.eval_resize = 36
+  config.data.num_threads = 2
+
+  config.log_every_steps = 1
+  config.eval_every_epochs = 0.5
+  config.checkpoint_every_steps = 4
