@@ -108,7 +108,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
       _CONFIG.value.to_dict()  # a file that could not be read raises only when it is used
     return remaining
   except flags.Error as error:
-    _fail(f"{str(error).strip().splitlines()[-1]} (see --help)")
+    reason = str(error).strip().splitlines()[-1]
+    _fail(f"{reason.removeprefix('lip_jax.errors.UsageError: ')} (see --help)")
   except Exception as error:  # a configuration file is code, which can raise anything
     _fail(_config_error(argv, error))
 

@@ -6,7 +6,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
-  + " --xla_backend_optimization_level=0"  # most of the tests' time is compiling
+  # Most of the tests' time is compiling: a quarter of it this way. tests/e2e runs the usual way.
+  + " --xla_backend_optimization_level=0"
+  + " --xla_llvm_disable_expensive_passes=true"
+  + " --xla_cpu_use_fusion_emitters=false"
 )
 
 import jax

@@ -21,13 +21,6 @@ from lip_jax.errors import UsageError
 PATH = Path(__file__).parents[1] / "configs" / "imagenet.py"
 CONFIG = runpy.run_path(str(PATH))
 
-# What is compiled here runs for two steps only: not worth more than the least effort.
-QUICK = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-  "xla_cpu_use_fusion_emitters": False,
-}
-
 every_row = pytest.mark.parametrize("row", paper.ROWS, ids=lambda row: row.name)
 
 
@@ -39,14 +32,6 @@ class Trained(NamedTuple):
   losses: list[float]
   before: dict  # parameters by path
   after: dict
-
-
-def compiled(function, *arguments):
-  lowered = jax.jit(function).lower(*arguments)
-  try:
-    return lowered.compile(compiler_options=QUICK)
-  except jax.errors.JaxRuntimeError:  # another version may not have all of these
-    return lowered.compile()
 
 
 @functools.cache  # many rows are the same network once they are tiny
@@ -72,7 +57,7 @@ def two_steps(model):
     "image": rng.integers(0, 256, (config.global_batch_size, size, size, 3), np.uint8),
     "label": rng.integers(0, 10, config.global_batch_size, np.int32),
   }
-  step = compiled(update, state, batch)
+  step = jax.jit(update)
   before, losses = flat(state.params), []
   for _ in range(2):
     state, metrics = step(state, batch)

@@ -19,7 +19,7 @@ def assert_one_line(done, *parts):
   ("override", "parts"),
   [
     ("--config.model.name=lip_resnet51", ["'lip_resnet51'", "choose one of", "lip_resnet50"]),
-    ("--config.model.pool=lipp", ["'lipp'", "strided, average, max, lip"]),
+    ("--config.model.pool=lipp", ["'lipp'", "original, strided, average"]),
     ("--config.optim.learning_rate=1", ["config.optim", "'learning_rate'", "base_lr, momentum"]),
     ("--config.sed=1", ["'sed'", "valid keys", "seed"]),
     ("--config.model.pol=max", ["config.model", "'pol'", "pool"]),
