@@ -7,6 +7,7 @@ and the residual branch's features h [N, H, W, branch], and returns the next fea
 [N, H', W', mid] and, for the shortcut, [N, H', W', out].
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args
 
@@ -28,7 +29,7 @@ from lip_jax.lan import (
   SoftPool,
   StridedPool,
 )
-from lip_jax.logit_modules import Bottleneck, BottleneckTrunk, Projection, Top
+from lip_jax.logit_modules import TOPS, Bottleneck, BottleneckTrunk, Projection, Top
 
 Pool = Literal[
   "original",
@@ -222,7 +223,15 @@ class LIPBottleneck(LIPProjection):
     )
 
   def between_blocks(self, features, *, dtype, rngs):
-    logits = Bottleneck(features, features, self.width, top=self.top, dtype=dtype, rngs=rngs)
+    logits = Bottleneck(
+      features,
+      features,
+      self.width,
+      top=self.top,
+      init=layers.kaiming_fan_in,  # as all convolutions of a DenseNet
+      dtype=dtype,
+      rngs=rngs,
+    )
     return LIP(logits, average_steps=self.average_steps, **_WINDOW_2)
 
 
@@ -374,7 +383,8 @@ def make_downsamples(
     average_steps: for "lip", training steps that pool by averages first (2,000 in table 2, D).
     pool_parameter: for "exp" the initial beta (1 by default), for "lp" the exponent p (2).
     structure: where a ResNet pools: "baseline" (pooling, then 1x1 convolution, in both branches)
-      or "dense" (convolutions at full resolution, then one pooling behind the block).
+      or "dense" (convolutions at full resolution, then one pooling behind the block; the stem stays
+      max-pooled). A DenseNet pools between its blocks in either.
     lip_stages: places that get this pool, of "stem" (stride 4), "c3" (on the way to stride 8),
       "c4" and "c5"; the others keep the network's own (table 3).
 
@@ -387,18 +397,23 @@ def make_downsamples(
   for name, value, valid in (
     ("pool", pool, POOLS),
     ("logit", logit, LOGITS),
+    ("logit_top", logit_top, TOPS),
     ("structure", structure, STRUCTURES),
   ):
     if value not in valid:
       raise UsageError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
-  if isinstance(lip_stages, str) or not set(lip_stages) <= set(PLACES):
+  if not isinstance(lip_stages, (tuple, list)) or not set(lip_stages) <= set(PLACES):
     raise UsageError(f"lip_stages must be some of {', '.join(PLACES)}, got {lip_stages!r}")
-  if logit_width < 1:
-    raise UsageError(f"logit_width must be positive, got {logit_width}")
-  if average_steps < 0:
-    raise UsageError(f"average_steps must not be negative, got {average_steps}")
-  if pool == "lp" and pool_parameter is not None and pool_parameter < 1:
-    raise UsageError(f"pool_parameter of pool 'lp' is its exponent, at least 1; {pool_parameter}")
+  layers.check_sizes(logit_width=logit_width)
+  layers.check_sizes(least=0, average_steps=average_steps)
+  if pool_parameter is not None:
+    if pool not in ("exp", "lp"):
+      raise UsageError(f"pool_parameter is for pool 'exp' and 'lp'; pool {pool!r} has none")
+    if not math.isfinite(pool_parameter) or (pool == "lp" and pool_parameter < 1):
+      raise UsageError(
+        "pool_parameter must be a finite number, and for pool 'lp', whose exponent it is, at "
+        f"least 1; got {pool_parameter}"
+      )
   here: Downsample
   if pool in ("original", "strided"):
     here = Original() if pool == "original" else Strided()

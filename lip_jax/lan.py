@@ -107,14 +107,14 @@ class MaxPool(LocalPool):
 
 
 class StridedPool(LocalPool):
-  """Sampling at a fixed interval: F is one for the pixel window // 2, zero for the others."""
+  """Sampling at a fixed interval: F is one for a window's central pixel, zero for the others."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return pooling.strided_pool(x, **self._windows)
 
   def importance(self, x: jax.Array) -> jax.Array:
     (kh, kw) = pair("window", self.window)
-    sampled = (kh // 2) * kw + kw // 2
+    sampled = ((kh - 1) // 2) * kw + (kw - 1) // 2
     shape = self._taps(x, 0.0).shape
     one_hot = jax.nn.one_hot(sampled, kh * kw, dtype=accumulation_dtype(x))
     return jnp.broadcast_to(one_hot[None, None, None, :, None], shape)

@@ -7,9 +7,11 @@ normalizations compute in that precision and cast their output. Paddings are exp
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -64,11 +66,19 @@ def conv(
   )
 
 
-def check_sizes(**sizes: int) -> None:
-  """Raises UsageError unless all are positive."""
+def check_sizes(least: int = 1, **sizes: Any) -> None:
+  """Raises UsageError unless all are whole numbers, at least `least`."""
   for name, value in sizes.items():
-    if value < 1:
-      raise UsageError(f"{name} must be positive, got {value}")
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+      bound = "positive" if least == 1 else f"at least {least}"
+      raise UsageError(f"{name} must be a whole number and {bound}, got {value!r}")
+
+
+def check_four(name: str, sizes: Any) -> None:
+  """Raises UsageError unless `sizes` are four positive whole numbers, one per stage."""
+  if not isinstance(sizes, (tuple, list)) or len(sizes) != 4:
+    raise UsageError(f"{name} must be four positive numbers, got {sizes!r}")
+  check_sizes(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
 
 
 def check_images(images: jax.Array) -> None:
@@ -147,8 +157,7 @@ class BatchNorm(nnx.Module):
 
 def norm_factory(group_size: int | None, dtype: Dtype) -> Callable[..., BatchNorm]:
   """What makes a network's batch norms: (features, zero_init=False) -> `BatchNorm`."""
-  if group_size is not None and group_size < 0:
-    raise UsageError(f"bn_group_size must be positive, or 0 for the whole batch: {group_size}")
+  check_sizes(least=0, bn_group_size=0 if group_size is None else group_size)
   return functools.partial(BatchNorm, group_size=group_size, dtype=dtype)
 
 

@@ -89,16 +89,24 @@ class BottleneckTrunk(nnx.Module):
   Args:
     in_features: channels of the input.
     width: x in "bottleneck-x", channels of the output.
+    init: of the convolutions.
     dtype: of the computation.
     rngs: source of the initial weights.
   """
 
   def __init__(
-    self, in_features: int, width: int = 128, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs
+    self,
+    in_features: int,
+    width: int = 128,
+    *,
+    init: nnx.Initializer = layers.kaiming_fan_out,
+    dtype: Dtype = jnp.float32,
+    rngs: nnx.Rngs,
   ):
-    self.conv1 = layers.conv(in_features, width, 1, dtype=dtype, rngs=rngs)
+    layers.check_sizes(in_features=in_features, width=width)
+    self.conv1 = layers.conv(in_features, width, 1, init=init, dtype=dtype, rngs=rngs)
     self.norm1 = layers.InstanceNorm(width, dtype=dtype)
-    self.conv2 = layers.conv(width, width, 3, dtype=dtype, rngs=rngs)
+    self.conv2 = layers.conv(width, width, 3, init=init, dtype=dtype, rngs=rngs)
     self.norm2 = layers.InstanceNorm(width, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -114,6 +122,7 @@ class Bottleneck(nnx.Module):
     out_features: channels that are to be pooled.
     width: x in "bottleneck-x".
     top: as for `Projection`.
+    init: of the trunk's convolutions.
     dtype: of the computation.
     rngs: source of the initial weights.
   """
@@ -125,10 +134,11 @@ class Bottleneck(nnx.Module):
     width: int = 128,
     *,
     top: Top = "norm_gate",
+    init: nnx.Initializer = layers.kaiming_fan_out,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.trunk = BottleneckTrunk(in_features, width, dtype=dtype, rngs=rngs)
+    self.trunk = BottleneckTrunk(in_features, width, init=init, dtype=dtype, rngs=rngs)
     self.projection = Projection(width, out_features, top=top, dtype=dtype, rngs=rngs)
 
   @property

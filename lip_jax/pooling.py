@@ -123,13 +123,19 @@ def max_pool(
 def strided_pool(
   x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
 ) -> jax.Array:
-  """The pixel window // 2 of each window: F is one there and zero elsewhere.
+  """The central pixel of each window, (window - 1) // 2: F is one there and zero elsewhere.
 
   What a strided convolution does after the same convolution at every pixel.
   """
+  x = jnp.asarray(x)
   geometry = make_geometry(x, window, stride, padding)
+  if any(p > (k - 1) // 2 for k, p in zip(geometry.window, geometry.padding, strict=True)):
+    raise ValueError(
+      f"padding must be at most (window - 1) // 2 for the central pixel to lie inside the image; "
+      f"got window {geometry.window} and padding {geometry.padding}"
+    )
   rows, columns = (
-    slice(k // 2 - p, k // 2 - p + (out - 1) * s + 1, s)
+    slice((k - 1) // 2 - p, (k - 1) // 2 - p + (out - 1) * s + 1, s)
     for k, s, p, out in zip(*geometry, geometry.output_size((x.shape[1], x.shape[2])), strict=True)
   )
   return x[:, rows, columns]
@@ -222,7 +228,7 @@ def detail_preserving_pool(
   image. Average pooling at lam = 0.
 
   Args:
-    x: [N, H, W, C].
+    x: [N, H, W, C], of magnitude below 1e18 in float32: differences are squared.
     alpha: share of average pooling, >= 0: a number, or one per channel, [C].
     lam: exponent lambda, >= 0: a number, or one per channel, [C].
     kernel: for the full form, [window_h, window_w, C].
@@ -278,10 +284,11 @@ def detail_importance(
     log_rho.append(jnp.where(here > 0, rho, -jnp.inf))
   # The window's largest weight is brought to about one: nothing overflows, and where alpha is zero
   # and all details are tiny the sum does not vanish. The factor cancels in the pooling.
-  log_alpha = jnp.where(constant > 0, jnp.log(jnp.where(constant > 0, constant, 1)), -jnp.inf)
-  largest = lax.stop_gradient(functools.reduce(jnp.maximum, log_rho, log_alpha))
+  largest = lax.stop_gradient(functools.reduce(jnp.maximum, log_rho, jnp.log(constant)))
+  # For alpha = 0 the factor may be beyond the dtype's range; then 0 * inf must not arise.
+  factor = jnp.exp(jnp.minimum(-largest, jnp.log(jnp.finfo(dtype).max) / 2))
   return [
-    here * (jnp.exp(log_alpha - largest) + jnp.exp(rho - largest))
+    here * (constant * factor + jnp.exp(rho - largest))
     for here, rho in zip(inside, log_rho, strict=True)
   ]
 

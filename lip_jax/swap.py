@@ -2,7 +2,8 @@
 
 A pooling becomes LIP with the same window and stride. A strided convolution becomes LIP and the
 same convolution at stride 1 (figure 4(b) of Gao, Wang and Wu, "LIP: Local Importance-based
-Pooling", ICCV 2019). Logit modules start at zero, so all of them start as average pooling.
+Pooling", ICCV 2019). Logit modules start at zero, so all of them start as average pooling, of the
+positions inside the image (`nnx.avg_pool` also counts those of its padding, by default).
 """
 
 import dataclasses
@@ -16,13 +17,14 @@ from flax import nnx
 from flax.typing import Dtype
 from jax import lax
 
+from lip_jax import layers
+from lip_jax.downsample import LOGITS
 from lip_jax.errors import UsageError
 from lip_jax.lan import LIP
 from lip_jax.logit_modules import Bottleneck, Projection
 from lip_jax.windows import Geometry
 
 POOLS = {nnx.avg_pool: "avg_pool", nnx.max_pool: "max_pool"}
-LOGITS = ("projection", "bottleneck")
 IMAGE_CHANNELS = 4  # a convolution of at most so many channels reads the image itself
 
 Edit = Callable[[str, Any], Any]
@@ -216,6 +218,8 @@ def _check(model: Any, logit: str, logit_width: int | None) -> None:
     )
   if logit not in LOGITS:
     raise UsageError(f"unknown logit {logit!r}; choose one of {', '.join(LOGITS)}")
+  if logit_width is not None:
+    layers.check_sizes(logit_width=logit_width)
   if logit == "projection" and logit_width is not None:
     raise UsageError(
       f"logit_width={logit_width} is for logit='bottleneck'; a projection has no width"
@@ -238,7 +242,7 @@ def _logits(
 ) -> Projection | Bottleneck:
   if logit == "projection":
     return Projection(features, features, dtype=dtype, rngs=rngs)
-  return Bottleneck(features, features, width or 128, dtype=dtype, rngs=rngs)
+  return Bottleneck(features, features, 128 if width is None else width, dtype=dtype, rngs=rngs)
 
 
 def _strides(layer: Any) -> tuple[int, ...]:

@@ -65,23 +65,26 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
       message. The model is then unchanged.
   """
   source: dict[str, np.ndarray] = {}
-  for name, value in state_dict.items():
-    if name.endswith(_COUNTER):
+  faults: list[str] = []
+  for given, value in state_dict.items():
+    if given.endswith(_COUNTER):
       continue
-    name = name.removeprefix("module.")
+    name = given.removeprefix("module.")
     for pattern, replacement in _SPELLINGS:
       name = re.sub(pattern, replacement, name)
-    source[name] = value
-  faults: list[str] = []
+    if name in source:
+      faults.append(f"{name} twice, the second time as {given}")
+    source[name] = np.asarray(value)
   found: list[tuple[nnx.Variable, np.ndarray]] = []
   for name, variable in torch_names(model):
     if name not in source:
       faults.append(f"missing {name}")
       continue
-    value = _to_our_layout(np.asarray(source.pop(name)))
-    if value.shape != variable.shape:
-      faults.append(f"shape of {name} is {value.shape}, expected {variable.shape} (our layout)")
-    found.append((variable, value))
+    value = source.pop(name)
+    expected = _torch_shape(variable.shape)
+    if value.shape != expected:
+      faults.append(f"shape of {name} is {value.shape}, expected {expected}")
+    found.append((variable, _to_our_layout(value)))
   faults += [f"unexpected {name}" for name in source]
   if faults:
     raise UsageError(
@@ -157,6 +160,11 @@ def _lip_layers(model: nnx.Module) -> list[LIP]:
 def _to_our_layout(value: np.ndarray) -> np.ndarray:
   """[O, I, H, W] -> [H, W, I, O] and [O, I] -> [I, O]; vectors as they are."""
   return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Shape in PyTorch's layout of a variable that has this shape here."""
+  return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
 def _to_torch_layout(value: np.ndarray) -> np.ndarray:

@@ -110,11 +110,37 @@ def test_full_detail_preserving_pooling_equals_loops(symmetric, x64):
   np.testing.assert_allclose(y, loop(pool_window, x, WINDOWS[0]), rtol=1e-11, atol=1e-12)
 
 
-def test_strided_pooling_takes_every_second_pixel():
+@pytest.mark.parametrize(
+  ("windows", "expected"),
+  [
+    ({}, np.s_[:, ::2, ::2]),
+    ({"window": 2, "stride": 2, "padding": 0}, np.s_[:, :6:2, ::2]),
+    ({"window": 5, "stride": 2, "padding": 1}, np.s_[:, 1:6:2, 1:4:2]),
+    ({"window": 1, "stride": 3, "padding": 0}, np.s_[:, ::3, ::3]),
+  ],
+)
+def test_strided_pooling_takes_the_central_pixels(windows, expected):
   x = random((2, 7, 6, 3)).astype(np.float32)
-  np.testing.assert_array_equal(lip_jax.strided_pool(jnp.asarray(x)), x[:, ::2, ::2])
-  y = lip_jax.strided_pool(jnp.asarray(x), window=2, stride=2, padding=0)
-  np.testing.assert_array_equal(y, x[:, 1::2, 1::2])
+  y = lip_jax.strided_pool(jnp.asarray(x), **windows)
+  np.testing.assert_array_equal(y, x[expected])
+  assert y.shape == lip_jax.average_pool(jnp.asarray(x), **windows).shape
+
+
+@pytest.mark.parametrize(("alpha", "lam"), [(0.0, 1.5), (0.4, 0.0), (0.0, 3.0)])
+def test_gradient_of_detail_preserving_pooling_at_the_ends_of_its_parameters(alpha, lam, x64):
+  x = jnp.asarray(random((1, 5, 5, 2)))
+
+  def total(alpha, lam):
+    y = lip_jax.detail_preserving_pool(x, alpha, lam)
+    return (y * jnp.asarray(random(y.shape, seed=3))).sum()
+
+  step = 1e-7
+  by_alpha, by_lambda = jax.grad(total, argnums=(0, 1))(alpha, lam)
+  # One-sided where there is no other side.
+  difference = (total(alpha + step, lam) - total(alpha, lam)) / step
+  np.testing.assert_allclose(by_alpha, difference, rtol=1e-4, atol=1e-6)
+  difference = (total(alpha, lam + step) - total(alpha, lam)) / step
+  np.testing.assert_allclose(by_lambda, difference, rtol=1e-4, atol=1e-6)
 
 
 def make_layers(dtype=jnp.float32, **windows):
@@ -252,6 +278,10 @@ def test_lip_pools_by_averages_in_its_first_training_steps():
     ),
     (lambda x: lip_jax.detail_preserving_pool(x, epsilon=0.0), "epsilon must be positive"),
     (lambda x: lip_jax.strided_pool(x, padding=2), "padding must be between 0 and"),
+    (
+      lambda x: lip_jax.strided_pool(x, window=2),
+      "central pixel to lie inside .* window \\(2, 2\\)",
+    ),
   ],
 )
 def test_errors_say_what_was_expected(call, message):

@@ -48,6 +48,10 @@ def test_the_reference_is_the_authors_network(name):
       {"block_sizes": (2, 1, 1, 2), "growth": 12, "width": 24, "logit_width": 64},
       (64, 111),
     ),
+    ("lip_resnet34", {"stage_sizes": (1, 2, 1, 1), "width": 16, "logit_width": 32}, (65, 94)),
+    ("resnet18", {"stage_sizes": (1, 1, 2, 1), "width": 8}, (97, 64)),
+    ("resnet50", {"stage_sizes": (1, 2, 1, 1), "width": 8}, (64, 71)),
+    ("densenet121", {"block_sizes": (1, 2, 1, 1), "growth": 8, "width": 16}, (66, 97)),
   ],
   ids=str,
 )

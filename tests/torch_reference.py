@@ -47,11 +47,14 @@ class Network:
 
 
 class ResNet(Network):
-  """Bottleneck LIP-ResNet."""
+  """LIP-ResNet or plain ResNet, of bottleneck or basic blocks."""
 
   def __call__(self, images):
     x = F.relu(self.batch_norm(self.conv(images, "conv1", 2), "bn1"))
-    x = self.lip(x, self.gated(x, "maxpool.logit.conv", "maxpool.logit.bn"))
+    if self.has("maxpool."):
+      x = self.lip(x, self.gated(x, "maxpool.logit.conv", "maxpool.logit.bn"))
+    else:
+      x = F.max_pool2d(x, 3, 2, 1)
     for stage in (1, 2, 3, 4):
       block = 0
       while self.has(f"layer{stage}.{block}."):
@@ -60,33 +63,43 @@ class ResNet(Network):
     return F.linear(x.mean((2, 3)), self.weights["fc.weight"], self.weights["fc.bias"])
 
   def block(self, x, name):
-    h = F.relu(self.batch_norm(self.conv(x, f"{name}.conv1"), f"{name}.bn1"))
-    shortcut = x
+    halves = not name.startswith("layer1.") and name.endswith(".0")
+    bottleneck = self.has(f"{name}.conv3.")
+    h = F.relu(self.batch_norm(self.conv(x, f"{name}.conv1"), f"{name}.bn1")) if bottleneck else x
+    spatial, norm = ("conv2", "bn2") if bottleneck else ("conv1", "bn1")
+    shortcut, stride = x, 1
     if self.has(f"{name}.bottleneck_shared."):
       shared = self.trunk(x, f"{name}.bottleneck_shared.logit")
-      head = f"{name}.conv2.0.postprocessing"
+      head = f"{name}.{spatial}.0.postprocessing"
       h = self.lip(h, self.gated(shared, f"{head}.conv", f"{head}.bn"))
-      h = self.conv(h, f"{name}.conv2.1")
+      h = self.conv(h, f"{name}.{spatial}.1")
       head = f"{name}.downsample.lip.postprocessing"
       shortcut = self.lip(x, self.gated(shared, f"{head}.conv", f"{head}.bn"))
     else:
-      h = self.conv(h, f"{name}.conv2")
-    h = F.relu(self.batch_norm(h, f"{name}.bn2"))
-    h = self.batch_norm(self.conv(h, f"{name}.conv3"), f"{name}.bn3")
+      stride = 2 if halves else 1
+      h = self.conv(h, f"{name}.{spatial}", stride)
+    h = F.relu(self.batch_norm(h, f"{name}.{norm}"))
+    last, norm = ("conv3", "bn3") if bottleneck else ("conv2", "bn2")
+    h = self.batch_norm(self.conv(h, f"{name}.{last}"), f"{name}.{norm}")
     if self.has(f"{name}.downsample."):
-      shortcut = self.conv(shortcut, f"{name}.downsample.conv")
-      shortcut = self.batch_norm(shortcut, f"{name}.downsample.bn")
+      conv, norm = ("0", "1") if self.has(f"{name}.downsample.0.") else ("conv", "bn")
+      shortcut = self.conv(shortcut, f"{name}.downsample.{conv}", stride)
+      shortcut = self.batch_norm(shortcut, f"{name}.downsample.{norm}")
     return F.relu(h + shortcut)
 
 
 class DenseNet(Network):
-  """LIP-DenseNet-BC."""
+  """LIP-DenseNet-BC or plain DenseNet-BC."""
 
   def __call__(self, images):
     x = self.conv(images, "features.conv0", 2)
     x = F.relu(self.batch_norm(x, "features.norm0"))
-    logit = "features.pool0.logit"
-    x = self.lip(x, self.gated(x, f"{logit}.conv1", f"{logit}.bn1"))
+    plain = not self.has("features.pool0.")
+    if plain:
+      x = F.max_pool2d(x, 3, 2, 1)
+    else:
+      logit = "features.pool0.logit"
+      x = self.lip(x, self.gated(x, f"{logit}.conv1", f"{logit}.bn1"))
     for index in (1, 2, 3, 4):
       layer = 1
       while self.has(f"features.denseblock{index}.denselayer{layer}."):
@@ -99,6 +112,9 @@ class DenseNet(Network):
       if index < 4:
         name = f"features.transition{index}"
         x = self.conv(F.relu(self.batch_norm(x, f"{name}.norm")), f"{name}.conv")
+        if plain:
+          x = F.avg_pool2d(x, 2, 2)
+          continue
         logits = self.trunk(x, f"{name}.pool.logit")
         logits = self.gated(logits, f"{name}.pool.logit.conv3", f"{name}.pool.logit.bn3")
         x = self.lip(x, logits, 2, 2, 0)

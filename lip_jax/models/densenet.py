@@ -13,7 +13,6 @@ from flax.typing import Dtype
 
 from lip_jax import layers
 from lip_jax.downsample import Downsample
-from lip_jax.errors import UsageError
 
 _BOTTLENECK = 4  # inner channels of a dense layer, in growth rates
 
@@ -109,8 +108,7 @@ class DenseNet(nnx.Module):
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if len(block_sizes) != 4 or min(block_sizes) < 1:
-      raise UsageError(f"block_sizes must be four positive numbers, got {block_sizes}")
+    layers.check_four("block_sizes", block_sizes)
     layers.check_sizes(growth=growth, width=width, num_classes=num_classes)
     self.dtype = dtype
     norm = layers.norm_factory(bn_group_size, dtype)

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
@@ -73,6 +74,11 @@ def create_model(
   """
   if name not in _MODELS:
     raise UsageError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
+  if jnp.dtype(dtype) != jax.dtypes.canonicalize_dtype(dtype):
+    raise UsageError(
+      f"dtype {jnp.dtype(dtype)} needs JAX's x64 mode: call "
+      "jax.config.update('jax_enable_x64', True) first"
+    )
   entry = _MODELS[name]
   pooling = set(inspect.signature(make_downsamples).parameters)
   own = set(inspect.signature(entry.constructor.__init__).parameters)

@@ -179,8 +179,7 @@ class ResNet(nnx.Module):
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if len(stage_sizes) != 4 or min(stage_sizes) < 1:
-      raise UsageError(f"stage_sizes must be four positive numbers, got {stage_sizes}")
+    layers.check_four("stage_sizes", stage_sizes)
     if stem not in ("imagenet", "small"):
       raise UsageError(f"unknown stem {stem!r}; choose one of imagenet, small")
     if block not in ("bottleneck", "basic"):
