@@ -2,31 +2,55 @@
 
 Pure functions around native calls that release the GIL, so that threads share the work. Flips and
 normalisation are not here: the device does them, on a quarter of the bytes that floats would take.
+
+Training decodes no more than its random crop needs and resizes fast; evaluation gives the pixels of
+Pillow, which torchvision uses. docs/input_benchmark.md has what both cost.
 """
 
+import contextlib
+import io
 import math
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import Image, UnidentifiedImageError
 
 # The pipeline's threads are the parallelism. OpenCV's own would compete with them for the cores.
 cv2.setNumThreads(0)
 
+MAX_PIXELS = 80_000_000
+"""Images with more pixels are refused: they would take more than 240 MB each, on every thread."""
+
 _JPEG_START = b"\xff\xd8"
+# What precedes height and width in the frame header of a sequential JPEG with three colours.
+_BASELINE_COLOR = b"\xff\xc0\x00\x11\x08"
 # libjpeg warnings after which all of the image is there. Others mean that some of it is lost.
 _HARMLESS = ("extraneous bytes before marker 0xd9", "Invalid SOS parameters")
+# What else may hold a photograph. A list, because some of Pillow's formats run other programs.
+_OTHER_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_INKS = ("CMYK", "YCCK")
+
+# A decoder that drops frequencies has to leave this many times the pixels that the result has:
+# with less, what it loses shows (docs/input_benchmark.md).
+_REDUCTION_MARGIN = 1.25
+# Pixels of an image after resizing, before the central square is taken, 4 bytes each.
+_MAX_RESIZED = 2**24
+_BILINEAR = Image.Resampling.BILINEAR
+_RATIO = (3 / 4, 4 / 3)
 
 
 class CorruptImage(ValueError):  # noqa: N818
-  """The bytes hold no whole image: empty, cut short, overwritten, or of an unknown format."""
+  """The bytes hold no usable image: empty, cut short, overwritten, of unknown format, or huge."""
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
-  """Decodes a JPEG of any kind, or a PNG, which ImageNet also contains.
+  """Decodes a JPEG of any kind, or a PNG, which ImageNet also contains, as Pillow does.
 
   Grey and CMYK images become RGB, transparency is dropped, and an EXIF orientation is ignored, as
-  the usual ImageNet pipelines do.
+  the usual ImageNet pipelines do. Of 16 bits the upper 8 are kept.
 
   Args:
     data: the encoded image.
@@ -35,29 +59,80 @@ def decode_jpeg(data: bytes) -> np.ndarray:
     RGB pixels, uint8 [H, W, 3].
 
   Raises:
-    CorruptImage: not an image, or not all of one.
+    CorruptImage: not an image, not all of one, or one of more than `MAX_PIXELS` pixels.
   """
-  if not data.startswith(_JPEG_START):
+  header = _read_header(data) if data.startswith(_JPEG_START) else None
+  if header is None:
     return _decode_other(data)
-  try:
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-  except ValueError as error:
-    if not any(warning in str(error) for warning in _HARMLESS):
-      raise CorruptImage(f"{error} ({len(data)} bytes)") from error
-  return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)
+  if header.colorspace not in _INKS:
+    return _decode(data, header)
+  # libjpeg leaves the inks to us. Pillow's formula, and Adobe's convention: 255 is no ink.
+  inks = _decode(data, header, "CMYK")
+  size = (header.width, header.height)
+  return np.array(Image.frombuffer("CMYK", size, inks, "raw", "CMYK;I", 0, 1).convert("RGB"))
 
 
-def _decode_other(data: bytes) -> np.ndarray:
-  if not data:
-    raise CorruptImage("no data (0 bytes)")
-  flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-  try:
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-  except cv2.error as error:
-    raise CorruptImage(f"{error} ({len(data)} bytes)") from error
-  if image is None:
-    raise CorruptImage(f"neither a JPEG nor another whole image ({len(data)} bytes)")
-  return image
+def decode_random_resized_crop(
+  data: bytes,
+  rng: np.random.Generator,
+  size: int,
+  scale: tuple[float, float],
+  ratio: tuple[float, float] = _RATIO,
+  *,
+  out: np.ndarray | None = None,
+) -> np.ndarray:
+  """Decodes a random part of an image, resized to a square: for training.
+
+  The same draws from `rng`, and so the same parts, as `random_resized_crop` of the whole image, but
+  the rows below the part are not decoded, and a part much larger than the result is decoded at 1/2,
+  1/4 or 1/8 of its size.
+
+  Args:
+    data: the encoded image, of a kind that `decode_jpeg` takes.
+    rng: where the randomness comes from.
+    size: side of the result, pixels.
+    scale: least and greatest area of the part, in parts of the image's.
+    ratio: least and greatest width / height of the part.
+    out: uint8 [size, size, 3], contiguous, for the result, such as an image of a batch; None makes
+      an array.
+
+  Returns:
+    uint8 [size, size, 3]; `out`, if given.
+
+  Raises:
+    CorruptImage: as `decode_jpeg`; but damage below the part that leaves the file's length as it
+      should be is not noticed.
+  """
+  header = _read_header(data) if data.startswith(_JPEG_START) else None
+  if header is None or header.colorspace in _INKS:
+    image = random_resized_crop(decode_jpeg(data), rng, size, scale, ratio)
+    return image if out is None else _copied(image, out)
+  top, left, height, width = _random_part(header.height, header.width, rng, scale, ratio)
+  reduction = 1
+  while reduction < 8 and min(height, width) >= 2 * reduction * size * _REDUCTION_MARGIN:
+    reduction *= 2
+  image = _decode_rows(data, header, top + height, reduction)
+  return _resize_part(
+    image, top / reduction, left / reduction, height / reduction, width / reduction, size, out
+  )
+
+
+def decode_center_crop(data: bytes, size: int, resize: int) -> np.ndarray:
+  """Decodes an image, resizes its shorter side, and takes the central square: for evaluation.
+
+  Args:
+    data: the encoded image, of a kind that `decode_jpeg` takes.
+    size: side of the result, pixels.
+    resize: shorter side before the crop, pixels; at least `size`.
+
+  Returns:
+    uint8 [size, size, 3]: `resize_and_center_crop` of `decode_jpeg`.
+
+  Raises:
+    CorruptImage: as `decode_jpeg`, for damage anywhere in the image.
+    ValueError: `resize` is smaller than `size`.
+  """
+  return resize_and_center_crop(decode_jpeg(data), size, resize)
 
 
 def random_resized_crop(
@@ -65,7 +140,7 @@ def random_resized_crop(
   rng: np.random.Generator,
   size: int,
   scale: tuple[float, float],
-  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  ratio: tuple[float, float] = _RATIO,
 ) -> np.ndarray:
   """Resizes a random part of an image to a square, as torchvision's `RandomResizedCrop` does.
 
@@ -83,7 +158,148 @@ def random_resized_crop(
     uint8 [size, size, 3].
   """
   top, left, height, width = _random_part(image.shape[0], image.shape[1], rng, scale, ratio)
-  return _resize(image[top : top + height, left : left + width], size, size)
+  return _resize_part(image, top, left, height, width, size)
+
+
+def resize_and_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
+  """Resizes an image's shorter side to `resize` and takes the central square.
+
+  The pixels are those of torchvision's `Resize(resize)` and `CenterCrop(size)` on a Pillow image:
+  bilinear, over a wider support when shrinking. An image of the right size is returned as it is.
+
+  Args:
+    image: uint8 [H, W, 3].
+    size: side of the result, pixels.
+    resize: shorter side before the crop, pixels; at least `size`.
+
+  Returns:
+    uint8 [size, size, 3].
+
+  Raises:
+    ValueError: `resize` is smaller than `size`.
+  """
+  if resize < size:
+    raise ValueError(f"cannot take {size} pixels from a side of {resize}")
+  image_height, image_width = image.shape[:2]
+  shorter = min(image_height, image_width)
+  height, width = image_height * resize // shorter, image_width * resize // shorter
+  top, left = round((height - size) / 2), round((width - size) / 2)
+  if shorter == resize:
+    return image[top : top + size, left : left + size]
+  source = Image.fromarray(image)
+  if height * width > _MAX_RESIZED:
+    # A strip that would become huge. The box is in single precision: a few pixels differ by 1.
+    y, x = image_height / height, image_width / width
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return np.array(source.resize((size, size), _BILINEAR, box))
+  resized = source.resize((width, height), _BILINEAR)
+  return np.array(resized.crop((left, top, left + size, top + size)))
+
+
+class _Header(NamedTuple):
+  height: int
+  width: int
+  colorspace: str
+
+
+def _read_header(data: bytes | bytearray) -> _Header | None:
+  """Reads a JPEG's header; None if it is damaged or of a kind that simplejpeg does not know."""
+  try:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+  except (ValueError, KeyError):
+    return None
+  _check_size(height, width, data)
+  return _Header(height, width, colorspace)
+
+
+def _check_size(height: int, width: int, data: bytes | bytearray) -> None:
+  if height * width > MAX_PIXELS:
+    raise CorruptImage(
+      f"an image of {width} x {height} pixels; expected at most {MAX_PIXELS:,} ({len(data)} bytes)"
+    )
+
+
+def _decode(
+  data: bytes | bytearray,
+  header: _Header,
+  colorspace: str = "RGB",
+  *,
+  reduction: int = 1,
+  fast: bool = False,
+) -> np.ndarray:
+  """Decodes a whole JPEG.
+
+  Args:
+    data: the encoded image.
+    header: what `_read_header` says of it.
+    colorspace: of the result.
+    reduction: 1, 2, 4 or 8: drops the upper frequencies, to decode at 1 / reduction of the size.
+    fast: repeat colours that were stored at half the resolution, instead of interpolating them.
+
+  Returns:
+    uint8 [ceil(H / reduction), ceil(W / reduction), channels].
+  """
+  height, width = -(-header.height // reduction), -(-header.width // reduction)
+  options: dict[str, int] = {}
+  if reduction > 1:
+    options = {"min_factor": reduction, "min_height": height, "min_width": width}
+  pixels = np.empty((height, width, len(colorspace)), np.uint8)
+  try:
+    # Strict, to hear of warnings. What was decoded in spite of them is in the buffer all the same.
+    simplejpeg.decode_jpeg(
+      data, colorspace, fastupsample=fast, buffer=pixels, strict=True, **options
+    )
+  except ValueError as error:
+    if not any(warning in str(error) for warning in _HARMLESS):
+      raise CorruptImage(f"{error} ({len(data)} bytes)") from error
+  return pixels
+
+
+def _decode_rows(data: bytes, header: _Header, rows: int, reduction: int) -> np.ndarray:
+  """Decodes at least the first `rows` rows of a JPEG, fast, at 1 / reduction of their size.
+
+  A JPEG's rows are stored from top to bottom. A header that says that there are fewer makes the
+  decoder stop after these, and look for the end of the file, which it finds if none of it is lost.
+  """
+  # Colours that were stored for several rows may be interpolated, which needs one more of them.
+  rows = (-(-rows // reduction) + 2) * reduction
+  # Only the kind that nearly all photographs are of, and if it spares a row of 16 x 16 blocks.
+  sides = header.height.to_bytes(2, "big") + header.width.to_bytes(2, "big")
+  found = data.find(_BASELINE_COLOR + sides)
+  if found >= 0 and rows + 16 <= header.height:
+    height_at = found + len(_BASELINE_COLOR)
+    top = bytearray(data)
+    top[height_at : height_at + 2] = rows.to_bytes(2, "big")
+    # What was found may be the header of a preview instead. After a warning, which restart marks
+    # cause too, the whole image decides.
+    if _read_header(top) == header._replace(height=rows):
+      with contextlib.suppress(CorruptImage):
+        return _decode(top, header._replace(height=rows), reduction=reduction, fast=True)
+  return _decode(data, header, reduction=reduction, fast=True)
+
+
+def _decode_other(data: bytes) -> np.ndarray:
+  """Decodes what is no JPEG, or an unusual one, through Pillow."""
+  if not data:
+    raise CorruptImage("no data (0 bytes)")
+  try:
+    with Image.open(io.BytesIO(data), formats=_OTHER_FORMATS) as image:
+      _check_size(image.height, image.width, data)
+      if image.mode.startswith("I"):
+        # Pillow would clip 16 bits of grey to 255.
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return np.repeat(grey[..., None], 3, axis=-1).clip(0, 255).astype(np.uint8)
+      image.load()
+      image.info.pop("transparency", None)
+      return np.array(image.convert("RGB"))
+  except CorruptImage:
+    raise
+  except UnidentifiedImageError as error:
+    raise CorruptImage(
+      f"no whole JPEG, nor an image of another kind ({len(data)} bytes)"
+    ) from error
+  except (OSError, SyntaxError, ValueError, *_BOMBS) as error:
+    raise CorruptImage(f"{error} ({len(data)} bytes)") from error
 
 
 def _random_part(
@@ -108,36 +324,80 @@ def _random_part(
   return (image_height - height) // 2, (image_width - width) // 2, height, width
 
 
-def resize_and_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
-  """Resizes an image's shorter side to `resize` and takes the central square.
+def _copied(image: np.ndarray, out: np.ndarray) -> np.ndarray:
+  out[...] = image
+  return out
 
-  An image that already has the right size is returned as it is.
+
+def _resize_part(
+  image: np.ndarray,
+  top: float,
+  left: float,
+  height: float,
+  width: float,
+  size: int,
+  out: np.ndarray | None = None,
+) -> np.ndarray:
+  """Resizes a part of an image to a square, without aliasing.
+
+  Bilinear interpolation of an image that was smoothed as much as it shrinks. Bilinear resizing with
+  a support that grows with the factor f, which is Pillow's, smoothes by a triangle of variance
+  f^2 / 6 source pixels; interpolation alone by 1 / 6. A Gaussian makes up the difference: faster
+  than area averages, and nearer to Pillow (docs/input_benchmark.md).
 
   Args:
     image: uint8 [H, W, 3].
+    top: first row, pixels; may lie between two.
+    left: first column, likewise.
+    height: extent of the part, pixels.
+    width: extent of the part, pixels.
     size: side of the result, pixels.
-    resize: shorter side before the crop, pixels; at least `size`.
+    out: for the result, or None.
 
   Returns:
     uint8 [size, size, 3].
-
-  Raises:
-    ValueError: `resize` is smaller than `size`.
   """
-  if resize < size:
-    raise ValueError(f"cannot take {size} pixels from a side of {resize}")
-  height, width = image.shape[:2]
-  shorter = min(height, width)
-  height, width = height * resize // shorter, width * resize // shorter
-  image = _resize(image, height, width)
-  top, left = round((height - size) / 2), round((width - size) / 2)
-  return image[top : top + size, left : left + size]
-
-
-def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Resizes to (height, width): area averages to shrink, bilinear to enlarge in some direction."""
+  first_row, first_column = math.floor(top), math.floor(left)
+  image = image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)]
+  rows, sigma_rows = _smoothing(height / size)
+  columns, sigma_columns = _smoothing(width / size)
+  if rows > 1 or columns > 1:
+    image = cv2.GaussianBlur(
+      image,
+      (columns, rows),
+      sigmaX=sigma_columns,
+      sigmaY=sigma_rows,
+      borderType=cv2.BORDER_REPLICATE,
+    )
   if image.shape[:2] == (height, width):
-    return image
-  shrinks = height <= image.shape[0] and width <= image.shape[1]
-  interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-  return cv2.resize(image, (width, height), interpolation=interpolation)
+    if height == width == size:
+      return image if out is None else _copied(image, out)
+    return cv2.resize(image, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+  # From the result's coordinates to the image's, whose pixels have their centres at whole numbers.
+  y, x = height / size, width / size
+  to_source = np.array(
+    [[x, 0, left - first_column + (x - 1) / 2], [0, y, top - first_row + (y - 1) / 2]]
+  )
+  return cv2.warpAffine(
+    image,
+    to_source,
+    (size, size),
+    dst=out,
+    flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+    borderMode=cv2.BORDER_REPLICATE,
+  )
+
+
+def _smoothing(factor: float) -> tuple[int, float]:
+  """Taps and standard deviation of the Gaussian that precedes a shrinking by `factor`."""
+  variance = (factor**2 - 1) / 6
+  if variance < 0.1:
+    # Costs more than it gives, up to a factor of 1.26.
+    return 1, 1.0
+  if variance < 0.8:
+    # Three taps (a, 1 - 2 a, a) have the variance 2 a. OpenCV wants the Gaussian that they are of,
+    # and is twice as fast if they are (1, 2, 1) / 4, which serves factors from 1.6 to 2.4.
+    a = variance / 2 if variance < 0.26 else 1 / 4
+    return 3, math.sqrt(-0.5 / math.log(a / (1 - 2 * a)))
+  sigma = math.sqrt(variance)
+  return 2 * math.ceil(2 * sigma) + 1, sigma
