@@ -1,49 +1,105 @@
-"""Data sets on disk: random access to the encoded images and labels of one split."""
+"""Data sets on disk: the encoded images and labels of one split.
 
-import contextlib
-import difflib
-import io
+`open_split` gives a `Source` (random access) for ArrayRecord files, image folders and fake data,
+and a `RecordStream` for TFRecord files, whose records can only be read in order.
+"""
+
+import bisect
+import itertools
 import os
 import re
-import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import constants as tfds_constants
 from tensorflow_datasets.core import decode as tfds_decode
-from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.proto import tf_example_pb2
 
-from lip_jax.data.cluttered_digits import ClutteredDigits
+from lip_jax.data import fake, imagenet
+from lip_jax.data.builder import open_builder, record_format
+from lip_jax.data.folder import ImageFolder
+from lip_jax.data.preprocess import CorruptImage
 from lip_jax.errors import UsageError
 
 # Features that say which image it is, in the data sets that have one.
 _ID_FEATURES = ("id", "file_name", "image/filename")
+
+_FOLDER = "folder:"
+_FAKE = "fake"
+
+
+class Shard(NamedTuple):
+  """Records of one file: those from `skip` to `skip` + `take`."""
+
+  path: str
+  skip: int
+  take: int
+
+
+class RecordParser:
+  """Reads serialised TFDS examples, without TensorFlow and without decoding their images.
+
+  Attributes:
+    num_classes: number of labels.
+    class_names: their names, in the order of the labels.
+    has_id: whether examples say which image they are.
+  """
+
+  def __init__(self, features: Mapping[str, Any]):
+    """`features`: the TFDS features that the examples were written with."""
+    self.num_classes: int = features["label"].num_classes
+    self.class_names: list[str] = features["label"].names
+    texts = (key for key in _ID_FEATURES if isinstance(features.get(key), tfds.features.Text))
+    self._id = next(texts, None)
+    self.has_id = self._id is not None
+
+  def __call__(self, record: bytes) -> dict[str, Any]:
+    """Returns "image": bytes, "label": int, and "id": str if there is one.
+
+    Raises:
+      CorruptImage: the record is no such example.
+    """
+    try:
+      # What TFDS's own deserialize_example_np gives for these features, in a fifth of its time.
+      feature = tf_example_pb2.Example.FromString(record).features.feature
+      result = {
+        "image": feature["image"].bytes_list.value[0],
+        "label": feature["label"].int64_list.value[0],
+      }
+      if self._id is not None:
+        result["id"] = feature[self._id].bytes_list.value[0].decode()
+    except Exception as error:  # protobuf and Python each have their own
+      reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+      raise CorruptImage(f"the record is no example ({reason}; {len(record)} bytes)") from error
+    return result
 
 
 class Source:
   """A split of a prepared data set: random access to encoded images and labels.
 
   Attributes:
+    random_access: True.
     name: data set and split, such as "cluttered_digits/classify train".
     directory: where the files are.
     num_classes: number of labels.
     class_names: their names, in the order of the labels.
   """
 
+  random_access: ClassVar[bool] = True
+
   def __init__(self, name: str, directory: str, records: Sequence[bytes], features: dict[str, Any]):
     """Wraps serialised records; `features` are the TFDS features that they were written with."""
+    self.parse = RecordParser(features)
+    self._set(name, directory, self.parse.class_names, self.parse.has_id)
+    self._records = records
+
+  def _set(self, name: str, directory: str, class_names: list[str], has_id: bool) -> None:
     self.name = name
     self.directory = directory
-    self.num_classes: int = features["label"].num_classes
-    self.class_names: list[str] = features["label"].names
-    self._records = records
-    texts = (key for key in _ID_FEATURES if isinstance(features.get(key), tfds.features.Text))
-    self._id = next(texts, None)
-    wanted = ["image", "label"] if self._id is None else ["image", "label", self._id]
-    self._features = tfds.features.FeaturesDict({key: features[key] for key in wanted})
-    self._decoders = {"image": tfds.decode.SkipDecoding()}
+    self.num_classes = len(class_names)
+    self.class_names = class_names
+    self._has_id = has_id
 
   def __len__(self) -> int:
     return len(self._records)
@@ -59,125 +115,209 @@ class Source:
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name} has {len(self)} images, not an image {index}")
-    example = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
-    result = {"image": example["image"], "label": int(example["label"])}
-    if self._id is not None:
-      result["id"] = example[self._id].decode()
-    return result
+    return self._read(index)
+
+  def _read(self, index: int) -> dict[str, Any]:
+    reason = "it is empty"
+    try:
+      record = self._records[index]
+    except RuntimeError as error:  # ArrayRecord's, which does not name the file
+      record, reason = b"", str(error).splitlines()[0]
+    if not record:  # ArrayRecord's reader also gives these, for a file that is cut short
+      raise UsageError(
+        f"cannot read image {index} of {self.name} ({reason}): files in {self.directory} are "
+        "damaged; `lip-jax data verify` says which"
+      )
+    return self.parse(record)
 
   def describe(self, index: int) -> str:
     """Names an image, to a person who has to find it."""
     name = f"{self.name} image {index}"
-    return name if self._id is None else f"{name} ({self[index]['id']})"
+    return f"{name} ({self[index]['id']})" if self._has_id else name
 
 
-def open_split(dataset: str, split: str, data_dir: str | None, *, prepare: bool = True) -> Source:
-  """Opens a split of a data set that TFDS prepared as ArrayRecord.
+class Examples(Protocol):
+  """Examples of `Source` by their indices."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+class ExampleSource(Source):
+  """A split that holds no serialised records: of an image folder, or generated."""
+
+  def __init__(
+    self,
+    name: str,
+    directory: str,
+    parts: Sequence[tuple[Examples, range]],
+    class_names: list[str],
+  ):
+    """Joins parts: those of the examples whose indices are in the range."""
+    self._set(name, directory, class_names, has_id=True)
+    self._parts = parts
+    self._ends = list(itertools.accumulate(len(indices) for _, indices in parts))
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def _read(self, index: int) -> dict[str, Any]:
+    part = bisect.bisect_right(self._ends, index)
+    examples, indices = self._parts[part]
+    return examples[indices[index - self._ends[part]]]
+
+
+class RecordStream:
+  """A split of a data set in TFRecord files, which are read in order, each from its start.
+
+  Attributes:
+    random_access: False.
+    name: data set and split, such as "imagenet2012 train[:99%]".
+    directory: where the files are.
+    num_classes: number of labels.
+    class_names: their names, in the order of the labels.
+    files: paths of the files, in order.
+    shard_lengths: number of examples that the split has of each file.
+    parse: serialised example -> "image": encoded, bytes; "label": int; "id": str, if there is one.
+      Raises `CorruptImage`.
+  """
+
+  random_access: ClassVar[bool] = False
+
+  def __init__(self, name: str, directory: str, shards: Sequence[Shard], features: dict[str, Any]):
+    """Wraps files; `features` are the TFDS features that their records were written with."""
+    self.name = name
+    self.directory = directory
+    self.parse = RecordParser(features)
+    self.num_classes = self.parse.num_classes
+    self.class_names = self.parse.class_names
+    self._shards = tuple(shards)
+
+  def shards(self) -> list[Shard]:
+    """Which records of which files make up the split."""
+    return list(self._shards)
+
+  @property
+  def files(self) -> tuple[str, ...]:
+    return tuple(shard.path for shard in self._shards)
+
+  @property
+  def shard_lengths(self) -> tuple[int, ...]:
+    return tuple(shard.take for shard in self._shards)
+
+  def __len__(self) -> int:
+    return sum(self.shard_lengths)
+
+
+def open_split(
+  dataset: str, split: str, data_dir: str | None, *, prepare: bool = True
+) -> Source | RecordStream:
+  """Opens a split of a data set.
 
   Args:
-    dataset: TFDS name, such as "imagenet2012" or "cluttered_digits/classify".
+    dataset: TFDS name, such as "imagenet2012" or "cluttered_digits/classify", of files in
+      ArrayRecord or TFRecord format; "folder:DIR" for images in DIR/train/CLASS and DIR/validation
+      (or val); "fake", or "fake:N" for N images a split, for 500x375 JPEGs out of memory, with
+      ImageNet's numbers of images unless given.
     split: TFDS split, such as "train", "validation" or "train[:10%]".
     data_dir: directory that holds the data sets; None is $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      Not used for "folder:" and "fake".
     prepare: whether to make the embedded data set (`cluttered_digits`) if it is not there yet.
 
+  Returns:
+    A `Source`, or a `RecordStream` for TFRecord files.
+
   Raises:
-    UsageError: there is no such data set, configuration or split, it is not prepared, or not as
-      ArrayRecord, or it has no images with labels.
+    UsageError: there is no such data set, configuration, split or folder, it is not prepared, or
+      neither as ArrayRecord nor as TFRecord, files are missing, or it has no images with labels.
   """
-  root = os.path.expanduser(data_dir or tfds_constants.DATA_DIR)
-  builder = _open_builder(dataset, root, prepare)
+  if dataset.startswith(_FOLDER):
+    return _open_folder(dataset, split)
+  if dataset == _FAKE or dataset.startswith(f"{_FAKE}:"):
+    return _open_fake(dataset, split)
+  builder = open_builder(dataset, data_dir, prepare=prepare)
   features = dict(builder.info.features)
   if not isinstance(features.get("label"), tfds.features.ClassLabel) or "image" not in features:
     raise UsageError(
       f"data set {dataset!r} has the features {', '.join(sorted(features))}; "
       "classification needs 'image' and a class 'label'"
     )
+  name, directory = f"{dataset} {split}", str(builder.data_dir)
+  if record_format(builder) == "tfrecord":
+    instructions = _select(builder.info.splits, dataset, split)
+    _check_files(instructions, directory)
+    return RecordStream(name, directory, instructions, features)
+  _check_files(_select(builder.info.splits, dataset, split), directory)
+  records = builder.as_data_source(
+    split, deserialize_method=tfds_decode.DeserializeMethod.RAW_BYTES, file_format="array_record"
+  )
+  return Source(name, directory, records, features)
+
+
+def _open_folder(dataset: str, split: str) -> Source:
+  folder = ImageFolder(dataset.removeprefix(_FOLDER))
+  split = re.sub(r"\bval\b", "validation", split) if "validation" in folder.splits else split
+  # Listing a million files takes seconds: only of the splits that are named, or as it seems.
+  named = [name for name in folder.splits if name in split] or list(folder.splits)
+  images = {name: folder.images(name) for name in named}
+  lengths = {name: len(images.get(name, ())) for name in folder.splits}
+  slices = _slice(lengths, dataset, split)
+  parts: list[tuple[Examples, range]] = [(images[name], indices) for name, indices in slices]
+  return ExampleSource(f"{dataset} {split}", folder.directory, parts, folder.class_names)
+
+
+def _open_fake(dataset: str, split: str) -> Source:
+  _, _, count = dataset.partition(":")
+  lengths = imagenet.COUNTS
+  if count or dataset != _FAKE:
+    if not count.isdecimal() or int(count) == 0:
+      raise UsageError(f"data set {dataset!r}: expected fake, or fake:N with N images a split")
+    lengths = dict.fromkeys(lengths, int(count))
+  parts: list[tuple[Examples, range]] = [
+    (fake.FakeImages(name, lengths[name]), indices)
+    for name, indices in _slice(lengths, dataset, split)
+  ]
+  names = [str(label) for label in range(fake.NUM_CLASSES)]
+  return ExampleSource(f"{dataset} {split}", "memory", parts, names)
+
+
+def _slice(lengths: Mapping[str, int], dataset: str, split: str) -> list[tuple[str, range]]:
+  """TFDS's arithmetic of splits: which indices of which split."""
+  infos, by_file = [], {}
+  for name, length in lengths.items():
+    template = tfds.core.ShardedFileTemplate(
+      data_dir="", dataset_name="images", split=name, filetype_suffix="all"
+    )
+    info = tfds.core.SplitInfo(name, [length], 0, template)
+    infos.append(info)
+    by_file[str(info.filepaths[0])] = name
+  shards = _select(tfds.core.splits.SplitDict(infos), dataset, split)
+  return [(by_file[shard.path], range(shard.skip, shard.skip + shard.take)) for shard in shards]
+
+
+def _select(splits: Any, dataset: str, split: str) -> list[Shard]:
+  """The records that a split consists of."""
   try:
-    num_examples = builder.info.splits[split].num_examples
-  except (KeyError, ValueError, NotImplementedError) as error:
+    info = splits[split]
+    instructions = info.file_instructions if info.num_examples else []
+  except (AssertionError, KeyError, ValueError, NotImplementedError) as error:
     raise UsageError(
       f"data set {dataset!r} has no split {split!r} ({str(error).splitlines()[0]}); it has "
-      f"{', '.join(builder.info.splits)}, and parts of them such as train[:10%]"
+      f"{', '.join(splits)}, and parts of them such as train[:10%]"
     ) from error
-  if num_examples == 0:
+  if not instructions:
     raise UsageError(f"split {split!r} of data set {dataset!r} is empty")
-  try:
-    records = builder.as_data_source(
-      split,
-      deserialize_method=tfds_decode.DeserializeMethod.RAW_BYTES,
-      file_format="array_record",
-    )
-  except (ValueError, NotImplementedError) as error:
-    found = builder.info.file_format.value if builder.info.file_format else "no known format"
+  return [Shard(str(file.filename), file.skip, file.take) for file in instructions]
+
+
+def _check_files(shards: Sequence[Shard], directory: str) -> None:
+  """Raises UsageError if files are missing: at the start, not in the middle of an epoch."""
+  present = {path.name for path in epath.Path(directory).iterdir()}
+  missing = [shard.path for shard in shards if os.path.basename(shard.path) not in present]
+  if missing:
     raise UsageError(
-      f"data set {dataset!r} in {builder.data_dir} is prepared as {found}, not as array_record; "
-      "convert it with `tfds convert_format --out_file_format=array_record "
-      f"--dataset_version_dir={builder.data_dir}` (which needs TensorFlow)"
-    ) from error
-  return Source(f"{dataset} {split}", str(builder.data_dir), records, features)
-
-
-def _open_builder(dataset: str, root: str, prepare: bool) -> Any:
-  """Finds the files of a data set; makes those of the embedded one."""
-  name, _, config = dataset.partition("/")
-  if name == ClutteredDigits.name and (not config or config in ClutteredDigits.builder_configs):
-    builder = ClutteredDigits(config=config or None, data_dir=root)
-    if prepare and not _is_prepared(builder):
-      _prepare(builder)
-      builder = ClutteredDigits(config=config or None, data_dir=root)
-    if _is_prepared(builder):
-      return builder
-  try:
-    # Reads what the files say of themselves: no code of the data set, which may need TensorFlow.
-    return read_only_builder.builder_from_files(dataset, data_dir=root)
-  except ValueError as error:
-    raise UsageError(_explain_missing(dataset, root)) from error
-
-
-def _is_prepared(builder: Any) -> bool:
-  return (epath.Path(builder.data_dir) / tfds_constants.DATASET_INFO_FILENAME).exists()
-
-
-def _prepare(builder: Any) -> None:
-  """Writes the embedded data set; TFDS does it aside and renames at the end."""
-  print(f"making {builder.info.full_name} in {builder.data_dir}, this once", file=sys.stderr)
-  if not sys.stderr.isatty():
-    tfds.disable_progress_bar()  # it would fill a log file
-  try:
-    # TFDS talks of a download, on stdout, which belongs to the caller.
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(
-        file_format="array_record",
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-      )
-  except OSError as error:
-    # Of several processes that prepare at once, one renames; the others find its files there.
-    if not _is_prepared(builder):
-      raise UsageError(
-        f"cannot write data set {builder.info.full_name} to {builder.data_dir}: {error}; "
-        "choose another directory with --config.data.data_dir=DIR"
-      ) from error
-  if not _is_prepared(builder):
-    raise UsageError(f"{builder.data_dir} holds no whole data set: delete it and run this again")
-
-
-def _explain_missing(dataset: str, root: str) -> str:
-  """Says in one line why a data set cannot be opened and what to do."""
-  name = re.split("[/:]", dataset)[0]
-  elsewhere = "or name the directory that holds it with --config.data.data_dir=DIR"
-  if name == ClutteredDigits.name:
-    configs = " or ".join(f"{name}/{config}" for config in ClutteredDigits.builder_configs)
-    return f"data set {dataset!r} is not in {root}; open {configs} with prepare=True, {elsewhere}"
-  directory = epath.Path(root) / name
-  known = tfds.list_builders(with_community_datasets=False)
-  if name not in known and not directory.exists():
-    close = difflib.get_close_matches(name, known)
-    hint = f" did you mean {' or '.join(close)}? Else" if close else ""
-    return (
-      f"unknown data set {dataset!r}: TFDS has none of that name, and it is not in {root};"
-      f"{hint} check the name, {elsewhere}"
+      f"{directory} lacks {len(missing)} of {len(shards)} files, the first is "
+      f"{os.path.basename(missing[0])}; copy them again, or delete the directory and prepare the "
+      "data set again"
     )
-  return (
-    f"data set {dataset!r} is not prepared: looked in {directory}; prepare it with `tfds build "
-    f"{dataset} --file_format=array_record --data_dir={root}` (which needs TensorFlow), {elsewhere}"
-  )

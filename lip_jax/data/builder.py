@@ -1,0 +1,147 @@
+"""Finds prepared TFDS data sets on disk, without TensorFlow and without the data sets' own code."""
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import os
+import re
+import sys
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import constants as tfds_constants
+from tensorflow_datasets.core import read_only_builder
+
+from lip_jax.data import imagenet
+from lip_jax.data.cluttered_digits import ClutteredDigits
+from lip_jax.errors import UsageError
+
+_BUCKETS = ("gs://", "s3://", "az://")
+
+
+def open_builder(dataset: str, data_dir: str | None, *, prepare: bool = False) -> Any:
+  """The builder of a data set, which knows its files, features and splits.
+
+  Args:
+    dataset: TFDS name, such as "imagenet2012" or "cluttered_digits/classify".
+    data_dir: directory that holds the data sets; None is $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    prepare: whether to make the embedded data set (`cluttered_digits`) if it is not there yet.
+
+  Raises:
+    UsageError: there is no such data set or configuration, or it is not prepared.
+  """
+  root = os.path.expanduser(data_dir or tfds_constants.DATA_DIR)
+  _check_bucket(root)
+  return _open_builder(dataset, root, prepare)
+
+
+def record_format(builder: Any) -> str:
+  """The format in which a data set is read: "array_record" or "tfrecord".
+
+  Of a data set that is there in both, ArrayRecord, because it has random access.
+
+  Raises:
+    UsageError: the data set is in another format.
+  """
+  info = builder.info
+  formats = {file_format.value for file_format in info.available_file_formats()}
+  for name in ("array_record", "tfrecord"):
+    if name in formats:
+      if info.file_format.value != name:
+        # Of a data set that is there in several, `info.splits` has the files of the first.
+        info.set_file_format(name, override=True, override_if_initialized=True)
+      return name
+  raise UsageError(
+    f"data set {builder.info.full_name!r} in {builder.data_dir} is prepared as "
+    f"{' and '.join(sorted(formats)) or 'no known format'}, not as array_record or tfrecord; "
+    "convert it with `tfds convert_format --out_file_format=array_record "
+    f"--dataset_version_dir={builder.data_dir}` (which needs TensorFlow)"
+  )
+
+
+def _check_bucket(root: str) -> None:
+  """Raises UsageError if a bucket is named and nothing can read it."""
+  if not root.startswith(_BUCKETS):
+    return
+  if not root.startswith("gs://"):
+    raise UsageError(f"data_dir {root!r}: of buckets, only gs:// can be read; mount it as a folder")
+  if importlib.util.find_spec("gcsfs") is None:
+    raise UsageError(
+      f"data_dir {root!r} is a bucket: install lip-jax[gcs] (gcsfs) to read it, or mount it with "
+      "gcsfuse and give the folder"
+    )
+
+
+def _open_builder(dataset: str, root: str, prepare: bool) -> Any:
+  """Finds the files of a data set; makes those of the embedded one."""
+  name, _, config = dataset.partition("/")
+  if name == ClutteredDigits.name and (not config or config in ClutteredDigits.builder_configs):
+    builder = ClutteredDigits(config=config or None, data_dir=root)
+    if prepare and not _is_prepared(builder):
+      _prepare(builder)
+      builder = ClutteredDigits(config=config or None, data_dir=root)
+    if _is_prepared(builder):
+      return builder
+  try:
+    # Reads what the files say of themselves: no code of the data set, which may need TensorFlow.
+    return read_only_builder.builder_from_files(dataset, data_dir=root)
+  except ValueError as error:
+    raise UsageError(_explain_missing(dataset, root)) from error
+
+
+def _is_prepared(builder: Any) -> bool:
+  return (epath.Path(builder.data_dir) / tfds_constants.DATASET_INFO_FILENAME).exists()
+
+
+def _prepare(builder: Any) -> None:
+  """Writes the embedded data set; TFDS does it aside and renames at the end."""
+  print(f"making {builder.info.full_name} in {builder.data_dir}, this once", file=sys.stderr)
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()  # it would fill a log file
+  try:
+    # TFDS talks of a download, on stdout, which belongs to the caller.
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+      )
+  except OSError as error:
+    # Of several processes that prepare at once, one renames; the others find its files there.
+    if not _is_prepared(builder):
+      raise UsageError(
+        f"cannot write data set {builder.info.full_name} to {builder.data_dir}: {error}; "
+        "choose another directory with --config.data.data_dir=DIR"
+      ) from error
+  if not _is_prepared(builder):
+    raise UsageError(f"{builder.data_dir} holds no whole data set: delete it and run this again")
+
+
+def _explain_missing(dataset: str, root: str) -> str:
+  """Says in one line why a data set cannot be opened and what to do."""
+  name = re.split("[/:]", dataset)[0]
+  elsewhere = "or name the directory that holds it (--config.data.data_dir=DIR, or --data-dir DIR)"
+  if name == ClutteredDigits.name:
+    configs = " or ".join(f"{name}/{config}" for config in ClutteredDigits.builder_configs)
+    return f"data set {dataset!r} is not in {root}; open {configs} with prepare=True, {elsewhere}"
+  directory = epath.Path(root) / name
+  known = tfds.list_builders(with_community_datasets=False)
+  if name not in known and not directory.exists():
+    close = difflib.get_close_matches(name, known)
+    hint = f" did you mean {' or '.join(close)}? Else" if close else ""
+    return (
+      f"unknown data set {dataset!r}: TFDS has none of that name, and it is not in {root};"
+      f"{hint} check the name, {elsewhere}"
+    )
+  without_tensorflow = ""
+  if name == imagenet.NAME:
+    without_tensorflow = (
+      ", or without it `lip-jax data prepare imagenet --train-tar=FILE --val-tar=FILE "
+      f"--data-dir={root}`"
+    )
+  return (
+    f"data set {dataset!r} is not prepared: looked in {directory}; prepare it with `tfds build "
+    f"{dataset} --file_format=array_record --data_dir={root}` (which needs TensorFlow)"
+    f"{without_tensorflow}, {elsewhere}"
+  )
