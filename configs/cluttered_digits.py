@@ -41,6 +41,20 @@ def get_config() -> ConfigDict:
   config.data.mean = (128.0, 128.0, 128.0)
   config.data.std = (64.0, 64.0, 64.0)
   config.data.num_threads = 2
+  config.data.eval_crops = 1
+  config.data.shuffle_window = 4096  # not used here: ArrayRecord is shuffled as a whole
+
+  # Beside flips, all off.
+  config.data.augment = ConfigDict()
+  config.data.augment.mixup = 0.0
+  config.data.augment.cutmix = 0.0
+  config.data.augment.cutmix_probability = 0.5  # where both are on
+  config.data.augment.erasing = 0.0
+  config.data.augment.brightness = 0.0
+  config.data.augment.contrast = 0.0
+  config.data.augment.saturation = 0.0
+  config.data.augment.randaugment_ops = 0
+  config.data.augment.randaugment_magnitude = 9.0
 
   config.optim = ConfigDict()
   config.optim.base_lr = 0.8  # per 256 images: 0.1 at 32

@@ -4,8 +4,9 @@ Command:   python train.py --config=configs/imagenet.py:lip_resnet50 --workdir=r
            The argument is a model (`lip-jax models` lists them) or a row of the table below. With
            ",tiny" behind it, as in configs/imagenet.py:table1_average,tiny, everything is shrunk to
            a few steps on small images of the embedded data set, to see that a row runs at all.
-Data:      imagenet2012, prepared by TFDS as ArrayRecord; --config.data.data_dir=DIR if it is not in
-           ~/tensorflow_datasets
+Data:      imagenet2012 as TFDS or `lip-jax data prepare` make it (docs/data.md);
+           --config.data.data_dir=DIR if it is not in ~/tensorflow_datasets. To try a machine
+           without it: --config.data.dataset=fake
 Hardware:  not yet run here
 Expected:  the paper's top-1 and top-5 in percent, one crop of 224 px; "-" where the figure could
            not be obtained (lip_jax/paper.py says where each is from). `lip-jax tables` adds ours.
@@ -105,6 +106,20 @@ def get_config(arg: str = "lip_resnet50") -> ConfigDict:
   config.data.mean = (123.675, 116.28, 103.53)
   config.data.std = (58.395, 57.12, 57.375)
   config.data.num_threads = 16
+  config.data.eval_crops = 1
+  config.data.shuffle_window = 4096  # encoded images, of data sets in TFRecord format
+
+  # Beside crops and flips, all off: the recipe has none of them.
+  config.data.augment = ConfigDict()
+  config.data.augment.mixup = 0.0
+  config.data.augment.cutmix = 0.0
+  config.data.augment.cutmix_probability = 0.5  # where both are on
+  config.data.augment.erasing = 0.0
+  config.data.augment.brightness = 0.0
+  config.data.augment.contrast = 0.0
+  config.data.augment.saturation = 0.0
+  config.data.augment.randaugment_ops = 0
+  config.data.augment.randaugment_magnitude = 9.0
 
   config.optim = ConfigDict()
   config.optim.base_lr = 0.1  # per 256 images

@@ -15,6 +15,21 @@ from lip_jax.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
+class Augment:
+  """What the device does to training images beside mirroring them; all of it is off by default."""
+
+  mixup: float = 0.0  # alpha of the Beta distribution of the share of the other image; 0: off
+  cutmix: float = 0.0  # the same for the area of the rectangle from the other image; 0: off
+  cutmix_probability: float = 0.5  # of CutMix for a batch, else mixup, where both are on
+  erasing: float = 0.0  # probability that a random rectangle of an image is erased
+  brightness: float = 0.0  # factors are drawn from 1 - this to 1 + this; 0: off
+  contrast: float = 0.0
+  saturation: float = 0.0
+  randaugment_ops: int = 0  # operations on each image; 0: off
+  randaugment_magnitude: float = 9.0  # their strength, 0 to 30
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
   """Where images come from and what the host does to them."""
 
@@ -29,6 +44,9 @@ class Data:
   mean: tuple[float, float, float]  # RGB, in [0, 255]
   std: tuple[float, float, float]
   num_threads: int  # that read and decode
+  eval_crops: int = 1  # of which logits are averaged: 1 central, 5 with corners, 10 with mirrored
+  shuffle_window: int = 4096  # images shuffled among each other, where a data set is read in order
+  augment: Augment = Augment()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +149,17 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     raise UsageError(
       f"{where} has no key {', '.join(map(repr, unknown))}; valid keys: {', '.join(fields)}"
     )
-  missing = [name for name in fields if name not in values]
+  missing = [
+    name
+    for name, field in fields.items()
+    if name not in values and field.default is dataclasses.MISSING
+  ]
   if missing:
     raise UsageError(f"{where} lacks {', '.join(missing)}; set it in the config file")
   arguments = {}
   for name, field in fields.items():
+    if name not in values:
+      continue
     value = values[name]
     if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
       value = _build(field.type, value, f"{where}.{name}")
@@ -180,7 +204,7 @@ def _check(config: Config) -> None:
 
 
 def _check_data(data: Data) -> None:
-  for name in ("image_size", "num_threads"):
+  for name in ("image_size", "num_threads", "shuffle_window"):
     if getattr(data, name) < 1:
       raise UsageError(f"config.data.{name} must be positive, got {getattr(data, name)}")
   for name in ("mean", "std"):
@@ -201,6 +225,32 @@ def _check_data(data: Data) -> None:
     raise UsageError(
       f"config.data.eval_resize={data.eval_resize} must be at least config.data.image_size="
       f"{data.image_size}"
+    )
+  if data.eval_crops not in (1, 5, 10):
+    raise UsageError(f"config.data.eval_crops must be 1, 5 or 10, got {data.eval_crops}")
+  _check_augment(data.augment)
+
+
+def _check_augment(augment: Augment) -> None:
+  limits = {
+    "cutmix_probability": 1,
+    "erasing": 1,
+    "brightness": 1,
+    "contrast": 1,
+    "saturation": 1,
+    "randaugment_magnitude": 30,
+  }
+  for name, value in dataclasses.asdict(augment).items():
+    limit = limits.get(name, math.inf)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= limit or value == math.inf:
+      upper = "" if limit == math.inf else f" and at most {limit}"
+      raise UsageError(
+        f"config.data.augment.{name} must be a number, at least 0{upper}, got {value!r}"
+      )
+  if not isinstance(augment.randaugment_ops, int):
+    raise UsageError(
+      f"config.data.augment.randaugment_ops must be a whole number, got {augment.randaugment_ops!r}"
     )
 
 

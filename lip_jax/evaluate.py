@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from lip_jax import augment, optim, sharding, train_state, visualize
 from lip_jax.checkpoint import Checkpoints
 from lip_jax.config import Config, Data
 from lip_jax.data import pipeline
-from lip_jax.data.source import Source, open_split
+from lip_jax.data.source import RecordStream, Source, open_split
 from lip_jax.train_state import TrainState, Tree
 
 Batch = Mapping[str, jax.Array]
@@ -35,27 +35,33 @@ def eval_step(
   graph: nnx.GraphDef,
   data: Data,
 ) -> dict[str, jax.Array]:
-  """Sums over one batch, masked.
+  """Losses and counts of one batch, masked.
 
   Args:
     params: of the model.
     batch_stats: of the model.
-    batch: "image" [N, H, W, 3] uint8, "label" [N] int, "mask" [N], zero where a row is padding.
+    batch: "image" [N, H, W, 3] or, of several crops, [N, crops, H, W, 3] uint8, "label" [N] int,
+      "mask" [N], zero where a row is padding.
     graph: of the model.
-    data: how images are normalized.
+    data: how images are normalized, and whether crops are mirrored, too (`eval_crops` 10).
 
   Returns:
-    Scalars: "loss" and, as whole numbers, "top1", "top5" and "count".
+    "loss": float [N], zero where a row is padding; and the whole numbers "top1", "top5" and
+    "count". Logits are averaged over crops.
   """
   model = train_state.merge(graph, params, batch_stats)
   model.eval()
-  logits = model(augment.normalize(batch["image"], data))
+  images = augment.normalize(batch["image"], data)
+  if data.eval_crops == 10:
+    images = jnp.concatenate([images, images[..., ::-1, :]], axis=1)
+  logits = model(images.reshape(-1, *images.shape[-3:]))
+  logits = logits.reshape(len(images), -1, logits.shape[-1]).mean(axis=1)
   labels, mask = batch["label"], batch["mask"] > 0
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
   correct = (best == labels[:, None]) & mask[:, None]
   return {
-    "loss": jnp.where(mask, loss, 0).sum(),
+    "loss": jnp.where(mask, loss, 0),  # summed on the host: in which order is not for XLA to say
     "top1": correct[:, 0].sum(),
     "top5": correct.sum(),
     "count": mask.sum(),
@@ -71,30 +77,42 @@ def evaluate(
 ) -> dict[str, float]:
   """Mean loss and top-1, top-5 as fractions of all images, and their count.
 
+  Losses are added exactly, so the result does not depend on the number of processes and devices,
+  nor on the order of images, but for what rounding in the network itself depends on.
+
   Args:
-    step: jitted `eval_step`.
+    step: jitted `eval_step`, whose results are on every device.
     params: of the model.
     batch_stats: of the model.
     batches: this process's rows of each batch, padded and masked.
     mesh: to split the batches over.
   """
-  sums = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "count": 0.0}
+  counts = {"top1": 0, "top5": 0, "count": 0}
+  losses: list[np.ndarray] = []
 
   def add(batch: Mapping[str, jax.Array]) -> None:
-    for name in sums:
-      sums[name] += float(batch[name])
+    for name in counts:
+      counts[name] += int(batch[name])
+    losses.append(np.asarray(batch["loss"]))
 
   pending = None
-  for batch in batches:
-    current = step(params, batch_stats, sharding.put_batch(batch, mesh))
-    if pending is not None:
-      add(pending)  # of the batch before, while this one runs
-    pending = current
+  with sharding.Prefetch(batches, mesh) as feed:
+    for batch in feed:
+      current = step(params, batch_stats, batch)
+      if pending is not None:
+        add(pending)  # of the batch before, while this one runs
+      pending = current
   if pending is not None:
     add(pending)
-  count = sums.pop("count")
   # No batch at all, where an evaluation was cancelled: count zero says so.
-  return {**{name: value / max(count, 1.0) for name, value in sums.items()}, "count": int(count)}
+  number = max(counts["count"], 1)
+  loss = math.fsum(itertools.chain.from_iterable(losses))
+  return {
+    "loss": loss / number,
+    "top1": counts["top1"] / number,
+    "top5": counts["top5"] / number,
+    "count": counts["count"],
+  }
 
 
 class Evaluator:
@@ -107,7 +125,9 @@ class Evaluator:
     mesh: to evaluate on.
   """
 
-  def __init__(self, config: Config, source: Source, graph: nnx.GraphDef, mesh: Mesh):
+  def __init__(
+    self, config: Config, source: Source | RecordStream, graph: nnx.GraphDef, mesh: Mesh
+  ):
     self._config = config
     self._source = source
     self._graph = graph
@@ -125,17 +145,34 @@ class Evaluator:
     Args:
       state: what to evaluate.
       cancelled: asked before each batch; once it says yes, the result is None.
+
+    Raises:
+      UnreadableImagesError: images of the split cannot be read; names those of all processes.
     """
-    batches = tqdm.tqdm(
-      self._batches(),
+    progress = tqdm.tqdm(
       desc="validation",
       total=math.ceil(len(self._source) / self._config.eval_batch_size),
       leave=False,
       disable=jax.process_index() != 0 or not sys.stderr.isatty(),
     )
-    with contextlib.closing(batches):
-      until = itertools.takewhile(lambda _: not cancelled(), batches)
-      results = evaluate(self._step, state.params, state.batch_stats, until, self._mesh)
+    results, faults = None, []
+    with progress, contextlib.closing(self._batches()) as batches:
+
+      def until_cancelled() -> Iterator[Mapping[str, np.ndarray]]:
+        for batch in itertools.takewhile(lambda _: not cancelled(), batches):
+          progress.update()
+          yield batch
+
+      try:
+        results = evaluate(
+          self._step, state.params, state.batch_stats, until_cancelled(), self._mesh
+        )
+      except pipeline.UnreadableImagesError as error:
+        faults = error.faults
+    # All processes have done all steps: those that met no fault stop with those that did.
+    faults = list(itertools.chain.from_iterable(sharding.gather(faults)))
+    if faults:
+      raise pipeline.UnreadableImagesError(self._source, faults)
     return None if cancelled() else results
 
   def draw_importance(self, state: TrainState, count: int, path: Path) -> bool:
@@ -152,6 +189,8 @@ class Evaluator:
     with contextlib.closing(self._batches()) as batches:
       batch = next(batches)
     images = batch["image"][batch["mask"] > 0][:count]
+    if images.ndim == 5:
+      images = images[:, 0]  # the central crop
     model = train_state.merge(self._graph, state.params, state.batch_stats)
     model.eval()
     return visualize.draw_importance(
@@ -163,6 +202,7 @@ class Evaluator:
       self._source,
       image_size=self._config.data.image_size,
       resize=self._config.data.eval_resize,
+      crops=min(self._config.data.eval_crops, 5),  # mirrored on the device
       global_batch_size=self._config.eval_batch_size,
       num_threads=self._config.data.num_threads,
       process_index=jax.process_index(),

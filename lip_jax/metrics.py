@@ -15,7 +15,7 @@ import tqdm
 log = logging.getLogger("lip_jax")
 
 _FILE = "metrics.jsonl"
-_ON_THE_BAR = ("loss", "top1", "images_per_second")
+_ON_THE_BAR = ("loss", "top1", "images_per_second", "data_stall")
 
 
 def log_to_stdout() -> None:
@@ -111,11 +111,15 @@ def _truncate(path: Path, last_step: int) -> None:
 
 
 class Throughput:
-  """Images per second since the last reading, without the time under `paused()`."""
+  """Images per second since the last reading, without the time under `paused()`.
+
+  And the part of that time in which the devices waited for data.
+  """
 
   def __init__(self, images_per_step: int):
     self._images_per_step = images_per_step
     self._steps = 0
+    self._stalled = 0.0
     self._start: float | None = None  # set by the first step, so that compilation does not count
 
   def count(self) -> None:
@@ -125,13 +129,24 @@ class Throughput:
     else:
       self._steps += 1
 
+  def stall(self, seconds: float) -> None:
+    """Counts time in which a step could not start because its batch was not there."""
+    if self._start is not None:
+      self._stalled += seconds
+
+  def stalled(self) -> float:
+    """Part of the time since the last `rate()` that was counted by `stall`, 0 to 1."""
+    if self._start is None or not self._stalled:
+      return 0.0
+    return min(1.0, self._stalled / (time.perf_counter() - self._start))
+
   def rate(self) -> float:
-    """Images per second; zero as long as there is nothing to measure."""
+    """Images per second; zero as long as there is nothing to measure. Starts the next reading."""
     if self._start is None or not self._steps:
       return 0.0
     now = time.perf_counter()
     rate = self._steps * self._images_per_step / (now - self._start)
-    self._start, self._steps = now, 0
+    self._start, self._steps, self._stalled = now, 0, 0.0
     return rate
 
   @contextlib.contextmanager

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -82,6 +83,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     crop_scale=config.data.crop_scale,
     global_batch_size=config.global_batch_size,
     seed=config.seed,
+    shuffle_window=config.data.shuffle_window,
     num_threads=config.data.num_threads,
     **processes,
   )
@@ -159,8 +161,9 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
       MetricsWriter(
         workdir, total_steps=total_steps, start_step=step, active=jax.process_index() == 0
       ) as writer,
+      sharding.Prefetch(loader, mesh, position=loader.position) as feed,
     ):
-      pending: tuple[int, Mapping[str, jax.Array]] | None = None
+      pending: tuple[int, Mapping[str, jax.Array], Any] | None = None
       saved = step
       clock = Throughput(config.global_batch_size)
 
@@ -169,7 +172,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         nonlocal pending
         if pending is None:
           return
-        done, arrays = pending
+        done, arrays, position = pending
         pending = None
         values = {name: float(arrays[name]) for name in _STEP_METRICS}
         clock.count()
@@ -180,8 +183,9 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           values |= {
             "learning_rate": float(schedule(done - 1)),
             "epoch": done / steps_per_epoch,
+            "data_stall": clock.stalled(),
             "images_per_second": clock.rate(),
-            "skipped_images": len(loader.skipped),
+            "skipped_images": loader.num_skipped(position),
           }
           writer.write(done, "train", values)
 
@@ -203,14 +207,18 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         if evaluated or unsaved:
           settle()
           with clock.paused():
-            checkpoints.save(state, loader.get_state(), step=step, metrics=results)
+            # Of the batches that the model has seen, not of those that are made ahead.
+            iterator = pipeline.joined(sharding.gather(loader.get_state(feed.position)))
+            loader.note_skipped(iterator)  # by other processes
+            checkpoints.save(state, iterator, step=step, metrics=results)
           saved, last_good = step, checkpoints.path(step)
         if step == total_steps or stopping:
           break
-        state, arrays = update(state, sharding.put_batch(next(loader), mesh))
+        clock.stall(feed.wait(running=pending and pending[1]))
+        state, arrays = update(state, next(feed))
         settle()  # of the step before, while this one runs
         step += 1
-        pending, results = (step, arrays), None
+        pending, results = (step, arrays, feed.position), None
       settle()
 
     finished = step == total_steps and results is not None
@@ -239,25 +247,23 @@ def train_step(
     batch: "image" [N, H, W, 3] uint8 and "label" [N] int.
     graph: of the model.
     optimizer: whose state `state.opt_state` is.
-    data: how images are normalized, and whether half of them are mirrored.
+    data: how images are normalized and augmented.
     label_smoothing: share of the target that is spread over all classes.
-    seed: of the random flips, which depend on it and the step alone.
+    seed: of the augmentation, which depends on it and the step alone.
 
   Returns:
-    State after the update and the scalars "loss" (mean), "top1" (fraction) and "grad_norm" of the
-    batch before it, and "param_norm" after it.
+    State after the update and the scalars "loss" (mean), "top1" (fraction; of mixed images against
+    the label of the greater part) and "grad_norm" of the batch before it, and "param_norm" after
+    it.
   """
-  images = augment.normalize(batch["image"], data)
-  if data.flip:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    images = augment.random_flip(images, key)
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  images = augment.training_images(batch["image"], key, data)
+  images, labels = augment.mix(images, batch["label"], jax.random.fold_in(key, 4), data.augment)
 
   def loss_of(params):
     model = train_state.merge(graph, params, state.batch_stats)
     logits = model(images)
-    targets = optax.smooth_labels(
-      jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype), label_smoothing
-    )
+    targets = optax.smooth_labels(labels.targets(logits.shape[-1], logits.dtype), label_smoothing)
     loss = optax.softmax_cross_entropy(logits, targets).mean()
     return loss, (logits, train_state.split(model)[1])
 
@@ -266,7 +272,7 @@ def train_step(
   new = TrainState(
     state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state
   )
-  top1 = (logits.argmax(axis=-1) == batch["label"]).mean()
+  top1 = (logits.argmax(axis=-1) == labels.dominant).mean()
   return new, {
     "loss": loss,
     "top1": top1,

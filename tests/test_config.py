@@ -56,6 +56,14 @@ def test_differences_name_what_makes_another_run():
     ("data", "mean", (1.0, 2.0), "config.data.mean must be three numbers"),
     ("data", "std", (1.0, 0.0, 1.0), "config.data.std must be positive"),
     ("data", "image_size", 0, "config.data.image_size must be positive, got 0"),
+    ("data", "eval_crops", 3, "config.data.eval_crops must be 1, 5 or 10, got 3"),
+    ("data", "shuffle_window", 0, "config.data.shuffle_window must be positive, got 0"),
+    ("data", "augment", {"mixpu": 1.0}, "config.data.augment has no key 'mixpu'; .*mixup, cutmix"),
+    ("data", "augment", {"mixup": -1.0}, "augment.mixup must be a number, at least 0, got -1.0"),
+    ("data", "augment", {"mixup": "a"}, "augment.mixup must be a number, at least 0, got 'a'"),
+    ("data", "augment", {"erasing": 1.5}, "augment.erasing .* at least 0 and at most 1, got 1.5"),
+    ("data", "augment", {"randaugment_ops": 1.5}, "randaugment_ops must be a whole number"),
+    ("data", "augment", {"randaugment_magnitude": 31}, "at most 30, got 31"),
   ],
 )
 def test_faults_are_named(section, key, value, message):
@@ -63,6 +71,21 @@ def test_faults_are_named(section, key, value, message):
   (values[section] if section else values)[key] = value
   with pytest.raises(UsageError, match=message):
     config_lib.from_dict(values)
+
+
+def test_options_that_are_off_may_be_left_out():
+  """Runs from before there were such options go on."""
+  values = embedded()
+  for name in ("eval_crops", "shuffle_window", "augment"):
+    del values["data"][name]
+  config = config_lib.from_dict(values)
+  assert config == config_lib.from_dict(embedded())
+  assert config.data.augment == config_lib.Augment()
+  assert not config_lib.differences(config_lib.from_dict(embedded()), config)
+  values["data"]["augment"] = {"mixup": 0.2}
+  changed = config_lib.from_dict(values)
+  assert config_lib.from_json(config_lib.to_json(changed)) == changed
+  assert config_lib.differences(changed, config) == ["data.augment.mixup: 0.2 (was 0.0)"]
 
 
 def test_what_is_missing_is_named():

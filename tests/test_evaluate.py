@@ -1,5 +1,6 @@
 """Exact evaluation: sums and counts, masked, divided once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -24,6 +25,16 @@ IDENTITY = Data(
   std=(1.0, 1.0, 1.0),
   num_threads=1,
 )
+
+
+class ReadsTheMiddle(nnx.Module):
+  """A model whose logits are the values of the pixel (1, 2)."""
+
+  def __init__(self):
+    self.scale = nnx.Param(jnp.ones(()))
+
+  def __call__(self, images):
+    return images[:, 1, 2] * self.scale[...]
 
 
 class ReadsTheFirstPixels(nnx.Module):
@@ -73,3 +84,35 @@ def test_ten_images_count_ten(batch_size, devices, num_classes):
   assert result["top1"] == pytest.approx((ranks == 0).mean())
   assert result["top5"] == pytest.approx((ranks < 5).mean())
   assert result["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_logits_are_averaged_over_crops_and_their_mirror_images():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 9, (6, 5, 4, 4, 3), np.uint8)
+  labels = rng.integers(0, 3, 6).astype(np.int32)
+  batch = {"image": images, "label": labels, "mask": np.asarray([1, 1, 1, 1, 1, 0], np.float32)}
+  model = ReadsTheMiddle()
+  own, mirrored = (images[:, :, 1, column].astype(np.float64) for column in (2, 1))
+  for crops, logits in ((5, own.mean(1)), (10, (own.mean(1) + mirrored.mean(1)) / 2)):
+    sums = evaluate.eval_step(
+      *train_state.split(model),
+      batch,
+      graph=nnx.graphdef(model),
+      data=dataclasses.replace(IDENTITY, eval_crops=crops),
+    )
+    loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(6), labels]
+    np.testing.assert_allclose(sums["loss"][:5], loss[:5], rtol=1e-5)
+    assert float(sums["loss"][5]) == 0
+    assert int(sums["count"]) == 5
+
+
+def test_the_loss_does_not_depend_on_the_order_of_images():
+  """Losses of very different size, whose sum in float32 or float64 would."""
+  rng = np.random.default_rng(1)
+  images = rng.integers(0, 256, (40, 4, 4, 3), np.uint8)
+  images[::2] //= 255
+  labels = rng.integers(0, 8, 40).astype(np.int32)
+  reference = run(images, labels, 8)
+  for _ in range(3):
+    order = rng.permutation(40)
+    assert run(images[order], labels[order], 8) == reference

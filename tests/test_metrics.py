@@ -50,3 +50,23 @@ def test_throughput_leaves_out_the_first_step_and_pauses(monkeypatch):
   now[0] += 0.5
   clock.count()
   assert clock.rate() == pytest.approx(20.0)
+
+
+def test_stalls_are_a_part_of_the_time_between_readings(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr("lip_jax.metrics.time.perf_counter", lambda: now[0])
+  clock = Throughput(images_per_step=10)
+  clock.stall(50.0)  # before the first step, which compiles
+  clock.count()
+  assert clock.stalled() == 0.0
+  for _ in range(4):
+    now[0] += 1.0
+    clock.stall(0.25)
+    clock.count()
+  with clock.paused():
+    now[0] += 50.0
+  assert clock.stalled() == pytest.approx(0.25)
+  clock.rate()
+  now[0] += 1.0
+  clock.count()
+  assert clock.stalled() == 0.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
@@ -10,11 +11,15 @@ import sys
 import threading
 from typing import ClassVar
 
+import fixture_numbered
+import grain
 import numpy as np
 import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
+from PIL import Image
 
+from lip_jax.data import pipeline
 from lip_jax.data.cluttered_digits import ClutteredDigits
 from lip_jax.data.pipeline import eval_batches, train_loader
 from lip_jax.data.source import Source, open_split
@@ -190,6 +195,33 @@ def test_every_epoch_is_another_order_of_all_images(whole):
   assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, COUNT])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**40])
+def test_the_order_is_that_of_grain(data_dir, count, seed):
+  part = open_split("numbered_images/whole", f"train[:{count}]", data_dir)
+  order = labels(take(part, 15, seed=seed))
+  reference = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+  assert list(order) == [reference[position] % count for position in range(15 * 8)]
+
+
+def test_crops_do_not_depend_on_the_size_of_batches(whole):
+  small, large = take(whole, 15, global_batch_size=4), take(whole, 6, global_batch_size=10)
+  for key in ("image", "label"):
+    np.testing.assert_array_equal(
+      np.concatenate([batch[key] for batch in small]),
+      np.concatenate([batch[key] for batch in large]),
+    )
+
+
+def test_every_position_has_crops_of_its_own(data_dir):
+  # One image over and over: what differs is the crop.
+  one = open_split("numbered_images/whole", "train[:1]", data_dir)
+  images = np.concatenate([batch["image"] for batch in take(one, 8, crop_scale=(0.1, 0.5))])
+  assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+  (other,) = take(one, 1, crop_scale=(0.1, 0.5), seed=1)
+  assert not (other["image"][:, None] == images).all(axis=(2, 3, 4)).any()
+
+
 def test_an_image_is_cropped_differently_in_every_epoch(whole):
   batches = take(whole, math.ceil(2 * COUNT / 8))
   order, images = labels(batches), np.concatenate([batch["image"] for batch in batches])
@@ -255,6 +287,23 @@ def test_state_of_another_stream_is_refused(whole, change, message):
     loader.set_state(state)
 
 
+def test_memory_is_used_again_but_never_while_somebody_has_it(whole):
+  options = {"image_size": 16, "crop_scale": (0.3, 1.0), "global_batch_size": 8, "seed": 0}
+  with train_loader(whole, **options, num_threads=2, prefetch=2) as loader:
+    # Of some batches all is kept, of some a view of a view, of some nothing.
+    whole_batches = [next(loader)["image"] for _ in range(3)]
+    views = [next(loader)["image"][1:][0] for _ in range(3)]
+    kept = [image.copy() for image in (*whole_batches, *views)]
+    addresses = [next(loader)["image"].ctypes.data for _ in range(60)]
+    for image, before in zip((*whole_batches, *views), kept, strict=True):
+      np.testing.assert_array_equal(image, before)
+  assert len(set(addresses)) < 20
+  taken = {image.ctypes.data for image in whole_batches}
+  assert not taken & set(addresses)
+  # Also when the loader is gone.
+  np.testing.assert_array_equal(views[0], kept[3])
+
+
 def test_closing_ends_the_threads(whole):
   with train_loader(whole, image_size=16, global_batch_size=8, seed=0, num_threads=2) as loader:
     next(loader)
@@ -281,6 +330,57 @@ def test_unreadable_images_are_replaced_by_the_next_ones(broken, caplog):
   messages = [record.getMessage() for record in caplog.records]
   for name in names:
     assert sum(name in message for message in messages) == 1
+
+
+def test_the_number_of_skipped_images_belongs_to_the_batches_that_were_seen(broken, caplog):
+  options = {"image_size": 16, "global_batch_size": 2, "seed": 0, "num_threads": 3, "prefetch": 30}
+  positions, counts = [], []
+  with train_loader(broken, **options) as loader:
+    for _ in range(20):
+      positions.append(loader.position())
+      counts.append(loader.num_skipped())
+      next(loader)
+    # Though threads have met all of them long before.
+    assert (counts[0], counts[-1]) == (0, 3)
+    assert counts == sorted(counts)
+    assert [loader.num_skipped(position) for position in positions] == counts
+    states = [json.loads(json.dumps(loader.get_state(position))) for position in positions]
+  assert states[-1]["skipped"] == [5, 6, 36]
+  # Restored, on one of two processes, which does not name them again.
+  caplog.clear()
+  with train_loader(broken, **options, process_index=1, process_count=2) as loader:
+    loader.set_state(states[-1])
+    for _ in range(20):
+      next(loader)
+    assert loader.num_skipped() == 3
+    assert loader.get_state()["skipped"] == [5, 6, 36]
+  assert not caplog.records
+
+
+def test_processes_join_what_they_skipped(broken):
+  options = {"image_size": 16, "global_batch_size": 40, "seed": 0}
+  loaders = [train_loader(broken, **options, process_index=p, process_count=4) for p in range(4)]
+  for loader in loaders:
+    next(loader)
+  states = [loader.get_state() for loader in loaders]
+  for loader in loaders:
+    loader.close()
+  assert [state["num_skipped"] for state in states] != [3, 3, 3, 3]
+  together = pipeline.joined(states)
+  assert (together["num_skipped"], together["skipped"]) == (3, [5, 6, 36])
+  with train_loader(broken, **options) as loader:
+    next(loader)
+    assert together == loader.get_state()
+
+
+def test_a_state_names_a_bounded_number_of_skipped_images(whole):
+  options = {"image_size": 16, "global_batch_size": 8, "seed": 0}
+  with train_loader(whole, **options) as loader:
+    state = {**loader.get_state(), "num_skipped": 7000, "skipped": list(range(1500))}
+    loader.set_state(state)
+    assert loader.num_skipped() == 7000
+    assert len(loader.get_state()["skipped"]) == 1000
+    assert loader.get_state()["num_skipped"] == 7000
 
 
 def test_skipping_is_deterministic(broken):
@@ -339,6 +439,55 @@ def test_errors_of_the_threads_reach_the_consumer(data_dir):
     list(eval_batches(source, image_size=16, global_batch_size=8))
 
 
+def strange_images():
+  """Encoded images by number: those that can be read, and those that cannot."""
+  photograph = encoded_image(0)
+
+  def jpeg(mode, width, height):
+    data = io.BytesIO()
+    Image.new(mode, (width, height), 77).save(data, "JPEG")
+    return data.getvalue()
+
+  readable = {
+    1: jpeg("CMYK", 30, 20),
+    2: jpeg("L", 20, 30),
+    3: jpeg("RGB", 1, 1),
+    4: jpeg("RGB", 10000, 10),
+    5: jpeg("RGB", 10, 10000),
+    6: photograph + bytes(100),
+  }
+  unreadable = {
+    7: photograph[: len(photograph) // 2],
+    8: photograph[: len(photograph) // 2] + bytes(len(photograph) // 2),
+    9: b"",
+    10: bytes(500),
+    11: photograph[:1],
+  }
+  return readable, unreadable
+
+
+@pytest.mark.parametrize("kind", ["source", "stream"])
+def test_strange_images(tmp_path, caplog, kind):
+  """Training goes on, and names and counts what it skipped; evaluation stops with the ids."""
+  readable, unreadable = strange_images()
+  fixture_numbered.write(tmp_path, (20, 20), {**readable, **unreadable})
+  source = getattr(fixture_numbered, f"open_{kind}")(tmp_path)
+  for crop_scale in (None, (0.08, 1.0)):
+    options = {"image_size": 16, "crop_scale": crop_scale, "global_batch_size": 40, "seed": 0}
+    caplog.clear()
+    with train_loader(source, **options, shuffle_window=40) as loader:
+      seen = {int(label) for _ in range(2) for label in next(loader)["label"]}
+      assert seen == set(range(40)) - set(unreadable)
+      assert loader.num_skipped() == len(unreadable)
+      assert len(loader.skipped) == len(unreadable)
+    for name in loader.skipped:
+      assert sum(name in record.getMessage() for record in caplog.records) == 1
+  with pytest.raises(UsageError, match="5 of 40 images") as caught:
+    list(eval_batches(source, image_size=16, resize=18, global_batch_size=8))
+  for k in range(40):
+    assert (f"({k}.JPEG)" in str(caught.value)) == (k in unreadable)
+
+
 # Evaluation.
 
 
@@ -376,12 +525,35 @@ def test_evaluation_images_do_not_depend_on_the_number_of_processes(whole):
   assert digest(join(parts)) == digest(eval_batches(whole, **options))
 
 
-def test_evaluation_refuses_unreadable_images(broken):
+def test_evaluation_names_all_unreadable_images_and_stops(broken):
   batches = eval_batches(broken, image_size=16, global_batch_size=4)
-  np.testing.assert_array_equal(next(batches)["label"], [0, 1, 2, 3])
-  message = r"broken train image 5 \(5.JPEG\) is unreadable: no data \(0 bytes\); .* again"
+  seen = [next(batches) for _ in range(10)]
+  counted = labels(seen)[np.concatenate([batch["mask"] for batch in seen]) > 0]
+  assert list(counted) == [k for k in range(COUNT) if k not in BROKEN]
+  message = (
+    r"3 of 37 images of .*broken train are unreadable, .*: .*broken train image 5 \(5.JPEG\): no "
+    r"data \(0 bytes\); .*image 6 \(6.JPEG\): .*; .*image 36 .* prepare them again"
+  )
   with pytest.raises(UsageError, match=message):
     next(batches)
+
+
+def test_the_list_of_unreadable_images_is_bounded(whole):
+  error = pipeline.UnreadableImagesError(whole, [f"image {k}: bad" for k in range(1234)])
+  assert "image 99: bad; and 1134 more. The files" in str(error)
+
+
+def test_five_crops_are_the_centre_and_the_corners(whole):
+  options = {"image_size": 12, "resize": 16, "global_batch_size": 40}
+  (one,), (five,) = (list(eval_batches(whole, **options, crops=crops)) for crops in (1, 5))
+  (square,) = eval_batches(whole, image_size=16, global_batch_size=40)
+  assert five["image"].shape == (40, 5, 12, 12, 3)
+  np.testing.assert_array_equal(five["image"][:, 0], one["image"])
+  for crop, (top, left) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)], 1):
+    part = square["image"][:, top : top + 12, left : left + 12]
+    np.testing.assert_array_equal(five["image"][:, crop], part)
+  np.testing.assert_array_equal(five["label"], one["label"])
+  assert five["mask"].sum() == COUNT
 
 
 def test_evaluation_can_be_left_early(whole):

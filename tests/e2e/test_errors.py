@@ -27,6 +27,7 @@ def assert_one_line(done, *parts):
     ("--config.data.train_split=trian", ["'trian'", "train, validation"]),
     ("--config.model.bn_group_size=3", ["global_batch_size=8", "bn_group_size=3"]),
     ("--config.seed=abc", ["config.seed", "'abc'"]),
+    ("--config.data.augment.mixup=-1", ["config.data.augment.mixup", "at least 0", "-1"]),
     ("--wrkdir=x", ["wrkdir", "workdir"]),
   ],
 )
@@ -144,6 +145,16 @@ def test_corrupt_images_are_skipped_and_counted_in_training(training, tmp_path):
   assert "train/000003" in done.stdout
   assert "train/000040" in done.stdout
   assert '"train/skipped_images": 2' in (workdir / "metrics.jsonl").read_text()
+  # A restart remembers them from the first step on, and does not name them again.
+  start = f"--start_from={workdir}/checkpoints/28"
+  again = training.train(
+    tmp_path / "again", start, "--config.data.dataset=cluttered_digits/damaged"
+  )
+  assert again.returncode == 0, again.stdout + again.stderr
+  lines = (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()
+  assert lines[0].startswith('{"step": 29,')
+  assert '"train/skipped_images": 2' in lines[0]
+  assert "skipped unreadable" not in again.stdout
 
 
 def test_corrupt_images_are_an_error_in_evaluation(training, tmp_path):

@@ -32,6 +32,7 @@ def metrics_of(workdir):
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   for line in lines:
     line.pop("train/images_per_second", None)
+    line.pop("train/data_stall", None)
   return lines
 
 
@@ -63,6 +64,10 @@ def test_a_run_reports_and_leaves_what_the_readme_promises(uninterrupted):
   assert f"importance picture: {workdir}/importance.png" in lines
   assert (workdir / "importance.png").read_bytes().startswith(b"\x89PNG")
   assert list((workdir / "tensorboard").glob("events.*"))
+  # Whenever there are metrics, they say how long the steps have waited for data.
+  text = (workdir / "metrics.jsonl").read_text()
+  training = [line for line in map(json.loads, text.splitlines()) if "train/loss" in line]
+  assert all(0 <= line["train/data_stall"] <= 1 for line in training)
   assert "step 32/32  validation" in done.stdout
   assert [m["step"] for m in metrics if "train/loss" in m] == list(range(1, STEPS + 1))
   evaluated = [m for m in metrics if "validation/top1" in m]
