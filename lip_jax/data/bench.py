@@ -1,0 +1,180 @@
+"""How fast this machine reads, decodes and crops a data set, and what that is enough for."""
+
+import dataclasses
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lip_jax.data import preprocess, tfrecord
+from lip_jax.data.pipeline import train_loader
+from lip_jax.data.source import RecordStream, Source, open_split
+from lip_jax.errors import UsageError
+
+# images/s of a training, for those who name none: a small GPU to a large slice of a pod.
+_STEP_RATES = (1_000, 3_000, 10_000, 30_000)
+_SAMPLES = 256  # images that the bare decoder gets
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What `bench` has measured; rates in images/s.
+
+  Attributes:
+    name: data set and split.
+    image_bytes: median size of an encoded image.
+    decode_rate: decode and random crop alone, of images in memory, for each core.
+    read_rate: reading records alone, one thread; None where files are read in order.
+    pipeline_rate: the whole input pipeline with `num_threads` threads.
+    core_rate: images for each second of one core's time that the pipeline takes.
+    num_threads: threads of the pipeline.
+    num_cores: of this machine.
+    peak_memory_mb: largest memory of the process, in 10^6 bytes.
+    step_rates: rates to feed.
+  """
+
+  name: str
+  image_bytes: int
+  decode_rate: float
+  read_rate: float | None
+  pipeline_rate: float
+  core_rate: float
+  num_threads: int
+  num_cores: int
+  peak_memory_mb: float
+  step_rates: tuple[float, ...]
+
+  @property
+  def efficiency(self) -> float:
+    """Pipeline per core / bare decoder per core."""
+    return self.core_rate / self.decode_rate
+
+  def cores(self, step_rate: float) -> int:
+    """Cores that feed so many images/s."""
+    return math.ceil(step_rate / self.core_rate)
+
+  def __str__(self) -> str:
+    read = "-" if self.read_rate is None else f"{self.read_rate:,.0f} images/s"
+    lines = [
+      f"{self.name}: images of {self.image_bytes / 1000:.0f} kB (median)",
+      f"read records, one thread       {read}",
+      f"decode and crop, for each core {self.decode_rate:,.0f} images/s",
+      f"whole pipeline, {self.num_threads} thread(s){'':<6}  {self.pipeline_rate:,.0f} images/s on "
+      f"{self.num_cores} core(s)",
+      f"whole pipeline, for each core  {self.core_rate:,.0f} images/s "
+      f"({100 * self.efficiency:.0f} % of the bare decoder)",
+      f"memory of the process          {self.peak_memory_mb:,.0f} MB at most",
+    ]
+    for rate in self.step_rates:
+      enough = "enough here" if self.pipeline_rate >= rate else "not enough here"
+      lines.append(f"to feed {rate:>9,.0f} images/s: {self.cores(rate):>5,} core(s), {enough}")
+    return "\n".join(lines)
+
+
+def bench(
+  dataset: str,
+  *,
+  data_dir: str | None = None,
+  split: str = "train",
+  image_size: int = 224,
+  crop_scale: tuple[float, float] = (0.08, 1.0),
+  batch_size: int = 64,
+  num_threads: int | None = None,
+  seconds: float = 10.0,
+  step_rates: Sequence[float] = _STEP_RATES,
+) -> Report:
+  """Measures the training input of a data set: reading, decoding, and the whole pipeline.
+
+  Args:
+    dataset: as for `open_split`.
+    data_dir: as for `open_split`.
+    split: to read.
+    image_size: side of the crops, pixels.
+    crop_scale: least and greatest area of the random crop, in parts of the image's.
+    batch_size: images in a batch.
+    num_threads: of the pipeline; None is one for each core.
+    seconds: how long to measure, in all.
+    step_rates: images/s of trainings that are to be fed.
+
+  Raises:
+    UsageError: the data set cannot be opened, or a number is not positive.
+  """
+  numbers = {"image_size": image_size, "batch_size": batch_size, "seconds": seconds}
+  numbers |= {"step rate": min(step_rates, default=1)}
+  for name, value in numbers.items():
+    if value <= 0:
+      raise UsageError(f"{name} must be positive, got {value}")
+  source = open_split(dataset, split, data_dir, prepare=False)
+  num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+  num_threads = num_threads or num_cores
+
+  loader = train_loader(
+    source,
+    image_size=image_size,
+    crop_scale=crop_scale,
+    global_batch_size=batch_size,
+    seed=0,
+    num_threads=num_threads,
+  )
+  with loader:
+    for _ in range(num_threads + 2):  # what was made ahead while nothing was timed
+      next(loader)
+    wall, cpu, count = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - wall < 0.6 * seconds:
+      count += len(next(loader)["label"])
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+
+  samples, read_rate = _samples(source, 0.1 * seconds)
+  rng = np.random.default_rng(0)
+
+  def decode(data: bytes) -> None:
+    try:
+      preprocess.decode_random_resized_crop(data, rng, image_size, crop_scale)
+    except preprocess.CorruptImage:
+      return  # the pipeline skips them, too
+
+  decode_rate = _rate(decode, samples, 0.3 * seconds)
+  kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
+  return Report(
+    name=source.name,
+    image_bytes=round(statistics.median(map(len, samples))),
+    decode_rate=decode_rate,
+    read_rate=read_rate,
+    pipeline_rate=count / wall,
+    core_rate=count / cpu,
+    num_threads=num_threads,
+    num_cores=num_cores,
+    peak_memory_mb=kilobytes * 1024 / 1e6,
+    step_rates=tuple(step_rates),
+  )
+
+
+def _samples(source: Source | RecordStream, seconds: float) -> tuple[list[bytes], float | None]:
+  """Some encoded images, and of a split that can be read in any order, how many in a second."""
+  if isinstance(source, RecordStream):
+    first = source.shards()[0]
+    records = tfrecord.read_records(first.path, skip=first.skip, take=min(_SAMPLES, first.take))
+    return [source.parse(record)["image"] for record in records], None
+  count = min(_SAMPLES, len(source))
+  indices = np.random.default_rng(0).permutation(len(source))[:count]
+  start = time.perf_counter()
+  samples = []
+  for index in indices:
+    samples.append(source[int(index)]["image"])
+    if time.perf_counter() - start > seconds:
+      break
+  return samples, len(samples) / (time.perf_counter() - start)
+
+
+def _rate(function: Callable[[bytes], None], samples: Sequence[bytes], seconds: float) -> float:
+  """Calls for each second of a core's time, which others that use the cores do not change."""
+  start, cpu, count = time.perf_counter(), time.thread_time(), 0
+  while time.perf_counter() - start < seconds:
+    function(samples[count % len(samples)])
+    count += 1
+  return count / (time.thread_time() - cpu)

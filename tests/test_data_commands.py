@@ -1,0 +1,77 @@
+"""`lip-jax data`: prepare, verify, convert and bench, one after the other on a small data set."""
+
+import pytest
+from fixture_data import to_tfrecord, write_folder, write_tars
+
+from lip_jax import cli
+
+
+def run(capsys, *arguments):
+  status = cli.main(["data", *map(str, arguments)])
+  out, err = capsys.readouterr()
+  return status, out, err
+
+
+def test_from_a_folder_to_a_verified_data_set_and_back_from_tfrecord(tmp_path, capsys):
+  folder = write_folder(tmp_path / "pets_folder", per_class=8, height=40, width=50)
+  data = tmp_path / "data"
+  made = run(
+    capsys, "prepare", "folder", "--folder", folder, "--name", "pets", "--data-dir", data,
+    "--shorter-side", 32, "--quality", 90, "--num-shards", 2, "--num-workers", 1,
+  )  # fmt: skip
+  assert made[0] == 0
+  assert "train 24, validation 24 images" in made[1]
+  assert run(capsys, "verify", "pets", "--data-dir", data, "--decode", "all")[0] == 0
+
+  directory = data / "pets" / "1.0.0"
+  to_tfrecord(directory)
+  converted = tmp_path / "converted"
+  done = run(capsys, "convert", "pets", "--data-dir", data, "--out-dir", converted)
+  assert done[0] == 0, done
+  assert run(capsys, "verify", "pets", "--data-dir", converted)[0] == 0
+
+  # A file cut short: every command's exit status says so.
+  shard = sorted(converted.glob("pets/1.0.0/*.array_record-*"))[0]
+  shard.write_bytes(shard.read_bytes()[:-100])
+  status, out, _ = run(capsys, "verify", "pets", "--data-dir", converted)
+  assert status == 1
+  assert shard.name in out
+
+
+@pytest.mark.parametrize("kind", ["array_record", "tfrecord", "folder", "fake"])
+def test_bench(kind, tmp_path, capsys):
+  folder = write_folder(tmp_path / "pets_folder", per_class=6, height=40, width=50)
+  source = {"folder": f"folder:{folder}", "fake": "fake:64"}.get(kind, "pets")
+  if source == "pets":
+    assert (
+      run(
+        capsys, "prepare", "folder", "--folder", folder, "--name", "pets", "--data-dir", tmp_path
+      )[0]
+      == 0
+    )
+  if kind == "tfrecord":
+    to_tfrecord(tmp_path / "pets" / "1.0.0")
+  status, out, err = run(
+    capsys, "bench", "--source", source, "--data-dir", tmp_path, "--seconds", 0.3,
+    "--num-threads", 2, "--image-size", 32, "--images-per-second", 7, 1e9,
+  )  # fmt: skip
+  assert status == 0, err
+  assert "to feed         7 images/s:     1 core(s), enough here" in out
+  assert "not enough here" in out.splitlines()[-1]
+
+
+def test_what_is_wrong_is_one_line(tmp_path, capsys):
+  train, validation = write_tars(tmp_path)
+  for arguments in (
+    ("verify", "pets", "--data-dir", tmp_path),
+    ("convert", "pets", "--data-dir", tmp_path, "--out-dir", tmp_path / "x"),
+    ("bench", "--source", "fake", "--seconds", 0),
+    # Not ImageNet's 1,000 classes.
+    (
+      "prepare", "imagenet", "--train-tar", train, "--val-tar", validation, "--data-dir", tmp_path,
+    ),
+  ):  # fmt: skip
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1, err
