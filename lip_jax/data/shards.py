@@ -26,8 +26,8 @@ from lip_jax.errors import UsageError
 SETTINGS_FILENAME = "lip_jax.json"
 
 _PART = ".part"
-# One record to a chunk, as TFDS writes them: what random access needs. Unlike TFDS's not compressed:
-# JPEGs do not get smaller, and reading them takes twice as long.
+# One record to a chunk, as TFDS has it, which random access needs. Unlike TFDS's, not compressed:
+# JPEGs do not get smaller, and reading takes twice as long.
 _OPTIONS = "group_size:1,uncompressed"
 
 
