@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
-from sklearn import datasets as sklearn_datasets
 
 # Source digits of each split: different writers (see above).
 SOURCES = {"train": range(0, 1415), "validation": range(1415, 1797)}
@@ -255,7 +254,9 @@ class _Digits(NamedTuple):
 
 @functools.cache
 def _load_digits() -> _Digits:
-  bunch = sklearn_datasets.load_digits()
+  from sklearn import datasets  # a second to import, for those who make the data set
+
+  bunch = datasets.load_digits()
   masks = []
   for pixels in bunch.images.astype(np.float32) / 16:
     mask = cv2.resize(np.pad(pixels, 1), None, fx=12, fy=12, interpolation=cv2.INTER_CUBIC)

@@ -16,11 +16,18 @@ ROOT = Path(__file__).parents[2]
 
 
 class Training:
-  """Starts train.py on the data set `cluttered_digits/tiny`: 64 + 20 images of 48 px."""
+  """Starts train.py on the data set `cluttered_digits/tiny`: 64 + 20 images of 48 px.
+
+  Attributes:
+    QUICK: XLA_FLAGS for tests in which it does not matter what is computed.
+    environment: of the processes.
+  """
+
+  QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
   def __init__(self, data_dir: Path, cache: Path):
     self.data_dir = data_dir
-    self._environment = {
+    self.environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": "",  # one device, unless a test says otherwise
@@ -69,7 +76,7 @@ class Training:
   def _run(self, command: list[str], environment: dict[str, str]):
     return subprocess.run(
       command,
-      env={**self._environment, **environment},
+      env={**self.environment, **environment},
       capture_output=True,
       text=True,
       timeout=300,
@@ -82,7 +89,7 @@ class Training:
     """Starts training, sends a signal once `step` is logged; (exit code, output)."""
     process = subprocess.Popen(
       self.command(*self.train_flags(workdir)),
-      env=self._environment,
+      env=self.environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

@@ -6,6 +6,11 @@ import tensorflow_datasets as tfds
 from lip_jax.data.cluttered_digits import ClutteredDigits
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(training, monkeypatch):
+  monkeypatch.setitem(training.environment, "XLA_FLAGS", training.QUICK)
+
+
 def assert_one_line(done, *parts):
   assert done.returncode != 0, done.stdout
   message = done.stderr.strip()

@@ -9,9 +9,6 @@ from lip_jax import cli
 
 CONFIG = Path(__file__).parents[2] / "configs" / "imagenet.py"
 
-# A few steps only: not worth more than the least effort of the compiler.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 
 @pytest.mark.slow
 def test_a_row_shrunk_by_an_argument(training, tmp_path, capsys):
@@ -21,7 +18,7 @@ def test_a_row_shrunk_by_an_argument(training, tmp_path, capsys):
     f"--workdir={workdir}",
     f"--config.data.data_dir={training.data_dir}",
     "--config.data.dataset=cluttered_digits/tiny",
-    XLA_FLAGS=QUICK,
+    XLA_FLAGS=training.QUICK,
   )
   assert done.returncode == 0, done.stdout + done.stderr
   assert "step 4/4  validation" in done.stdout
