@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     help="model, or row of the paper's tables (default: all models, and tables 1, 3 and 4)",
   )
   models.add_argument(
-    "--image-size", type=int, default=224, help="height and width in pixels (default: 224)"
+    "--image-size", type=_positive, default=224, help="height and width in pixels (default: 224)"
   )
   models.add_argument("--json", action="store_true", help="every digit, for machines")
   models.set_defaults(run=_models)
@@ -75,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument("out", metavar="OUT", help="folder, or file, to write")
   convert.add_argument("--model", metavar="NAME", help="for a file: the model that it is of")
   convert.add_argument(
-    "--num-classes", type=int, metavar="N", help="for a file: classes (default: as in the file)"
+    "--num-classes",
+    type=_positive,
+    metavar="N",
+    help="for a file: classes (default: as in the file)",
   )
   convert.add_argument(
     "--option",
@@ -104,17 +107,20 @@ def _add_data_commands(commands: Any) -> None:
   )
   workers = argparse.ArgumentParser(add_help=False)
   workers.add_argument(
-    "--num-workers", type=int, metavar="N", help="threads (default: one for each core, at most 16)"
+    "--num-workers",
+    type=_positive,
+    metavar="N",
+    help="threads (default: one for each core, at most 16)",
   )
   writing = argparse.ArgumentParser(add_help=False)
   writing.add_argument(
-    "--shorter-side", type=int, metavar="PIXELS", help="scale larger images down to this"
+    "--shorter-side", type=_positive, metavar="PIXELS", help="scale larger images down to this"
   )
   writing.add_argument(
     "--quality", type=int, metavar="Q", help="JPEG quality of images that are scaled (default: 95)"
   )
   writing.add_argument(
-    "--num-shards", type=int, metavar="N", help="files of the train split (default: as TFDS)"
+    "--num-shards", type=_positive, metavar="N", help="files of the train split (default: as TFDS)"
   )
 
   text = "make a data set in ArrayRecord format; the same command goes on if it is interrupted"
@@ -161,8 +167,10 @@ def _add_data_commands(commands: Any) -> None:
     help="TFDS name, folder:DIR, or fake for images out of memory",
   )
   bench.add_argument("--split", default="train", help="(default: train)")
-  bench.add_argument("--image-size", type=int, default=224, help="in pixels (default: 224)")
-  bench.add_argument("--num-threads", type=int, metavar="N", help="(default: one for each core)")
+  bench.add_argument("--image-size", type=_positive, default=224, help="in pixels (default: 224)")
+  bench.add_argument(
+    "--num-threads", type=_positive, metavar="N", help="(default: one for each core)"
+  )
   bench.add_argument(
     "--seconds", type=float, default=10.0, help="to measure for, in all (default: 10)"
   )
@@ -174,6 +182,13 @@ def _add_data_commands(commands: Any) -> None:
     help="of trainings that are to be fed (default: a few)",
   )
   bench.set_defaults(run=_bench_data)
+
+
+def _positive(text: str) -> int:
+  number = int(text)
+  if number < 1:
+    raise argparse.ArgumentTypeError(f"{text} is not positive")
+  return number
 
 
 def _option(text: str) -> tuple[str, Any]:

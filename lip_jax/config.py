@@ -33,8 +33,8 @@ class Augment:
 class Data:
   """Where images come from and what the host does to them."""
 
-  dataset: str  # TFDS name, "cluttered_digits/classify" or "imagenet2012"
-  data_dir: str | None  # TFDS directory; None: ~/tensorflow_datasets
+  dataset: str  # TFDS name such as "imagenet2012", "folder:DIR", "fake" or "fake:N"
+  data_dir: str | None  # TFDS directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
   train_split: str
   validation_split: str
   image_size: int  # height and width that the network sees, in pixels
@@ -87,6 +87,7 @@ class Config:
 _MAY_CHANGE = (
   "data.data_dir",
   "data.num_threads",
+  "data.eval_crops",
   "eval_batch_size",
   "log_every_steps",
   "eval_every_epochs",

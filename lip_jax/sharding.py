@@ -86,7 +86,8 @@ class Prefetch(Iterator[dict[str, jax.Array]]):
 
   def _fetch(self) -> tuple[dict[str, jax.Array], Any] | None:
     for batch in self._batches:
-      return put_batch(batch, self._mesh), self._position_of()
+      # Waiting for the copy here lets `wait` know of it; the step does not wait.
+      return jax.block_until_ready(put_batch(batch, self._mesh)), self._position_of()
     return None
 
   @property

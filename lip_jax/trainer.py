@@ -189,6 +189,13 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           }
           writer.write(done, "train", values)
 
+      def save() -> None:
+        """Saves the state after `step`, and the place in the data behind it."""
+        # Of the batches that the model has seen, not of those that are made ahead.
+        iterator = pipeline.joined(sharding.gather(loader.get_state(feed.position)))
+        loader.note_skipped(iterator)  # by other processes
+        checkpoints.save(state, iterator, step=step, metrics=results)
+
       while True:
         stopping = stop.requested
         # The last evaluation is that of the last step, with none shortly before it.
@@ -198,7 +205,12 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         if due and results is None and not stopping:
           settle()
           with clock.paused():
-            results = evaluator(state, cancelled=lambda: stop.requested)
+            try:
+              results = evaluator(state, cancelled=lambda: stop.requested)
+            except UsageError:  # unreadable images: the steps so far must not be lost with them
+              if step > saved:
+                save()
+              raise
           evaluated = results is not None
           stopping = results is None
           if results is not None:
@@ -207,10 +219,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         if evaluated or unsaved:
           settle()
           with clock.paused():
-            # Of the batches that the model has seen, not of those that are made ahead.
-            iterator = pipeline.joined(sharding.gather(loader.get_state(feed.position)))
-            loader.note_skipped(iterator)  # by other processes
-            checkpoints.save(state, iterator, step=step, metrics=results)
+            save()
           saved, last_good = step, checkpoints.path(step)
         if step == total_steps or stopping:
           break

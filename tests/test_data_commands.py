@@ -75,3 +75,30 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
     assert status == 1
     assert err.startswith("error: ")
     assert len(err.strip().splitlines()) == 1, err
+
+
+def test_numbers_are_positive(capsys):
+  with pytest.raises(SystemExit, match="2"):
+    cli.main(["data", "verify", "pets", "--num-workers", "-1"])
+  assert "-1 is not positive" in capsys.readouterr()[1]
+
+
+def test_what_is_overwritten_in_the_middle_is_pointed_out(tmp_path, capsys):
+  """The decoder takes such a file, with a warning that whole files have as well."""
+  folder = write_folder(tmp_path / "pets_folder", height=200, width=300)
+  path = folder / "train" / "cat" / "1.jpg"
+  data = bytearray(path.read_bytes())
+  data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+  path.write_bytes(data)
+  status, out, _ = run(capsys, "verify", f"folder:{folder}", "--decode", "all")
+  assert "cat/1.jpg" in out
+  assert status == ("fault" in out)
+
+
+def test_a_link_that_leads_nowhere_is_an_unreadable_image(tmp_path, capsys):
+  folder = write_folder(tmp_path / "pets_folder")
+  (folder / "train" / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+  status, out, _ = run(capsys, "verify", f"folder:{folder}")
+  assert status == 1
+  assert "gone.jpg" in out
+  assert "No such file" in out

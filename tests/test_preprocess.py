@@ -187,7 +187,7 @@ def test_refuses_what_would_fill_the_memory():
     pytest.param(JPEG[: len(JPEG) // 2], id="half"),
     pytest.param(JPEG[:-2], id="end mark missing"),
     pytest.param(JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2), id="half, padded with zeros"),
-    pytest.param(JPEG[: len(JPEG) // 2] + bytes(500) + JPEG[-2:], id="middle overwritten"),
+    pytest.param(JPEG[: len(JPEG) // 2] + bytes(500) + JPEG[-2:], id="half of it, and the end"),
     pytest.param(PROGRESSIVE[: len(PROGRESSIVE) // 2], id="half of a progressive JPEG"),
     pytest.param(PNG[: len(PNG) // 2], id="half of a PNG"),
     pytest.param(PNG[: len(PNG) // 2] + bytes(len(PNG) // 2), id="PNG, padded with zeros"),

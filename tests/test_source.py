@@ -108,7 +108,7 @@ def test_a_record_that_is_no_example(roots):
     (lambda data: data[:-5], "record 7: the file ends within it"),
     (lambda data: data[:5], "record 0: the file ends before it"),
     (lambda data: b"", "record 0: the file ends before it"),
-    (lambda data: data[:3000] + bytes(len(data) - 3000), "has a wrong checksum"),
+    (lambda data: data[:3000] + bytes(len(data) - 3000), "its bytes have a wrong checksum"),
     (lambda data: bytes(len(data)), "record 0: its length has a wrong checksum"),
     (lambda data: data + bytes(512), "record 8: its length has a wrong checksum"),
   ],

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lip_jax.data.preprocess import CorruptImage
 from lip_jax.errors import UsageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -45,9 +46,16 @@ class FolderImages:
     }
 
   def read(self, index: int) -> bytes:
-    """The encoded image."""
-    with open(os.path.join(self._folder, self._split, self.names[index]), "rb") as file:
-      return file.read()
+    """The encoded image.
+
+    Raises:
+      CorruptImage: the file cannot be read, or has gone.
+    """
+    try:
+      with open(os.path.join(self._folder, self._split, self.names[index]), "rb") as file:
+        return file.read()
+    except OSError as error:
+      raise CorruptImage(f"{error.strerror}") from error
 
 
 class ImageFolder:
@@ -130,7 +138,8 @@ def _entries(folder: str, *, sizes: bool = False) -> list[tuple[str, bool, int]]
   """Name, whether it is a folder, and bytes, of everything that is not hidden."""
   with os.scandir(folder) as entries:
     return [
-      (entry.name, entry.is_dir(), entry.stat().st_size if sizes else 0)
+      # A link that leads nowhere has no size of its own; reading it says what is wrong.
+      (entry.name, entry.is_dir(), os.path.getsize(entry) if sizes and os.path.exists(entry) else 0)
       for entry in entries
       if not entry.name.startswith(".")
     ]

@@ -11,6 +11,7 @@ batches hold then depends on the number of processes, and so a state fits that n
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -29,6 +30,8 @@ Batch = dict[str, np.ndarray]
 
 # Endless, for all purposes. Grain's own endless stream has no length when cut into batches of one.
 _POSITIONS = 2**48
+# Below this Grain's order takes more than 10 us an image.
+_FEW = 10_000
 # So many unreadable images in a row are no accident of one file.
 _MAX_SKIPS = 100
 # Skipped images that a state names, and unreadable ones that an error does. More are counted only.
@@ -52,8 +55,7 @@ class UnreadableImagesError(UsageError):
       named += f"; and {len(self.faults) - _MAX_NAMED} more"
     super().__init__(
       f"{len(self.faults)} of {len(source)} images of {source.name} are unreadable, and each has "
-      f"to count: {named}. The files in {source.directory} are damaged: delete them and prepare "
-      "them again"
+      f"to count: {named}. {source.remedy}"
     )
 
 
@@ -384,12 +386,24 @@ class _TrainReader:
         self._skips.note(candidate, batch, error)
     raise UsageError(
       f"{attempt + 1} images in a row are unreadable, from {_describe(self._source, index)} on; "
-      f"the files in {self._source.directory} are damaged: delete them and prepare them again"
+      f"{self._source.remedy}"
     )
 
 
 def _shuffled(count: int, seed: int) -> Callable[[int], int]:
-  """The order of grain.MapDataset.range(count).seed(seed).shuffle().repeat(), for less time."""
+  """Image at each position of an endless stream in which every epoch is another order of all.
+
+  The order of grain.MapDataset.range(count).seed(seed).shuffle().repeat(), for less time. Grain
+  computes each place on its own, which needs no memory, but takes long for few images; those have a
+  permutation.
+  """
+  if count < _FEW:
+    # Threads may be at work in two epochs at once.
+    permutation = functools.lru_cache(maxsize=4)(
+      lambda epoch: np.random.default_rng((seed, epoch)).permutation(count)
+    )
+    return lambda position: int(permutation(position // count)[position % count])
+
   (derived,) = np.random.SeedSequence((seed, 1)).generate_state(1).tolist()
 
   def at(position: int) -> int:
@@ -435,8 +449,7 @@ class _TrainBatchMaker:
     if not readable:
       raise UsageError(
         f"all {len(records)} images of a batch are unreadable, {stream.name_of(records[0])} among "
-        f"them; the files in {self._source.directory} are damaged: delete them and prepare them "
-        "again"
+        f"them. {self._source.remedy}"
       )
     # The next readable one takes the place of one that is not; after the last comes the first.
     following = readable[0]

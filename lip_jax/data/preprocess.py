@@ -26,7 +26,8 @@ MAX_PIXELS = 80_000_000
 _JPEG_START = b"\xff\xd8"
 # What precedes height and width in the frame header of a sequential JPEG with three colours.
 _BASELINE_COLOR = b"\xff\xc0\x00\x11\x08"
-# libjpeg warnings after which all of the image is there. Others mean that some of it is lost.
+# libjpeg warnings of files of which all is there, so they are taken. Others mean that some of it is
+# lost. A file that was overwritten in the middle can have the same: see `tolerated_warning`.
 _HARMLESS = ("extraneous bytes before marker 0xd9", "Invalid SOS parameters")
 # What else may hold a photograph. A list, because some of Pillow's formats run other programs.
 _OTHER_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
@@ -43,7 +44,7 @@ _RATIO = (3 / 4, 4 / 3)
 
 
 class CorruptImage(ValueError):  # noqa: N818
-  """The bytes hold no usable image: empty, cut short, overwritten, of unknown format, or huge."""
+  """The bytes hold no usable image: empty, cut short, of unknown format, or huge."""
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
@@ -70,6 +71,20 @@ def decode_jpeg(data: bytes) -> np.ndarray:
   inks = _decode(data, header, "CMYK")
   size = (header.width, header.height)
   return np.array(Image.frombuffer("CMYK", size, inks, "raw", "CMYK;I", 0, 1).convert("RGB"))
+
+
+def tolerated_warning(data: bytes) -> str | None:
+  """What the decoder says of a JPEG that `decode_jpeg` takes in spite of it; None: nothing.
+
+  Whole files of ImageNet have such warnings, but so have files that were overwritten in the middle.
+  """
+  if not data.startswith(_JPEG_START):
+    return None
+  try:
+    simplejpeg.decode_jpeg(data, strict=True)
+  except ValueError as error:
+    return str(error) if any(warning in str(error) for warning in _HARMLESS) else None
+  return None
 
 
 def decode_random_resized_crop(

@@ -135,6 +135,11 @@ class Source:
     name = f"{self.name} image {index}"
     return f"{name} ({self[index]['id']})" if self._has_id else name
 
+  @property
+  def remedy(self) -> str:
+    """What to do about unreadable images, a sentence."""
+    return _remedy(self.directory)
+
 
 class Examples(Protocol):
   """Examples of `Source` by their indices."""
@@ -161,6 +166,10 @@ class ExampleSource(Source):
 
   def __len__(self) -> int:
     return self._ends[-1]
+
+  @property
+  def remedy(self) -> str:
+    return f"Replace these images in {self.directory}, or take them out"
 
   def _read(self, index: int) -> dict[str, Any]:
     part = bisect.bisect_right(self._ends, index)
@@ -208,6 +217,15 @@ class RecordStream:
 
   def __len__(self) -> int:
     return sum(self.shard_lengths)
+
+  @property
+  def remedy(self) -> str:
+    """What to do about unreadable images, a sentence."""
+    return _remedy(self.directory)
+
+
+def _remedy(directory: str) -> str:
+  return f"The files in {directory} are damaged: delete them and prepare them again"
 
 
 def open_split(

@@ -4,16 +4,14 @@ A record is its length (uint64), a checksum of the length, the bytes, and a chec
 (uint32 each, little-endian, CRC-32C, "masked" by a rotation and an offset).
 """
 
-import functools
-import importlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+import google_crc32c
 from etils import epath
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
-_POLYNOMIAL = 0x82F63B78  # CRC-32C, bits reversed
 
 
 class CorruptFile(ValueError):  # noqa: N818
@@ -24,8 +22,7 @@ def read_records(path: str, *, skip: int = 0, take: int | None = None) -> Iterat
   """Yields the records of a TFRecord file in order.
 
   Checks that the file is whole: every length against its checksum, and the bytes of records that
-  are not skipped against theirs if the package `google-crc32c` is installed (in Python it would
-  take longer than everything else).
+  are not skipped against theirs.
 
   Args:
     path: the file; `gs://` as epath opens it.
@@ -36,7 +33,6 @@ def read_records(path: str, *, skip: int = 0, take: int | None = None) -> Iterat
     CorruptFile: the file ends inside a record, or before `skip` + `take` of them, or a checksum is
       wrong.
   """
-  checksum = _fast_checksum()
   with epath.Path(path).open("rb") as file:
     index = 0
     while take is None or index < skip + take:
@@ -47,7 +43,7 @@ def read_records(path: str, *, skip: int = 0, take: int | None = None) -> Iterat
       if len(header) < _HEADER.size:
         raise CorruptFile(f"{where}: the file ends before it")
       length, length_sum = _HEADER.unpack(header)
-      if _mask(_crc32c(header[:8])) != length_sum:
+      if _masked_crc(header[:8]) != length_sum:
         raise CorruptFile(f"{where}: its length has a wrong checksum")
       if index < skip:
         file.seek(length + _FOOTER.size, 1)
@@ -55,37 +51,12 @@ def read_records(path: str, *, skip: int = 0, take: int | None = None) -> Iterat
         data, footer = file.read(length), file.read(_FOOTER.size)
         if len(data) < length or len(footer) < _FOOTER.size:
           raise CorruptFile(f"{where}: the file ends within it")
-        if checksum is not None and _mask(checksum(data)) != _FOOTER.unpack(footer)[0]:
+        if _masked_crc(data) != _FOOTER.unpack(footer)[0]:
           raise CorruptFile(f"{where}: its bytes have a wrong checksum")
         yield data
       index += 1
 
 
-def _mask(crc: int) -> int:
+def _masked_crc(data: bytes) -> int:
+  crc = google_crc32c.value(data)
   return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _crc32c(data: bytes) -> int:
-  """CRC-32C of a few bytes."""
-  crc, table = 0xFFFFFFFF, _crc_table()
-  for byte in data:
-    crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-  return crc ^ 0xFFFFFFFF
-
-
-@functools.cache
-def _crc_table() -> tuple[int, ...]:
-  table = []
-  for crc in range(256):
-    for _ in range(8):
-      crc = (crc >> 1) ^ (_POLYNOMIAL if crc & 1 else 0)
-    table.append(crc)
-  return tuple(table)
-
-
-@functools.cache
-def _fast_checksum() -> Callable[[bytes], int] | None:
-  try:
-    return importlib.import_module("google_crc32c").value
-  except ImportError:
-    return None

@@ -98,6 +98,7 @@ class _Found:
   num_bytes: int = 0
   decoded: int = 0
   unreadable: list[str] = dataclasses.field(default_factory=list)
+  doubtful: list[str] = dataclasses.field(default_factory=list)
   fault: str | None = None
 
 
@@ -239,6 +240,9 @@ def _check_example(
     found.decoded += 1
     try:
       preprocess.decode_jpeg(data)
+      warning = preprocess.tolerated_warning(data)
+      if warning:
+        found.doubtful.append(f"{where} ({warning})")
     except preprocess.CorruptImage as error:
       found.unreadable.append(f"{where}: {error}")
 
@@ -292,6 +296,12 @@ def _add_split(
   if len(unreadable) > _MOST_NAMED:
     faults.append(f"and {len(unreadable) - _MOST_NAMED:,} more unreadable images")
   report.faults += [f"{name}: {fault}" for fault in faults]
+  doubtful = [image for part in parts for image in part.doubtful]
+  if doubtful:
+    report.notes.append(
+      f"{name}: {len(doubtful):,} of the decoded images have a warning that whole files have, and "
+      f"files that were overwritten in the middle; look at them: {_some(doubtful)}"
+    )
 
 
 def _check_class_names(report: Report, class_names: Sequence[str]) -> None:
@@ -378,7 +388,7 @@ def _check_images(images: FolderImages, start: int, decode: str, progress: Any) 
     progress.update()
     try:
       example = images[index]
-    except OSError as error:
+    except preprocess.CorruptImage as error:
       found.labels.append(int(images.labels[index]))
       found.unreadable.append(f"{images.names[index]}: {error}")
       continue
