@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = _parser()
   args = parser.parse_args(argv)
   try:
-    return args.run(args) or 0
+    status = args.run(args) or 0
+    sys.stdout.flush()
+    return status
+  except BrokenPipeError:  # who reads has enough: lip-jax tables | head
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    return 0
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1

@@ -300,3 +300,10 @@ def test_progress_on_a_terminal(capsys, monkeypatch):
   assert "1/2 resnet_small" in err
   assert "2/2 resnet18" in err
   assert err.endswith("\r\033[K")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+  command = f"{sys.executable} -m lip_jax.cli tables | head -1; exit ${{PIPESTATUS[0]}}"
+  done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout.startswith("Table 1")
