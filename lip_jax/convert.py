@@ -1,16 +1,15 @@
 """Weights from files under PyTorch names to exported folders, and back."""
 
 import collections
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from flax import nnx
 
 from lip_jax import export
+from lip_jax.cost import count_parameters
 from lip_jax.errors import UsageError
 from lip_jax.models import list_models
 from lip_jax.torch_files import read_torch_checkpoint
@@ -110,7 +109,7 @@ def _from_torch(
   )
   rounded = any(array.dtype == np.float64 for array in state_dict.values())
   return (
-    f"{source} -> {out}: {name}, {classes} classes, {_num_parameters(network):,} parameters"
+    f"{source} -> {out}: {name}, {classes} classes, {count_parameters(network):,} parameters"
     f"{' (rounded from float64 to float32)' if rounded else ''}"
   )
 
@@ -139,7 +138,7 @@ def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
       safetensors.numpy.save_file(state_dict, temporary)
   return (
     f"{source} -> {out}: {config['model']['name']}, {config['num_classes']} classes, "
-    f"{_num_parameters(network):,} parameters under their PyTorch names"
+    f"{count_parameters(network):,} parameters under their PyTorch names"
   )
 
 
@@ -150,12 +149,6 @@ def _num_classes(state_dict: Mapping[str, np.ndarray], source: Path) -> int:
   raise UsageError(
     f"{source} has no {' or '.join(_CLASSIFIERS)} to take the number of classes from (it begins "
     f"with {', '.join(list(state_dict)[:3])}); is it of another network? If not, give num_classes"
-  )
-
-
-def _num_parameters(network: nnx.Module) -> int:
-  return sum(
-    math.prod(variable.shape) for _, variable in nnx.to_flat_state(nnx.state(network, nnx.Param))
   )
 
 

@@ -12,7 +12,7 @@ from jax.extend import core
 
 from lip_jax import paper
 from lip_jax.errors import UsageError
-from lip_jax.models import create_model, list_models
+from lip_jax.models import abstract_model, list_models
 
 RULE = (
   "one multiply-add = one multiplication and the addition that follows it, of convolutions and "
@@ -123,7 +123,7 @@ def _costs(
 
 @functools.cache
 def _cost(name: str, options: tuple[tuple[str, Any], ...], image_size: int) -> tuple[int, int]:
-  model = nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **dict(options)))
+  model = abstract_model(name, **dict(options))
   return count_parameters(model), multiply_adds(model, image_size)
 
 

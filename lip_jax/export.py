@@ -23,8 +23,8 @@ from flax import nnx
 from flax.typing import Dtype
 
 import lip_jax
+from lip_jax import models
 from lip_jax.errors import UsageError
-from lip_jax.models import create_model
 
 FORMAT = 1
 
@@ -133,9 +133,7 @@ def abstract_model(
   reserved = sorted({"num_classes", "dtype", "rngs"} & set(options))
   if reserved:
     raise UsageError(f"{', '.join(reserved)} is not among the options of a model; leave it out")
-  return nnx.eval_shape(
-    lambda: create_model(name, num_classes=num_classes, dtype=dtype, rngs=nnx.Rngs(0), **options)
-  )
+  return models.abstract_model(name, num_classes=num_classes, dtype=dtype, **options)
 
 
 def is_exported(path: str | Path) -> bool:

@@ -267,10 +267,9 @@ def _same_network(row: Row, model: Mapping[str, Any]) -> bool:
 def _structure(name: str, options: Mapping[str, Any]) -> Any:
   from flax import nnx
 
-  from lip_jax.models import create_model
+  from lip_jax.models import abstract_model
 
-  model = nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options))
-  graph, state = nnx.split(model)
+  graph, state = nnx.split(abstract_model(name, **options))
   return graph, {path: leaf.shape for path, leaf in nnx.to_flat_state(state)}
 
 

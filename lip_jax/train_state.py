@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from lip_jax import sharding
 from lip_jax.config import Config
-from lip_jax.models import create_model
+from lip_jax.models import abstract_model, create_model
 
 Tree = dict[Any, Any]
 
@@ -28,7 +28,7 @@ class TrainState:
 
 def graph_of(name: str, **options: Any) -> nnx.GraphDef:
   """Static structure of `create_model(name, **options)`, without allocating its weights."""
-  return nnx.graphdef(nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options)))
+  return nnx.graphdef(abstract_model(name, **options))
 
 
 def init(optimizer: optax.GradientTransformation, seed: int, name: str, **options) -> TrainState:

@@ -27,7 +27,7 @@ _JPEG_START = b"\xff\xd8"
 # What precedes height and width in the frame header of a sequential JPEG with three colours.
 _BASELINE_COLOR = b"\xff\xc0\x00\x11\x08"
 # libjpeg warnings of files of which all is there, so they are taken. Others mean that some of it is
-# lost. A file that was overwritten in the middle can have the same: see `tolerated_warning`.
+# lost. A file that was overwritten in the middle can have the same: see `decode_jpeg`.
 _HARMLESS = ("extraneous bytes before marker 0xd9", "Invalid SOS parameters")
 # What else may hold a photograph. A list, because some of Pillow's formats run other programs.
 _OTHER_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
@@ -47,7 +47,7 @@ class CorruptImage(ValueError):  # noqa: N818
   """The bytes hold no usable image: empty, cut short, of unknown format, or huge."""
 
 
-def decode_jpeg(data: bytes) -> np.ndarray:
+def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
   """Decodes a JPEG of any kind, or a PNG, which ImageNet also contains, as Pillow does.
 
   Grey and CMYK images become RGB, transparency is dropped, and an EXIF orientation is ignored, as
@@ -55,6 +55,8 @@ def decode_jpeg(data: bytes) -> np.ndarray:
 
   Args:
     data: the encoded image.
+    warnings: gets what the decoder says of a JPEG that is taken in spite of it. Whole files of
+      ImageNet have such warnings, but so have files that were overwritten in the middle.
 
   Returns:
     RGB pixels, uint8 [H, W, 3].
@@ -66,25 +68,11 @@ def decode_jpeg(data: bytes) -> np.ndarray:
   if header is None:
     return _decode_other(data)
   if header.colorspace not in _INKS:
-    return _decode(data, header)
+    return _decode(data, header, warnings=warnings)
   # libjpeg leaves the inks to us. Pillow's formula, and Adobe's convention: 255 is no ink.
-  inks = _decode(data, header, "CMYK")
+  inks = _decode(data, header, "CMYK", warnings=warnings)
   size = (header.width, header.height)
   return np.array(Image.frombuffer("CMYK", size, inks, "raw", "CMYK;I", 0, 1).convert("RGB"))
-
-
-def tolerated_warning(data: bytes) -> str | None:
-  """What the decoder says of a JPEG that `decode_jpeg` takes in spite of it; None: nothing.
-
-  Whole files of ImageNet have such warnings, but so have files that were overwritten in the middle.
-  """
-  if not data.startswith(_JPEG_START):
-    return None
-  try:
-    simplejpeg.decode_jpeg(data, strict=True)
-  except ValueError as error:
-    return str(error) if any(warning in str(error) for warning in _HARMLESS) else None
-  return None
 
 
 def decode_random_resized_crop(
@@ -241,6 +229,7 @@ def _decode(
   *,
   reduction: int = 1,
   fast: bool = False,
+  warnings: list[str] | None = None,
 ) -> np.ndarray:
   """Decodes a whole JPEG.
 
@@ -250,6 +239,7 @@ def _decode(
     colorspace: of the result.
     reduction: 1, 2, 4 or 8: drops the upper frequencies, to decode at 1 / reduction of the size.
     fast: repeat colours that were stored at half the resolution, instead of interpolating them.
+    warnings: as for `decode_jpeg`.
 
   Returns:
     uint8 [ceil(H / reduction), ceil(W / reduction), channels].
@@ -267,6 +257,8 @@ def _decode(
   except ValueError as error:
     if not any(warning in str(error) for warning in _HARMLESS):
       raise CorruptImage(f"{error} ({len(data)} bytes)") from error
+    if warnings is not None:
+      warnings.append(str(error))
   return pixels
 
 

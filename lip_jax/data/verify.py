@@ -238,11 +238,10 @@ def _check_example(
     decode == "sample" and (index % SAMPLE_EVERY == 0 or _looks_damaged(data))
   ):
     found.decoded += 1
+    warnings: list[str] = []
     try:
-      preprocess.decode_jpeg(data)
-      warning = preprocess.tolerated_warning(data)
-      if warning:
-        found.doubtful.append(f"{where} ({warning})")
+      preprocess.decode_jpeg(data, warnings)
+      found.doubtful += [f"{where} ({warning})" for warning in warnings]
     except preprocess.CorruptImage as error:
       found.unreadable.append(f"{where}: {error}")
 

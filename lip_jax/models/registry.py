@@ -97,3 +97,8 @@ def create_model(
     rngs=rngs,
     **entry.options | {k: v for k, v in options.items() if k in own},
   )
+
+
+def abstract_model(name: str, **options: Any) -> Any:
+  """`create_model(name, **options)` with shapes in place of arrays: quick to build."""
+  return nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options))
