@@ -1,0 +1,24 @@
+"""What the subcommands print: aligned tables, progress."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+
+def progress(text: str) -> None:
+  """Replaces the progress line of a terminal; an empty text removes it."""
+  if sys.stderr.isatty():
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def table(rows: Iterable[tuple[str, ...]], right: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> str:
+  """Aligned columns, those in `right` to the right."""
+  rows = list(rows)
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for row in rows:
+    cells = [
+      cell.rjust(width) if index in right else cell.ljust(width)
+      for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    lines.append("  ".join(cells).rstrip())
+  return "\n".join(lines)
