@@ -20,6 +20,10 @@ def get_config() -> ConfigDict:
   config.global_batch_size = 32
   config.eval_batch_size = 200
   config.dtype = "float32"
+  config.gradient_dtype = "float32"  # in which they are added up over devices; or bfloat16
+  config.fsdp = 1  # devices that share parameters and optimizer state
+  config.accumulation_steps = 1  # parts of a device's images, one after the other
+  config.remat = False  # less memory, a forward pass more
   config.label_smoothing = 0.0
 
   config.model = ConfigDict()

@@ -75,6 +75,10 @@ def get_config(arg: str = "lip_resnet50") -> ConfigDict:
   config.global_batch_size = 256
   config.eval_batch_size = 256
   config.dtype = "float32"  # or bfloat16
+  config.gradient_dtype = "float32"  # in which they are added up over devices; or bfloat16
+  config.fsdp = 1  # devices that share parameters and optimizer state
+  config.accumulation_steps = 1  # parts of a device's images, one after the other
+  config.remat = False  # less memory, a forward pass more
   config.label_smoothing = 0.0
 
   config.model = ConfigDict()

@@ -81,9 +81,14 @@ class Config:
   checkpoint_every_steps: int
   keep_checkpoints: int  # latest ones kept, beside the best
   importance_images: int  # validation images in the importance picture drawn at the end; 0: none
+  fsdp: int = 1  # devices that share one copy of parameters and optimizer state; 1: whole on each
+  accumulation_steps: int = 1  # parts of a device's images that are computed one after the other
+  remat: bool = False  # keep activations between blocks only: less memory, a forward pass more
+  gradient_dtype: str = "float32"  # in which gradients are added up over devices; or "bfloat16"
 
 
-# How a run is watched and fed, not what it computes: these may change when it is resumed.
+# How a run is watched, fed and spread over devices, not what it computes: these may change when it
+# is resumed.
 _MAY_CHANGE = (
   "data.data_dir",
   "data.num_threads",
@@ -94,6 +99,9 @@ _MAY_CHANGE = (
   "checkpoint_every_steps",
   "keep_checkpoints",
   "importance_images",
+  "fsdp",
+  "accumulation_steps",
+  "remat",
 )
 
 
@@ -182,11 +190,14 @@ def _check(config: Config) -> None:
     "log_every_steps",
     "eval_every_epochs",
     "checkpoint_every_steps",
+    "fsdp",
+    "accumulation_steps",
   ):
     if not 0 < getattr(config, name) < math.inf:
       raise UsageError(f"config.{name} must be positive, got {getattr(config, name)}")
   choices = {
     "dtype": (config.dtype, ("float32", "bfloat16")),
+    "gradient_dtype": (config.gradient_dtype, ("float32", "bfloat16")),
     "optim.schedule": (config.optim.schedule, ("step", "cosine")),
   }
   for name, (value, valid) in choices.items():
@@ -200,6 +211,9 @@ def _check(config: Config) -> None:
   if not 0 <= config.seed < 2**32:
     raise UsageError(f"config.seed must be in [0, 2**32), got {config.seed}")
   _check_data(config.data)
+  reserved = sorted({"remat", "bn_axis_name"} & set(config.model))
+  if reserved:
+    raise UsageError(f"config.model.{reserved[0]} is set by the trainer; see config.remat")
   if "name" not in config.model:
     raise UsageError("config.model lacks name; set it to one of lip_jax.list_models()")
 

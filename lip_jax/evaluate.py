@@ -24,13 +24,14 @@ from lip_jax.data.source import RecordStream, Source, open_split
 from lip_jax.train_state import TrainState, Tree
 
 Batch = Mapping[str, jax.Array]
-EvalStep = Callable[[Tree, Tree, Batch], dict[str, jax.Array]]
+EvalStep = Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]
 
 
 def eval_step(
   params: Tree,
   batch_stats: Tree,
   batch: Batch,
+  votes: jax.Array,
   *,
   graph: nnx.GraphDef,
   data: Data,
@@ -42,12 +43,13 @@ def eval_step(
     batch_stats: of the model.
     batch: "image" [N, H, W, 3] or, of several crops, [N, crops, H, W, 3] uint8, "label" [N] int,
       "mask" [N], zero where a row is padding.
+    votes: int [devices], from `sharding.Votes`; passed through as the greatest of them.
     graph: of the model.
     data: how images are normalized, and whether crops are mirrored, too (`eval_crops` 10).
 
   Returns:
-    "loss": float [N], zero where a row is padding; and the whole numbers "top1", "top5" and
-    "count". Logits are averaged over crops.
+    "loss": float [N], zero where a row is padding; and the whole numbers "top1", "top5", "count"
+    and "vote". Logits are averaged over crops.
   """
   model = train_state.merge(graph, params, batch_stats)
   model.eval()
@@ -65,6 +67,7 @@ def eval_step(
     "top1": correct[:, 0].sum(),
     "top5": correct.sum(),
     "count": mask.sum(),
+    "vote": votes.max(),
   }
 
 
@@ -74,7 +77,8 @@ def evaluate(
   batch_stats: Tree,
   batches: Iterable[Mapping[str, np.ndarray]],
   mesh: Mesh,
-) -> dict[str, float]:
+  stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
   """Mean loss and top-1, top-5 as fractions of all images, and their count.
 
   Losses are added exactly, so the result does not depend on the number of processes and devices,
@@ -86,25 +90,28 @@ def evaluate(
     batch_stats: of the model.
     batches: this process's rows of each batch, padded and masked.
     mesh: to split the batches over.
+    stop: asked before each batch; once any process says yes, all stop, and the result is None.
   """
   counts = {"top1": 0, "top5": 0, "count": 0}
   losses: list[np.ndarray] = []
 
-  def add(batch: Mapping[str, jax.Array]) -> None:
+  def add(batch: Mapping[str, jax.Array]) -> bool:
+    """Counts a batch; whether a process voted to stop."""
     for name in counts:
       counts[name] += int(batch[name])
     losses.append(np.asarray(batch["loss"]))
+    return bool(batch["vote"])
 
+  votes = sharding.Votes(mesh)
   pending = None
   with sharding.Prefetch(batches, mesh) as feed:
     for batch in feed:
-      current = step(params, batch_stats, batch)
-      if pending is not None:
-        add(pending)  # of the batch before, while this one runs
+      current = step(params, batch_stats, batch, votes(stop()))
+      if pending is not None and add(pending):  # of the batch before, while this one runs
+        return None
       pending = current
-  if pending is not None:
-    add(pending)
-  # No batch at all, where an evaluation was cancelled: count zero says so.
+  if pending is not None and add(pending):
+    return None
   number = max(counts["count"], 1)
   loss = math.fsum(itertools.chain.from_iterable(losses))
   return {
@@ -132,19 +139,27 @@ class Evaluator:
     self._source = source
     self._graph = graph
     self._mesh = mesh
+    whole = sharding.replicated(mesh)
+    whole = sharding.replicated(mesh)
     self._step = jax.jit(
-      functools.partial(eval_step, graph=graph, data=config.data),
-      out_shardings=sharding.replicated(mesh),
+      functools.partial(eval_step, graph=graph, data=config.data), out_shardings=whole
     )
 
+    def weights(params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
+      # Gathered before they are averaged: in the same order on any number of devices.
+      batch_stats = jax.lax.with_sharding_constraint(batch_stats, whole)
+      return params, train_state.averaged(batch_stats)
+
+    self._weights = jax.jit(weights, out_shardings=whole)
+
   def __call__(
-    self, state: TrainState, cancelled: Callable[[], bool] = lambda: False
+    self, state: TrainState, stop: Callable[[], bool] = lambda: False
   ) -> dict[str, float] | None:
     """Exact "loss", "top1", "top5" and "count" over the validation split.
 
     Args:
       state: what to evaluate.
-      cancelled: asked before each batch; once it says yes, the result is None.
+      stop: asked before each batch; once any process says yes, the result is None.
 
     Raises:
       UnreadableImagesError: images of the split cannot be read; names those of all processes.
@@ -158,25 +173,26 @@ class Evaluator:
     results, faults = None, []
     with progress, contextlib.closing(self._batches()) as batches:
 
-      def until_cancelled() -> Iterator[Mapping[str, np.ndarray]]:
-        for batch in itertools.takewhile(lambda _: not cancelled(), batches):
+      def counted() -> Iterator[Mapping[str, np.ndarray]]:
+        for batch in batches:
           progress.update()
           yield batch
 
       try:
-        results = evaluate(
-          self._step, state.params, state.batch_stats, until_cancelled(), self._mesh
-        )
+        params, batch_stats = self._weights(state.params, state.batch_stats)
+        results = evaluate(self._step, params, batch_stats, counted(), self._mesh, stop)
       except pipeline.UnreadableImagesError as error:
         faults = error.faults
     # All processes have done all steps: those that met no fault stop with those that did.
     faults = list(itertools.chain.from_iterable(sharding.gather(faults)))
     if faults:
       raise pipeline.UnreadableImagesError(self._source, faults)
-    return None if cancelled() else results
+    return results
 
   def draw_importance(self, state: TrainState, count: int, path: Path) -> bool:
     """Draws the importance maps of the first validation images into a PNG file.
+
+    All processes have to call it; the first one draws.
 
     Args:
       state: of the model.
@@ -186,12 +202,16 @@ class Evaluator:
     Returns:
       False if the model has no LIP layer, and nothing was drawn.
     """
+    # On the host, as one process cannot compute with what lies on the devices of others.
+    params, batch_stats = jax.device_get(self._weights(state.params, state.batch_stats))
+    if jax.process_index() != 0:
+      return False
     with contextlib.closing(self._batches()) as batches:
       batch = next(batches)
     images = batch["image"][batch["mask"] > 0][:count]
     if images.ndim == 5:
       images = images[:, 0]  # the central crop
-    model = train_state.merge(self._graph, state.params, state.batch_stats)
+    model = train_state.merge(self._graph, params, batch_stats)
     model.eval()
     return visualize.draw_importance(
       model, images, lambda x: augment.normalize(jnp.asarray(x), self._config.data), path
@@ -224,14 +244,21 @@ def evaluate_checkpoint(
     UsageError: there is no such run or checkpoint.
   """
   mesh = sharding.make_mesh()
-  sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+  sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh.size)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(which)
     source = open_split(config.data.dataset, config.data.validation_split, config.data.data_dir)
     options = train_state.model_options(config, source.num_classes)
     optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
-    init = functools.partial(train_state.init, optimizer, config.seed, **options)
-    state = checkpoints.restore(step, train_state.abstract(init, mesh)).state
+    num_groups = config.global_batch_size // (
+      config.model.get("bn_group_size") or config.global_batch_size
+    )
+    init = functools.partial(train_state.init, optimizer, config.seed, num_groups, **options)
+    like = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+      jax.eval_shape(init),
+    )
+    state = checkpoints.restore(step, like).state
   results = Evaluator(config, source, train_state.graph_of(**options), mesh)(state)
-  assert results is not None  # nothing cancels it
+  assert results is not None  # nobody asks to stop
   return step, results

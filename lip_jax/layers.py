@@ -95,6 +95,13 @@ def linear(in_features: int, out_features: int, *, dtype: Dtype, rngs: nnx.Rngs)
   )
 
 
+def apply(module: Callable[..., jax.Array], *inputs: jax.Array, remat: bool) -> jax.Array:
+  """`module(*inputs)`; with `remat`, gradients keep only the inputs and compute the rest again."""
+  if not remat:
+    return module(*inputs)
+  return nnx.remat(lambda module, *inputs: module(*inputs))(module, *inputs)
+
+
 class BatchNorm(nnx.Module):
   """Batch normalization over groups of consecutive images.
 
@@ -104,9 +111,14 @@ class BatchNorm(nnx.Module):
   fits on one. The running statistics follow the average over the groups, with the unbiased
   variance (n / (n - 1)), as PyTorch's do.
 
+  `mean` and `var` are [C]. Given as [groups, C] instead, each group keeps its own, so that these
+  need no traffic either; evaluation takes their average, which is the same.
+
   Args:
     features: C of the input [N, H, W, C].
     group_size: images per group; None or 0 for the whole batch.
+    axis_name: inside `jax.shard_map`, the mesh axes over which each group is spread; every device
+      then has an equal part of one group.
     momentum: share of the old running statistics that each training step keeps.
     epsilon: added to the variance.
     zero_init: start with the scale at zero instead of one.
@@ -118,6 +130,7 @@ class BatchNorm(nnx.Module):
     features: int,
     *,
     group_size: int | None = None,
+    axis_name: tuple[str, ...] | None = None,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
     zero_init: bool = False,
@@ -129,6 +142,7 @@ class BatchNorm(nnx.Module):
     self.mean = nnx.BatchStat(jnp.zeros((features,), kept))
     self.var = nnx.BatchStat(jnp.ones((features,), kept))
     self.group_size = group_size
+    self.axis_name = axis_name
     self.momentum = momentum
     self.epsilon = epsilon
     self.dtype = dtype
@@ -136,29 +150,36 @@ class BatchNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     if self.use_running_average:
-      return _normalize(x, self.mean[...], self.var[...], self)
+      mean, var = (stat[...].reshape(-1, x.shape[3]).mean(axis=0) for stat in (self.mean, self.var))
+      return _normalize(x, mean, var, self)
     n = x.shape[0]
-    size = self.group_size or n
-    if n % size:
+    here = n if self.axis_name or not self.group_size else self.group_size
+    if n % here:
       raise ValueError(
-        f"batch norm over groups of {size} images needs a batch that is a multiple of {size}, got "
+        f"batch norm over groups of {here} images needs a batch that is a multiple of {here}, got "
         f"{n} images; change the batch size or bn_group_size (0: the whole batch is one group)"
       )
-    groups = x.reshape(n // size, size, *x.shape[1:])
-    mean, var = _moments(groups, axes=(1, 2, 3))
-    count = size * x.shape[1] * x.shape[2]
-    self._update(self.mean, mean.mean(axis=0).reshape(-1))
-    self._update(self.var, var.mean(axis=0).reshape(-1) * (count / max(count - 1, 1)))
+    groups = x.reshape(n // here, here, *x.shape[1:])
+    mean, var = _moments(groups, axes=(1, 2, 3), axis_name=self.axis_name)
+    devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+    count = devices * here * x.shape[1] * x.shape[2]
+    self._update(self.mean, mean)
+    self._update(self.var, var * (count / max(count - 1, 1)))
     return _normalize(groups, mean, var, self).reshape(x.shape)
 
-  def _update(self, running: nnx.BatchStat, batch: jax.Array):
+  def _update(self, running: nnx.BatchStat, groups: jax.Array):
+    batch = groups.reshape(len(groups), -1)
+    if running.ndim == 1:
+      batch = batch.mean(axis=0)
     running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
 
 
-def norm_factory(group_size: int | None, dtype: Dtype) -> Callable[..., BatchNorm]:
+def norm_factory(
+  group_size: int | None, axis_name: tuple[str, ...] | None, dtype: Dtype
+) -> Callable[..., BatchNorm]:
   """What makes a network's batch norms: (features, zero_init=False) -> `BatchNorm`."""
   check_sizes(least=0, bn_group_size=0 if group_size is None else group_size)
-  return functools.partial(BatchNorm, group_size=group_size, dtype=dtype)
+  return functools.partial(BatchNorm, group_size=group_size, axis_name=axis_name, dtype=dtype)
 
 
 class InstanceNorm(nnx.Module):
@@ -185,11 +206,21 @@ class InstanceNorm(nnx.Module):
     return _normalize(x, mean, var, self)
 
 
-def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-  """Mean and biased variance over `axes` in at least float32, kept as axes of size one."""
+def _moments(
+  x: jax.Array, axes: tuple[int, ...], axis_name: tuple[str, ...] | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Mean and biased variance over `axes` in at least float32, kept as axes of size one.
+
+  Over the devices along `axis_name`, too, if it is given.
+  """
+
+  def average(values: jax.Array) -> jax.Array:
+    local = values.mean(axis=axes, keepdims=True)
+    return jax.lax.pmean(local, axis_name) if axis_name else local
+
   x = x.astype(param_dtype(x.dtype))
-  mean = x.mean(axis=axes, keepdims=True)
-  return mean, jnp.square(x - mean).mean(axis=axes, keepdims=True)
+  mean = average(x)
+  return mean, average(jnp.square(x - mean))
 
 
 def _normalize(x: jax.Array, mean, var, norm: BatchNorm | InstanceNorm) -> jax.Array:

@@ -1,6 +1,5 @@
 """What training changes from step to step, and how to get a model out of it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +17,12 @@ Tree = dict[Any, Any]
 
 @struct.dataclass
 class TrainState:
-  """Pytree of arrays; `step` counts the updates made."""
+  """Pytree of arrays.
+
+  `step` counts the updates made. Each array of `batch_stats` has an axis of batch-norm groups in
+  front: each group of a step keeps its own, so that no traffic is needed and the state is the same
+  on any number of devices. `averaged` gives those of the network.
+  """
 
   step: jax.Array
   params: Tree
@@ -31,19 +35,54 @@ def graph_of(name: str, **options: Any) -> nnx.GraphDef:
   return nnx.graphdef(abstract_model(name, **options))
 
 
-def init(optimizer: optax.GradientTransformation, seed: int, name: str, **options) -> TrainState:
-  """State before the first step, of `create_model(name, **options)`. Meant for `jax.jit`."""
+def init(
+  optimizer: optax.GradientTransformation, seed: int, num_groups: int, name: str, **options
+) -> TrainState:
+  """State before the first step, of `create_model(name, **options)`. Meant for `jax.jit`.
+
+  Args:
+    optimizer: whose state is part of it.
+    seed: of the weights.
+    num_groups: groups of batch norm in a step.
+    name: of the model.
+    **options: of the model.
+  """
   model = create_model(name, rngs=nnx.Rngs(seed), **options)
   params, batch_stats = split(model)
+  batch_stats = jax.tree.map(
+    lambda stat: jnp.broadcast_to(stat, (num_groups, *stat.shape)), batch_stats
+  )
   return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
-def abstract(init: Callable[[], TrainState], mesh: Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the replicated train state that `init` makes."""
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-    jax.eval_shape(init),
+def placed(state: TrainState, mesh: Mesh, group_span: int) -> TrainState:
+  """Shapes and dtypes of a state, with how its arrays lie on a mesh.
+
+  Args:
+    state: arrays, or what `jax.eval_shape` gives.
+    mesh: from `sharding.make_mesh`.
+    group_span: devices over which a batch-norm group is spread.
+  """
+
+  def place(leaf, placement) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
+
+  def split_evenly(leaf) -> Any:
+    return place(leaf, sharding.over_fsdp(leaf.shape, mesh))
+
+  return TrainState(
+    place(state.step, sharding.replicated(mesh)),
+    jax.tree.map(split_evenly, state.params),
+    jax.tree.map(
+      lambda leaf: place(leaf, sharding.over_groups(mesh, group_span)), state.batch_stats
+    ),
+    jax.tree.map(split_evenly, state.opt_state),
   )
+
+
+def averaged(batch_stats: Tree) -> Tree:
+  """Batch statistics of the network: the average over the groups of a train state's."""
+  return jax.tree.map(lambda stat: stat.mean(axis=0), batch_stats)
 
 
 def model_options(config: Config, num_classes: int) -> dict[str, Any]:

@@ -1,29 +1,29 @@
-"""Training from start to finish: mesh, data, model, optimizer, restore, steps, loop."""
+"""Training from start to finish: data, mesh and model, restore, loop."""
 
+import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
-from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
-from lip_jax import augment, optim, sharding, train_state
 from lip_jax import config as config_lib
+from lip_jax import sharding
 from lip_jax.checkpoint import Checkpoints, has_checkpoints, restore_path
-from lip_jax.config import Config, Data
+from lip_jax.config import Config
 from lip_jax.data import pipeline
 from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.evaluate import Evaluator
 from lip_jax.interrupt import StopOnSignal
 from lip_jax.metrics import MetricsWriter, Throughput
-from lip_jax.train_state import TrainState
+from lip_jax.train_step import Program
 
 log = logging.getLogger("lip_jax")
 
@@ -65,13 +65,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
   workdir = Path(workdir).resolve()
   _claim_workdir(config, workdir)
 
-  # Mesh
-  mesh = sharding.make_mesh()
-  sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
-  sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
   _check_batch_norm_groups(config)
-  processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
   # Data
   source = open_split(config.data.dataset, config.data.train_split, config.data.data_dir)
   steps_per_epoch = len(source) / config.global_batch_size
@@ -85,37 +79,29 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     seed=config.seed,
     shuffle_window=config.data.shuffle_window,
     num_threads=config.data.num_threads,
-    **processes,
-  )
-
-  # Model and optimizer
-  options = train_state.model_options(config, source.num_classes)
-  graph = train_state.graph_of(**options)
-  schedule = optim.learning_rate(
-    config.optim,
-    global_batch_size=config.global_batch_size,
-    steps_per_epoch=steps_per_epoch,
-    num_epochs=config.num_epochs,
-  )
-  optimizer = optim.sgd(config.optim, schedule)
-  init = jax.jit(
-    functools.partial(train_state.init, optimizer, config.seed, **options),
-    out_shardings=sharding.replicated(mesh),
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
   )
   validation = open_split(config.data.dataset, config.data.validation_split, config.data.data_dir)
-  evaluator = Evaluator(config, validation, graph, mesh)
 
-  with loader, Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+  # Mesh and model
+  program = Program(config, num_classes=source.num_classes, steps_per_epoch=steps_per_epoch)
+  evaluator = Evaluator(config, validation, program.graph, program.mesh)
+
+  with (
+    _compilation_cache(workdir),
+    loader,
+    Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
+  ):
     # Restore
-    like = train_state.abstract(init, mesh)
     step = checkpoints.latest_step or 0
     restored, last_good = None, None
     if step:
-      restored, last_good = checkpoints.restore(step, like), checkpoints.path(step)
+      restored, last_good = checkpoints.restore(step, program.state), checkpoints.path(step)
     elif start_from is not None:
-      restored, last_good = restore_path(start_from, like), Path(start_from)
+      restored, last_good = restore_path(start_from, program.state), Path(start_from)
     if restored is None:
-      state = init()
+      state = program.init()
     else:
       state = restored.state
       step = int(state.step)
@@ -128,30 +114,13 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
       )
     results = checkpoints.metrics(step)
     log.info(
-      "%s: %d parameters, %d images, %d steps of %d images on %d device(s) (%s)",
+      "%s: %d parameters; %d images, %d steps",
       config.model["name"],
       sum(leaf.size for leaf in jax.tree.leaves(state.params)),
       len(source),
       total_steps,
-      config.global_batch_size,
-      mesh.size,
-      mesh.devices.flat[0].device_kind,
     )
-
-    # Steps
-    update = jax.jit(
-      functools.partial(
-        train_step,
-        graph=graph,
-        optimizer=optimizer,
-        data=config.data,
-        label_smoothing=config.label_smoothing,
-        seed=config.seed,
-      ),
-      donate_argnums=0,
-      out_shardings=sharding.replicated(mesh),
-    )
-
+    log.info("%s", _describe(config, program))
     if step < total_steps:
       log.info("compiling the training step, which can take minutes for a large network")
 
@@ -161,27 +130,30 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
       MetricsWriter(
         workdir, total_steps=total_steps, start_step=step, active=jax.process_index() == 0
       ) as writer,
-      sharding.Prefetch(loader, mesh, position=loader.position) as feed,
+      sharding.Prefetch(loader, program.mesh, position=loader.position) as feed,
     ):
+      votes = sharding.Votes(program.mesh)
+      stopping = False
       pending: tuple[int, Mapping[str, jax.Array], Any] | None = None
       saved = step
       clock = Throughput(config.global_batch_size)
 
       def settle() -> None:
         """Waits for the step in flight, refuses a non-finite loss, and logs."""
-        nonlocal pending
+        nonlocal pending, stopping
         if pending is None:
           return
         done, arrays, position = pending
         pending = None
         values = {name: float(arrays[name]) for name in _STEP_METRICS}
         clock.count()
+        stopping |= bool(arrays["vote"])  # all processes see the same, at the same step
         writer.advance(done)
         if not all(map(math.isfinite, values.values())):
-          raise NonFiniteLossError(_diverged(done, values, schedule, last_good))
+          raise NonFiniteLossError(_diverged(done, values, program.schedule, last_good))
         if done % config.log_every_steps == 0:
           values |= {
-            "learning_rate": float(schedule(done - 1)),
+            "learning_rate": float(program.schedule(done - 1)),
             "epoch": done / steps_per_epoch,
             "data_stall": clock.stalled(),
             "images_per_second": clock.rate(),
@@ -197,7 +169,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         checkpoints.save(state, iterator, step=step, metrics=results)
 
       while True:
-        stopping = stop.requested
+        stopping |= stop.requested and jax.process_count() == 1  # else it is voted on
         # The last evaluation is that of the last step, with none shortly before it.
         early = step % eval_steps == 0 and 2 * (total_steps - step) > eval_steps
         due = step > 0 and (early or step == total_steps)
@@ -206,7 +178,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           settle()
           with clock.paused():
             try:
-              results = evaluator(state, cancelled=lambda: stop.requested)
+              results = evaluator(state, stop=lambda: stop.requested)
             except UsageError:  # unreadable images: the steps so far must not be lost with them
               if step > saved:
                 save()
@@ -224,70 +196,52 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         if step == total_steps or stopping:
           break
         clock.stall(feed.wait(running=pending and pending[1]))
-        state, arrays = update(state, next(feed))
+        state, arrays = program.update(state, next(feed), votes(stop.requested))
         settle()  # of the step before, while this one runs
         step += 1
         pending, results = (step, arrays, feed.position), None
       settle()
 
     finished = step == total_steps and results is not None
-    picture = None
-    if finished and config.importance_images and jax.process_index() == 0:
-      picture = workdir / "importance.png"
-      if not evaluator.draw_importance(state, config.importance_images, picture):
-        picture = None
+    picture: Path | None = workdir / "importance.png"
+    if not (
+      finished
+      and config.importance_images
+      and evaluator.draw_importance(state, config.importance_images, workdir / "importance.png")
+    ):
+      picture = None
     return Result(step, finished, results or {}, last_good, picture)
 
 
-def train_step(
-  state: TrainState,
-  batch: Mapping[str, jax.Array],
-  *,
-  graph: nnx.GraphDef,
-  optimizer: optax.GradientTransformation,
-  data: Data,
-  label_smoothing: float,
-  seed: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update.
-
-  Args:
-    state: before the update.
-    batch: "image" [N, H, W, 3] uint8 and "label" [N] int.
-    graph: of the model.
-    optimizer: whose state `state.opt_state` is.
-    data: how images are normalized and augmented.
-    label_smoothing: share of the target that is spread over all classes.
-    seed: of the augmentation, which depends on it and the step alone.
-
-  Returns:
-    State after the update and the scalars "loss" (mean), "top1" (fraction; of mixed images against
-    the label of the greater part) and "grad_norm" of the batch before it, and "param_norm" after
-    it.
-  """
-  key = jax.random.fold_in(jax.random.key(seed), state.step)
-  images = augment.training_images(batch["image"], key, data)
-  images, labels = augment.mix(images, batch["label"], jax.random.fold_in(key, 4), data.augment)
-
-  def loss_of(params):
-    model = train_state.merge(graph, params, state.batch_stats)
-    logits = model(images)
-    targets = optax.smooth_labels(labels.targets(logits.shape[-1], logits.dtype), label_smoothing)
-    loss = optax.softmax_cross_entropy(logits, targets).mean()
-    return loss, (logits, train_state.split(model)[1])
-
-  (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  new = TrainState(
-    state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state
+def _describe(config: Config, program: Program) -> str:
+  """One line: where this runs, and on how many images at once."""
+  mesh = program.mesh
+  parts, local = config.accumulation_steps, config.global_batch_size // mesh.size
+  return (
+    f"{jax.process_count()} process(es), {mesh.size} device(s) "
+    f"({mesh.devices.flat[0].device_kind}), mesh "
+    + " x ".join(
+      f"{name} {size}" for name, size in mesh.shape.items() if size > 1 or name == "data"
+    )
+    + f"; {config.global_batch_size} images a step, {local} on each "
+    + (f"device in {parts} parts" if parts > 1 else "device")
+    + f"; peak learning rate {config.optim.base_lr * config.global_batch_size / 256:g}"
   )
-  top1 = (logits.argmax(axis=-1) == labels.dominant).mean()
-  return new, {
-    "loss": loss,
-    "top1": top1,
-    "grad_norm": optax.tree.norm(grads),
-    "param_norm": optax.tree.norm(new.params),
-  }
+
+
+@contextlib.contextmanager
+def _compilation_cache(workdir: Path) -> Iterator[None]:
+  """Keeps compiled programs in the workdir, for restarts, unless JAX was given another place."""
+  if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+    yield
+    return
+  jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 def _claim_workdir(config: Config, workdir: Path) -> None:

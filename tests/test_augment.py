@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 from PIL import Image, ImageEnhance, ImageOps
 
-from lip_jax import augment, sharding, train_state, trainer
+from lip_jax import augment, sharding, train_state
 from lip_jax.config import Augment, Data
+from lip_jax.train_step import train_step
 
 KEY = jax.random.key(7)
 
@@ -222,9 +223,12 @@ def test_training_on_mixed_images_has_soft_targets_and_the_dominant_label():
   data = dataclasses.replace(data_config(mixup=1.0), mean=(0.0, 0.0, 0.0), std=(255.0,) * 3)
   step = jax.jit(
     functools.partial(
-      trainer.train_step,
+      train_step,
       graph=nnx.graphdef(model),
       optimizer=optimizer,
+      mesh=sharding.make_mesh(jax.devices()[:1]),
+      group_span=1,
+      num_classes=3,
       data=data,
       label_smoothing=smoothing,
       seed=0,
@@ -233,7 +237,7 @@ def test_training_on_mixed_images_has_soft_targets_and_the_dominant_label():
   shares = []
   for number in range(6):
     state = train_state.TrainState(jnp.asarray(number), params, batch_stats, optimizer.init(params))
-    _, metrics = step(state, {"image": images, "label": labels})
+    _, metrics = step(state, {"image": images, "label": labels}, jnp.zeros(1, jnp.int32))
     assert float(metrics["top1"]) == 1.0  # the greater part is always seen
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), number), 4)
     share = float(augment.mix(jnp.ones((12, 4, 4, 3)), labels, key, data.augment)[1].share)

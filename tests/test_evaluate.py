@@ -97,6 +97,7 @@ def test_logits_are_averaged_over_crops_and_their_mirror_images():
     sums = evaluate.eval_step(
       *train_state.split(model),
       batch,
+      jnp.zeros(1, jnp.int32),
       graph=nnx.graphdef(model),
       data=dataclasses.replace(IDENTITY, eval_crops=crops),
     )

@@ -1,5 +1,6 @@
 """The training step: against the authors' implementation, and the same on any number of devices."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -13,9 +14,11 @@ from fixture_weights import image, weight
 from flax import nnx
 
 import lip_jax
-from lip_jax import layers, optim, sharding, train_state, trainer
+from lip_jax import config as config_lib
+from lip_jax import layers, optim, sharding, train_state
 from lip_jax.config import Data, Optim
 from lip_jax.torch_weights import torch_names
+from lip_jax.train_step import Program, train_step
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = json.loads((DATA / "reference.json").read_text())["models"]
@@ -63,16 +66,22 @@ def test_three_steps_equal_the_authors_in_float64(name, x64):
   graph = nnx.graphdef(model)
   params, batch_stats = train_state.split(model)
   state = train_state.TrainState(
-    jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params)
+    jnp.zeros((), jnp.int32),
+    params,
+    jax.tree.map(lambda stat: stat[None], batch_stats),
+    optimizer.init(params),
   )
   labels = jnp.asarray(spec["labels"])
 
   # The fixture's images are normalized already: identity constants, and no uint8 on the way.
   step = jax.jit(
     functools.partial(
-      trainer.train_step,
+      train_step,
       graph=graph,
       optimizer=optimizer,
+      mesh=sharding.make_mesh(jax.devices()[:1]),
+      group_span=1,
+      num_classes=1000,
       data=data_config(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
       label_smoothing=0.0,
       seed=0,
@@ -82,7 +91,7 @@ def test_three_steps_equal_the_authors_in_float64(name, x64):
   for number, image_name in enumerate(spec["images"]):
     shape = (spec["batch"], 3, spec["size"], spec["size"])
     images = jnp.asarray(image(image_name, shape).transpose(0, 2, 3, 1), jnp.float64)
-    state, metrics = step(state, {"image": images, "label": labels})
+    state, metrics = step(state, {"image": images, "label": labels}, jnp.zeros(1, jnp.int32))
     losses.append(float(metrics["loss"]))
     if number == 0:
       after_first = state
@@ -105,46 +114,59 @@ def test_three_steps_equal_the_authors_in_float64(name, x64):
     lambda m, p: m - spec["weight_decay"] * p, jax.device_get(momentum), jax.device_get(params)
   )
   compare(norms(grads, batch_stats), spec["grad_norms_step0"], 1e-5)
-  compare(norms(params, after_first.batch_stats), spec["running_norms_after_step0"], 1e-6)
-  compare(norms(state.params, state.batch_stats), spec["param_norms_after"], 1e-6)
+  compare(
+    norms(params, train_state.averaged(after_first.batch_stats)),
+    spec["running_norms_after_step0"],
+    1e-6,
+  )
+  compare(
+    norms(state.params, train_state.averaged(state.batch_stats)), spec["param_norms_after"], 1e-6
+  )
+
+
+def tiny_config(dtype="float32", bn_group_size=4, global_batch_size=32, **changes):
+  """Of a tiny network on images of 32 px."""
+  return config_lib.Config(
+    model={
+      "name": "lip_resnet_small",
+      "width": 4,
+      "logit_width": 4,
+      "bn_group_size": bn_group_size,
+    },
+    data=data_config(flip=True, image_size=32),
+    optim=dataclasses.replace(PLAIN, base_lr=0.4),
+    seed=3,
+    num_epochs=1,
+    global_batch_size=global_batch_size,
+    eval_batch_size=32,
+    dtype=dtype,
+    label_smoothing=0.1,
+    log_every_steps=1,
+    eval_every_epochs=1,
+    checkpoint_every_steps=1,
+    keep_checkpoints=2,
+    importance_images=0,
+    **changes,
+  )
 
 
 @functools.cache
-def run_steps(devices, **options):
-  """Losses, last state and program of three steps of a tiny network, 32 images a step."""
-  mesh = sharding.make_mesh(jax.devices()[:devices])
-  options = {
-    "name": "lip_resnet_small",
-    "width": 4,
-    "logit_width": 4,
-    "num_classes": 10,
-    "bn_group_size": 4,
-    **options,
-  }
-  optimizer = optim.sgd(PLAIN, optax.constant_schedule(0.05))
-  init = functools.partial(train_state.init, optimizer, 0, **options)
-  state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
-  step = jax.jit(
-    functools.partial(
-      trainer.train_step,
-      graph=train_state.graph_of(**options),
-      optimizer=optimizer,
-      data=data_config(flip=True),
-      label_smoothing=0.1,
-      seed=3,
-    ),
-    out_shardings=sharding.replicated(mesh),
+def run_steps(devices, steps=3, **changes):
+  """Losses, last state and compiled program of the steps of a tiny network, 32 images a step."""
+  program = Program(
+    tiny_config(**changes), num_classes=10, steps_per_epoch=99, devices=jax.devices()[:devices]
   )
+  state = program.init()
+  votes = sharding.Votes(program.mesh)
+  compiled = program.update.lower(*program.arguments()).compile()
   rng = np.random.default_rng(0)
-  losses, compiled = [], None
-  for _ in range(3):
+  losses = []
+  for _ in range(steps):
     batch = {
       "image": rng.integers(0, 256, (32, 32, 32, 3), np.uint8),
       "label": rng.integers(0, 10, 32, np.int32),
     }
-    batch = sharding.put_batch(batch, mesh)
-    compiled = compiled or step.lower(state, batch).compile()
-    state, metrics = compiled(state, batch)
+    state, metrics = compiled(state, sharding.put_batch(batch, program.mesh), votes(False))
     losses.append(float(metrics["loss"]))
   return losses, jax.device_get(state), compiled.as_text()
 
@@ -158,8 +180,8 @@ def test_one_and_eight_devices_give_the_same_losses():
 
 def test_one_and_eight_devices_train_alike_in_float64(x64):
   """Losses and the whole state after three steps; rounding has no room to hide a difference."""
-  one, state_one, _ = run_steps(1, dtype=jnp.float64)
-  eight, state_eight, program = run_steps(8, dtype=jnp.float64)
+  one, state_one, _ = run_steps(1, dtype="float64")
+  eight, state_eight, program = run_steps(8, dtype="float64")
   np.testing.assert_allclose(eight, one, rtol=1e-9)
   jax.tree.map(
     lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9),
@@ -187,7 +209,7 @@ def test_groups_change_the_statistics():
 
 
 def test_bfloat16_trains_with_float32_parameters_and_statistics():
-  losses, state, _ = run_steps(1, dtype=jnp.bfloat16)
+  losses, state, _ = run_steps(1, dtype="bfloat16")
   assert np.isfinite(losses).all()
   dtypes = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))}
   assert dtypes == {np.dtype("float32")}

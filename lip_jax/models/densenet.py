@@ -20,6 +20,8 @@ _BOTTLENECK = 4  # inner channels of a dense layer, in growth rates
 class DenseLayer(nnx.Module):
   """Norm, ReLU, 1x1 convolution, norm, ReLU, 3x3 convolution; [N, H, W, in] -> [..., growth].
 
+  The input comes in parts, the outputs of the layers before, which are joined along the channels.
+
   Args:
     in_features: channels of the input.
     growth: channels of the output.
@@ -45,7 +47,8 @@ class DenseLayer(nnx.Module):
     self.norm2 = norm(inner)
     self.conv2 = layers.conv(inner, growth, 3, init=layers.kaiming_fan_in, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, *parts: jax.Array) -> jax.Array:
+    x = jnp.concatenate(parts, axis=3)
     h = self.conv1(nnx.relu(self.norm1(x)))
     return self.conv2(nnx.relu(self.norm2(h)))
 
@@ -92,6 +95,9 @@ class DenseNet(nnx.Module):
     growth: channels that each layer adds.
     width: channels after the first convolution.
     bn_group_size: images per batch-norm group in training; None or 0 for the whole batch.
+    bn_axis_name: `layers.BatchNorm`'s axis_name.
+    remat: in training, keep the activations between dense layers only, and compute the others
+      again in the backward pass.
     dtype: of the computation: float32, bfloat16, float16, or float64 where JAX has x64 enabled.
     rngs: source of the initial weights.
   """
@@ -105,13 +111,16 @@ class DenseNet(nnx.Module):
     growth: int = 32,
     width: int = 64,
     bn_group_size: int | None = None,
+    bn_axis_name: tuple[str, ...] | None = None,
+    remat: bool = False,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
     layers.check_four("block_sizes", block_sizes)
     layers.check_sizes(growth=growth, width=width, num_classes=num_classes)
     self.dtype = dtype
-    norm = layers.norm_factory(bn_group_size, dtype)
+    self.remat = remat
+    norm = layers.norm_factory(bn_group_size, bn_axis_name, dtype)
 
     self.conv0 = layers.conv(
       3, width, 7, stride=2, init=layers.kaiming_fan_in, dtype=dtype, rngs=rngs
@@ -151,8 +160,10 @@ class DenseNet(nnx.Module):
     for index in range(4):
       if index > 0:
         x = getattr(self, f"transition{index}")(x)
+      parts = [x]
       for layer in getattr(self, f"denseblock{index + 1}"):
-        x = jnp.concatenate([x, layer(x)], axis=3)
+        parts.append(layers.apply(layer, *parts, remat=self.remat))
+      x = jnp.concatenate(parts, axis=3)
       outputs[f"c{index + 2}"] = x
     outputs["c5"] = nnx.relu(self.norm5(x))
     return outputs

@@ -160,6 +160,9 @@ class ResNet(nnx.Module):
     stem: "imagenet" (7x7 convolution, stride 2) or "small" (3x3, stride 1, for images of 32-64 px:
       the strides of `features` are then half of those named).
     bn_group_size: images per batch-norm group in training; None or 0 for the whole batch.
+    bn_axis_name: `layers.BatchNorm`'s axis_name.
+    remat: in training, keep the activations between blocks only, and compute the others again in
+      the backward pass.
     zero_init_residual: start every block as identity (Goyal et al. 2017).
     dtype: of the computation: float32, bfloat16, float16, or float64 where JAX has x64 enabled.
     rngs: source of the initial weights.
@@ -175,6 +178,8 @@ class ResNet(nnx.Module):
     width: int = 64,
     stem: Stem = "imagenet",
     bn_group_size: int | None = None,
+    bn_axis_name: tuple[str, ...] | None = None,
+    remat: bool = False,
     zero_init_residual: bool = False,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
@@ -186,7 +191,8 @@ class ResNet(nnx.Module):
       raise UsageError(f"unknown block {block!r}; choose one of bottleneck, basic")
     layers.check_sizes(width=width, num_classes=num_classes)
     self.dtype = dtype
-    norm = layers.norm_factory(bn_group_size, dtype)
+    self.remat = remat
+    norm = layers.norm_factory(bn_group_size, bn_axis_name, dtype)
     make_block: type[BottleneckBlock] | type[BasicBlock] = (
       BottleneckBlock if block == "bottleneck" else BasicBlock
     )
@@ -230,7 +236,7 @@ class ResNet(nnx.Module):
     outputs = {"stem": x}
     for stage in range(4):
       for block in getattr(self, f"layer{stage + 1}"):
-        x = block(x)
+        x = layers.apply(block, x, remat=self.remat)
       outputs[f"c{stage + 2}"] = x
     return outputs
 

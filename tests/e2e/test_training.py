@@ -5,12 +5,11 @@ import signal
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from lip_jax import config as config_lib
-from lip_jax import optim, sharding, train_state
 from lip_jax.checkpoint import Checkpoints
+from lip_jax.train_step import Program
 
 STEPS = 32
 
@@ -18,11 +17,7 @@ STEPS = 32
 def final_state(workdir):
   """The train state that a finished run ended with, and the state of its input pipeline."""
   config = config_lib.load(workdir)
-  optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
-  options = train_state.model_options(config, 10)
-  like = train_state.abstract(
-    lambda: train_state.init(optimizer, 0, **options), sharding.make_mesh(jax.devices()[:1])
-  )
+  like = Program(config, num_classes=10, steps_per_epoch=8, devices=jax.devices()[:1]).state
   with Checkpoints(workdir, read_only=True) as checkpoints:
     assert checkpoints.latest_step == STEPS
     return checkpoints.restore(STEPS, like)
