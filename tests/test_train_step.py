@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import math
+import re
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ import lip_jax
 from lip_jax import config as config_lib
 from lip_jax import layers, optim, sharding, train_state
 from lip_jax.config import Data, Optim
+from lip_jax.errors import UsageError
 from lip_jax.torch_weights import torch_names
 from lip_jax.train_step import Program, train_step
 
@@ -129,8 +132,9 @@ def tiny_config(dtype="float32", bn_group_size=4, global_batch_size=32, **change
   return config_lib.Config(
     model={
       "name": "lip_resnet_small",
+      "lip_stages": ("c4",),
+      "logit": "projection",
       "width": 4,
-      "logit_width": 4,
       "bn_group_size": bn_group_size,
     },
     data=data_config(flip=True, image_size=32),
@@ -171,24 +175,73 @@ def run_steps(devices, steps=3, **changes):
   return losses, jax.device_get(state), compiled.as_text()
 
 
-def test_one_and_eight_devices_give_the_same_losses():
-  """In float32 the first loss agrees to rounding, which the steps then amplify."""
-  one, eight = run_steps(1)[0], run_steps(8)[0]
-  np.testing.assert_allclose(eight[0], one[0], rtol=1e-6)
-  np.testing.assert_allclose(eight, one, rtol=1e-3)
-
-
-def test_one_and_eight_devices_train_alike_in_float64(x64):
+@pytest.mark.parametrize(
+  ("devices", "changes"),
+  [
+    (8, {}),
+    (8, {"fsdp": 4, "remat": True}),
+    (4, {"fsdp": 2, "accumulation_steps": 2}),
+    (8, {"bn_group_size": 8, "fsdp": 2}),  # a group on two devices, which share the state, too
+    (4, {"bn_group_size": 0}),  # one group on all devices
+  ],
+  ids=str,
+)
+def test_training_is_the_same_however_it_is_spread(devices, changes, x64):
   """Losses and the whole state after three steps; rounding has no room to hide a difference."""
-  one, state_one, _ = run_steps(1, dtype="float64")
-  eight, state_eight, program = run_steps(8, dtype="float64")
-  np.testing.assert_allclose(eight, one, rtol=1e-9)
+  group_size = changes.get("bn_group_size", 4)
+  expected, state_expected, _ = run_steps(1, dtype="float64", bn_group_size=group_size)
+  losses, state, program = run_steps(devices, dtype="float64", **changes)
+  np.testing.assert_allclose(losses, expected, rtol=1e-9)
   jax.tree.map(
     lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9),
-    state_eight,
-    state_one,
+    state,
+    state_expected,
   )
   assert "all-reduce" in program  # of the gradients
+  assert ("all-gather" in program) == ("fsdp" in changes)
+  assert {len(leaf) for leaf in jax.tree.leaves(state.batch_stats)} == {32 // (group_size or 32)}
+
+
+def test_fsdp_splits_parameters_and_optimizer_state():
+  """All but small arrays: what a device holds is little more than its share."""
+  config = tiny_config()
+  config = dataclasses.replace(config, model={**config.model, "width": 64}, fsdp=4)
+  program = Program(config, num_classes=10, steps_per_epoch=9)
+  for part in (program.state.params, program.state.opt_state):
+    leaves = jax.tree.leaves(part)
+    here = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+    whole = [math.prod(leaf.shape) for leaf in leaves]
+    assert all(h == w / 4 for h, w in zip(here, whole, strict=True) if w >= 2**12)
+    assert sum(here) < 0.26 * sum(whole)
+
+
+def test_gradients_added_up_in_bfloat16_are_rounded(x64):
+  exact = run_steps(8, dtype="float64")[0]
+  rounded = run_steps(8, dtype="float64", gradient_dtype="bfloat16")[0]
+  assert rounded[0] == exact[0]
+  np.testing.assert_allclose(rounded, exact, rtol=1e-2)
+  assert abs(rounded[1] - exact[1]) > 1e-7
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"global_batch_size": 36}, "36 is not divisible by the 8 devices; use 32 or 40"),
+    ({"accumulation_steps": 3}, "accumulation_steps=3 does not divide the 4 images"),
+    ({"accumulation_steps": 2}, "in 2 parts of 2; lower config.accumulation_steps"),
+    ({"fsdp": 3}, "fsdp=3 does not divide the 8 devices"),
+    ({"fsdp": 4, "bn_group_size": 8}, "spread over 2 devices, which config.fsdp=4 does not divide"),
+    ({"bn_group_size": 6, "global_batch_size": 48}, None),
+    ({"bn_group_size": 16, "global_batch_size": 80}, "one has to be a multiple of the other"),
+  ],
+)
+def test_what_cannot_be_divided_is_refused(changes, message):
+  config = tiny_config(**changes)
+  if message is None:
+    Program(config, num_classes=10, steps_per_epoch=9)
+    return
+  with pytest.raises(UsageError, match=re.escape(message)):
+    Program(config, num_classes=10, steps_per_epoch=9)
 
 
 def test_normalizing_within_groups_needs_no_traffic_between_devices():
