@@ -12,7 +12,7 @@ the processes find each other; elsewhere say where the first one is and which on
 
 Exit status:
   0    finished; or stopped by SIGTERM or SIGINT, with the state saved: the same command goes on
-  1    an error that the user can mend, here or in another process; nothing is lost by it
+  1    an error, here or in another process, that starting again does not mend by itself
   2    flags that cannot be read
   75   another process was lost, or did not come in time: the same command, on all hosts, goes on
   130  interrupted before there was anything to save
