@@ -4,17 +4,32 @@
   python train.py --mode=eval --workdir=runs/cluttered_digits
 
 Any value of the configuration can be set: --config.optim.base_lr=0.2 --config.model.pool=average
+
+On several hosts start the same command on each. On Cloud TPU, under SLURM, Open MPI and Kubernetes
+the processes find each other; elsewhere say where the first one is and which one this is:
+
+  --coordinator_address=HOST:PORT --num_processes=4 --process_id=0
+
+Exit status:
+  0    finished; or stopped by SIGTERM or SIGINT, with the state saved: the same command goes on
+  1    an error, here or in another process, that starting again does not mend by itself
+  2    flags that cannot be read
+  75   another process was lost, or did not come in time: the same command, on all hosts, goes on
+  130  interrupted before there was anything to save
 """
 
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
+
+if TYPE_CHECKING:
+  from lip_jax import hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, for example configs/cluttered_digits.py.", lock_config=True
@@ -40,13 +55,44 @@ _DATA_DIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "best", "For --mode=eval: best, latest or a step number."
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+  "distributed",
+  "auto",
+  ["auto", "on", "off"],
+  "auto: one process of several if a cluster (Cloud TPU, SLURM, Open MPI, Kubernetes) or the flags "
+  "below say so. on: an error if they do not. off: this process is on its own, whatever they say.",
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "HOST:PORT of process 0, the same for all processes: any free port that they can reach.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, on all hosts.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_LOCAL_DEVICE_IDS = flags.DEFINE_list(
+  "local_device_ids",
+  None,
+  "GPUs of this host that this process uses, such as 0,1; default: all, or one each where a "
+  "launcher has started several processes on the host.",
+)
+_CONNECT_TIMEOUT = flags.DEFINE_float(
+  "connect_timeout", 300, "Seconds that the processes wait for each other at the start."
+)
+_LIVENESS_TIMEOUT = flags.DEFINE_float(
+  "liveness_timeout",
+  45,
+  "Seconds without a sign of life (frozen, unreachable) after which a process counts as lost and "
+  "the others end with status 75. One that was killed is noticed at once.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the chosen mode; errors that the user can mend are one line."""
   # Imported here, so that --help and misspelt flags are answered at once.
+  from lip_jax import hosts
   from lip_jax.errors import UsageError
   from lip_jax.metrics import log_to_stdout
+  from lip_jax.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
   from lip_jax.trainer import NonFiniteLossError
 
   if len(argv) > 1:
@@ -55,12 +101,33 @@ def main(argv: Sequence[str]) -> None:
     _fail("--workdir is missing; name the directory of the run, for example --workdir=runs/first")
   log_to_stdout()
   try:
-    if _MODE.value == "eval":
-      _evaluate(_WORKDIR.value)
-    else:
-      _train(_WORKDIR.value)
+    with hosts.join(_hosts_options()):
+      if _MODE.value == "eval":
+        _evaluate(_WORKDIR.value)
+      else:
+        _train(_WORKDIR.value)
   except (UsageError, NonFiniteLossError) as error:
-    _fail(str(error), status=1)
+    _fail(str(error), status=EXIT_ERROR)
+  except MissingProcessError as error:
+    _fail(str(error), status=EXIT_LOST)
+
+
+def _hosts_options() -> "hosts.Options":
+  from lip_jax import hosts
+  from lip_jax.errors import UsageError
+
+  devices = _LOCAL_DEVICE_IDS.value
+  if devices and not all(k.isdecimal() for k in devices):
+    raise UsageError(f"--local_device_ids={','.join(devices)}: give numbers, such as 0,1")
+  return hosts.Options(
+    distributed=_DISTRIBUTED.value,
+    coordinator_address=_COORDINATOR_ADDRESS.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+    local_device_ids=[int(k) for k in devices] if devices else None,
+    connect_timeout=_CONNECT_TIMEOUT.value,
+    liveness_timeout=_LIVENESS_TIMEOUT.value,
+  )
 
 
 def _train(workdir: str) -> None:
