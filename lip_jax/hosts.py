@@ -305,6 +305,8 @@ def _start_jax(found: Plan, options: Options, member: Member) -> None:
   # gRPC would ask an HTTP proxy even for the loopback interface.
   os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112, its name
   jax.config.update("jax_check_proxy_envs", False)
+  # It would take SIGTERM for itself; the trainer's steps agree on where to stop.
+  jax.config.update("jax_enable_preemption_service", False)
   address = member.open_jax_address()
   jax.distributed.initialize(
     address,

@@ -21,7 +21,7 @@ from lip_jax.data import pipeline
 from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.evaluate import Evaluator
-from lip_jax.interrupt import StopOnSignal
+from lip_jax.interrupt import StopRequest
 from lip_jax.metrics import MetricsWriter, Throughput
 from lip_jax.train_step import Program
 
@@ -126,7 +126,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
 
     # Loop
     with (
-      StopOnSignal() as stop,
+      StopRequest(preemption_notice=jax.default_backend() == "tpu") as stop,
       MetricsWriter(
         workdir, total_steps=total_steps, start_step=step, active=jax.process_index() == 0
       ) as writer,

@@ -1,0 +1,46 @@
+"""Being asked to stop by the cloud; signals are tested on real trainings in tests/e2e."""
+
+import http.server
+import threading
+import time
+
+from lip_jax.interrupt import StopRequest
+
+
+def test_a_preemption_notice_is_a_request_to_stop(monkeypatch, caplog):
+  """A server in the place of the machine's metadata server, which answers when the value changes."""
+  preempted, asked = threading.Event(), []
+
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):  # noqa: N802
+      asked.append((self.path, self.headers["Metadata-Flavor"]))
+      if len(asked) == 1:
+        self.send_error(503)
+        return
+      if "wait_for_change" in self.path:
+        preempted.wait(20)
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(b"TRUE" if preempted.is_set() else b"FALSE")
+
+    def log_message(self, *_):
+      pass
+
+  monkeypatch.setattr("lip_jax.interrupt._RETRY_SECONDS", 0.01)
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
+    with StopRequest(preemption_notice=True) as stop:
+      deadline = time.monotonic() + 20
+      while len(asked) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+      assert not stop.requested
+      preempted.set()
+      while not stop.requested:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    server.shutdown()
+  path = "/computeMetadata/v1/instance/preempted"
+  assert [p for p, _ in asked[:2]] == [path] * 2
+  assert asked[2] == (f"{path}?wait_for_change=true&timeout_sec=300", "Google")
