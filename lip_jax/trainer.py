@@ -108,16 +108,15 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
   with loader, Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
     # Restore
     like = train_state.abstract(init, mesh)
-    step = checkpoints.latest_step or 0
-    restored, last_good = None, None
-    if step:
-      restored, last_good = checkpoints.restore(step, like), checkpoints.path(step)
-    elif start_from is not None:
-      restored, last_good = restore_path(start_from, like), Path(start_from)
+    checkpoints.check_room(like)
+    restored = checkpoints.restore_latest(like)
+    results = restored.metrics if restored else None
+    if restored is None and start_from is not None:
+      restored = restore_path(start_from, like)
     if restored is None:
-      state = init()
+      state, step, last_good = init(), 0, None
     else:
-      state = restored.state
+      state, last_good = restored.state, restored.path
       step = int(state.step)
       loader.set_state(restored.iterator)
       log.info("restored step %d from %s", step, last_good)
@@ -126,7 +125,6 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         f"the checkpoint {last_good} is of step {step}, but this run ends at step {total_steps}; "
         "raise config.num_epochs"
       )
-    results = checkpoints.metrics(step)
     log.info(
       "%s: %d parameters, %d images, %d steps of %d images on %d device(s) (%s)",
       config.model["name"],
