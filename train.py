@@ -19,6 +19,7 @@ Exit status:
 """
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,8 @@ _LIVENESS_TIMEOUT = flags.DEFINE_float(
 def main(argv: Sequence[str]) -> None:
   """Runs the chosen mode; errors that the user can mend are one line."""
   # Imported here, so that --help and misspelt flags are answered at once.
+  import jax
+
   from lip_jax import hosts
   from lip_jax.errors import UsageError
   from lip_jax.metrics import log_to_stdout
@@ -102,6 +105,8 @@ def main(argv: Sequence[str]) -> None:
   log_to_stdout()
   try:
     with hosts.join(_hosts_options()):
+      if jax.process_index() > 0:
+        log_to_stdout(logging.WARNING)  # the rest is the same as process 0 says
       if _MODE.value == "eval":
         _evaluate(_WORKDIR.value)
       else:
@@ -131,6 +136,8 @@ def _hosts_options() -> "hosts.Options":
 
 
 def _train(workdir: str) -> None:
+  import jax
+
   from lip_jax import config, trainer
   from lip_jax.errors import UsageError
 
@@ -138,6 +145,8 @@ def _train(workdir: str) -> None:
     raise UsageError("--config is missing; for example --config=configs/cluttered_digits.py")
   run = config.from_dict(_CONFIG.value.to_dict())
   result = trainer.train(run, workdir, start_from=_START_FROM.value)
+  if jax.process_index() > 0:
+    return
   if not result.finished:
     place = f"from {result.checkpoint}" if result.checkpoint else "from the start"
     print(f"stopped at step {result.step}; the same command goes on {place}")
@@ -150,6 +159,8 @@ def _train(workdir: str) -> None:
 
 
 def _evaluate(workdir: str) -> None:
+  import jax
+
   from lip_jax import config, evaluate
 
   overridden = _CONFIG.value
@@ -157,6 +168,8 @@ def _evaluate(workdir: str) -> None:
   if _DATA_DIR.value:
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=_DATA_DIR.value))
   step, metrics = evaluate.evaluate_checkpoint(run, workdir, _CHECKPOINT.value)
+  if jax.process_index() > 0:
+    return
   _report(metrics)
   print(f"checkpoint: step {step} ({_CHECKPOINT.value})")
 

@@ -74,5 +74,6 @@ def get_config() -> ConfigDict:
   config.eval_every_epochs = 0.5
   config.checkpoint_every_steps = 100
   config.keep_checkpoints = 2
+  config.watchdog_seconds = 300.0  # a step that takes longer is reported, and where it hangs
   config.importance_images = 8
   return config

@@ -139,6 +139,7 @@ def get_config(arg: str = "lip_resnet50") -> ConfigDict:
   config.eval_every_epochs = 1.0
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 2
+  config.watchdog_seconds = 300.0  # a step that takes longer is reported, and where it hangs
   config.importance_images = 8
   if size:
     _shrink(config)

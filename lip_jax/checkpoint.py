@@ -1,19 +1,37 @@
-"""Checkpoints of a run: asynchronous, atomic, the latest few and the best.
+"""Checkpoints of a run: asynchronous, atomic, verified, the latest few and the best.
 
-The only module that imports Orbax.
+The only module that imports Orbax. What lies in a checkpoint, `<workdir>/checkpoints/<step>`:
+
+- `state/`: the arrays. Orbax and TensorStore do not notice every changed byte in them.
+- `record/record.json`: the state of the input pipeline, the validation results, and a fingerprint
+  of each part of the train state, with a digest of it all. No state is given out whose
+  fingerprints are not those.
 """
 
 import dataclasses
+import gc
+import logging
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
+from lip_jax import record as records
+from lip_jax import sharding, step_directories
 from lip_jax.errors import UsageError
-from lip_jax.train_state import TrainState
+from lip_jax.fingerprint import fingerprint
+from lip_jax.quiet import quiet
+from lip_jax.record import DamagedError, Record
+from lip_jax.train_state import TrainState, Tree
+
+log = logging.getLogger("lip_jax")
 
 _STATE = "state"
-_ITERATOR = "iterator"
+_RECORD, _RECORD_FILE = "record", "record.json"
 _BEST = "top1"
 
 
@@ -23,12 +41,13 @@ class Restored:
 
   state: TrainState
   iterator: dict[str, Any]
+  metrics: dict[str, float] | None  # validation results of this state, if it was evaluated
+  path: Path
 
 
 def has_checkpoints(workdir: Path) -> bool:
   """Whether the run in `workdir` has saved anything yet."""
-  directory = _directory(workdir)
-  return directory.is_dir() and any(entry.name.isdecimal() for entry in directory.iterdir())
+  return step_directories.any_in(_directory(workdir))
 
 
 class Checkpoints:
@@ -37,62 +56,70 @@ class Checkpoints:
   A checkpoint appears under its name only when it is complete. Use as a context manager: leaving it
   waits for the save that is under way.
 
+  On several processes all of them call `save`, `restore`, `restore_latest` and leave the context at
+  the same points; they come to the same result or all raise.
+
   Args:
-    workdir: the run's directory.
+    workdir: the run's directory; on several processes one that all of them see.
     keep: how many of the latest to keep, beside the one with the best validation top-1.
-    read_only: never delete anything, not even remains of interrupted saves.
+    read_only: never change anything, not even remains of interrupted saves.
+
+  Raises:
+    UsageError: the directory cannot be written, or, read only, does not exist.
   """
 
   def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
     self.directory = _directory(workdir)
+    self._keep = keep
+    self._read_only = read_only
+    self._records: dict[int, Record] = {}
+    self._saving: tuple[int, Record, ocp.AsyncResponse[None]] | None = None
     if read_only and not self.directory.is_dir():
       raise UsageError(
         f"no checkpoints under {Path(workdir).resolve()}; give the --workdir of a training run"
       )
-    policies = ocp.training.preservation_policies
-    keep_latest = policies.LatestN(keep)
-    keep_best = policies.BestN(
-      get_metric_fn=lambda metrics: metrics[_BEST], n=1, keep_checkpoints_without_metrics=False
-    )
-    self._checkpointer = ocp.training.Checkpointer(
-      self.directory,
-      preservation_policy=(
-        policies.PreserveAll()
-        if read_only
-        else policies.AnyPreservationPolicy([keep_latest, keep_best])
-      ),
-      cleanup_tmp_directories=not read_only,
-    )
+    if not read_only and jax.process_index() == 0:
+      try:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.directory).close()
+        step_directories.clear_remains(self.directory)
+      except OSError as error:
+        raise UsageError(
+          f"cannot write checkpoints to {self.directory}: {error}; name a writable --workdir"
+        ) from None
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_) -> None:
-    self._checkpointer.close()
+  def __exit__(self, error: type[BaseException] | None, *_) -> None:
+    if error is None:
+      self._finish_save()
+    elif self._saving is not None:  # what ended the run is not to be hidden by a further error
+      fault = _outcome(self._saving[2])
+      if fault:
+        log.error("%s", self._failure(self._saving[0], fault))
 
   @property
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, ascending."""
-    return [info.step for info in self._checkpointer.checkpoints]
+    return step_directories.steps_in(self.directory)
 
   @property
   def latest_step(self) -> int | None:
     """Step of the newest checkpoint, None if there is none."""
-    return self.steps[-1] if self.steps else None
+    return max(self.steps, default=None)
 
   @property
   def best_step(self) -> int | None:
     """Step of the checkpoint with the best validation top-1, None if none was evaluated."""
-    scored = [info for info in self._checkpointer.checkpoints if info.metrics]
-    best = max(scored, key=lambda info: (info.metrics[_BEST], info.step), default=None)
-    return None if best is None else best.step
+    return _best({step: self.metrics(step) for step in self.steps})
 
   def metrics(self, step: int) -> dict[str, float] | None:
-    """Validation results saved with a checkpoint, None if it has none or does not exist."""
-    for info in self._checkpointer.checkpoints:
-      if info.step == step:
-        return info.metrics
-    return None
+    """Validation results saved with a checkpoint, None if it has none that can be read."""
+    try:
+      return self._record(step).metrics
+    except Exception:  # a damaged checkpoint has no say here; restoring it will tell
+      return None
 
   def resolve(self, which: str) -> int:
     """Step number for "latest", "best" or a number in text.
@@ -114,6 +141,20 @@ class Checkpoints:
     """Directory of one checkpoint."""
     return self.directory / str(step)
 
+  def check_room(self, like: TrainState) -> None:
+    """Warns if the disk has no room for all checkpoints that the run will keep.
+
+    Args:
+      like: train state, or the shapes and dtypes of one.
+
+    Raises:
+      UsageError: there is no room for a single one.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    if jax.process_index() == 0:
+      # The latest, the best, and the one that is being written.
+      step_directories.check_room(self.directory, size, self._keep + 2)
+
   def save(
     self,
     state: TrainState,
@@ -129,15 +170,24 @@ class Checkpoints:
       iterator: JSON-serialisable state of the input pipeline after the same step.
       step: number of updates.
       metrics: validation results of this state, with "top1", if it was evaluated.
+
+    Raises:
+      UsageError: this save, or the one before it, could not be written. Checkpoints that were there
+        are untouched.
     """
-    self._checkpointer.save_checkpointables_async(
-      step,
-      {_STATE: state},
-      metrics=metrics,
-      custom_metadata={_ITERATOR: iterator},
-      overwrite=True,
-      force=True,
-    )
+    self._finish_save()
+    record = records.describe(state, iterator, step=step, metrics=metrics)
+    try:
+      if jax.process_index() == 0:
+        step_directories.set_aside(self.path(step))
+      with _context():
+        response = ocp.save_checkpointables_async(
+          self.path(step), {_STATE: state, _RECORD: record.to_json()}
+        )
+    except Exception as error:  # Orbax raises whatever its storage layers do
+      self._give_up(step)
+      raise UsageError(self._failure(step, records.reason(error))) from error
+    self._saving = (step, record, response)
 
   def restore(self, step: int, like: TrainState) -> Restored:
     """Loads one checkpoint.
@@ -145,28 +195,207 @@ class Checkpoints:
     Args:
       step: one of `steps`.
       like: what `train_state.abstract` gives: the expected shapes and dtypes, and the shardings
-        that the result is to have.
+        that the result is to have, on any mesh.
 
     Raises:
       UsageError: the checkpoint is damaged or holds something else.
     """
-    try:
-      state = self._checkpointer.load_checkpointables(step, {_STATE: like})[_STATE]
-      iterator = self._checkpointer.metadata(step).custom_metadata[_ITERATOR]
-    except Exception as error:  # Orbax raises whatever its storage layers do
+    restored = self._load_state(step, like)
+    if isinstance(restored, DamagedError):
+      raise UsageError(self._damaged(step, restored))
+    return restored
+
+  def restore_latest(self, like: TrainState) -> Restored | None:
+    """Loads the newest checkpoint that is whole, None if the run has none at all.
+
+    DamagedError ones that are newer are reported and moved to `<workdir>/damaged_checkpoints`.
+
+    Args:
+      like: as for `restore`.
+
+    Raises:
+      UsageError: all are damaged, or one cannot be read for a reason that may pass.
+    """
+    self._finish_save()
+    views = sharding.gather(self.steps)
+    if views.count(views[0]) != len(views):
       raise UsageError(
-        f"cannot load the checkpoint {self.path(step)}: it is damaged, or of another model or "
-        f"optimizer than this configuration's. Delete it to go on from the one before it, or give "
-        f"the configuration that it was saved with ({str(error).splitlines()[0][:200]})"
-      ) from error
-    return Restored(state, iterator)
+        f"the processes see different checkpoints in {self.directory}: {views}; --workdir has to "
+        "be a directory that all hosts share"
+      )
+    damaged: dict[int, DamagedError] = {}
+    for step in reversed(views[0]):
+      restored = self._load_state(step, like)
+      if isinstance(restored, Restored):
+        self._move_damaged(list(damaged))
+        return restored
+      log.warning("the checkpoint %s is damaged (%s): passed over", self.path(step), restored)
+      damaged[step] = restored
+    if not damaged:
+      return None
+    # They stay where they are, so that the same command does not start from zero the next time.
+    faults = "; ".join(f"{step}: {fault}" for step, fault in damaged.items())
+    raise UsageError(
+      f"no checkpoint in {self.directory} is whole ({faults}); move that directory away to start "
+      "from the beginning, or put back a copy of a whole one"
+    )
+
+  def restore_weights(
+    self, step: int, placement: jax.sharding.Sharding | None = None
+  ) -> tuple[Tree, Tree]:
+    """(parameters, batch statistics) of one checkpoint, without knowing model or optimizer.
+
+    Args:
+      step: one of `steps`.
+      placement: of all arrays; None: as numpy arrays.
+
+    Raises:
+      UsageError: the checkpoint is damaged.
+    """
+    parts = ("params", "batch_stats")
+    loaded = self._load(
+      step,
+      lambda record: {part: records.tree_of(record.leaves[part], placement) for part in parts},
+    )
+    if isinstance(loaded, DamagedError):
+      raise UsageError(self._damaged(step, loaded))
+    return loaded[1]["params"], loaded[1]["batch_stats"]
+
+  def _load_state(self, step: int, like: TrainState) -> Restored | DamagedError:
+    path = self.path(step)
+
+    def check(record: Record) -> TrainState:
+      records.check_same_leaves(record, like, path)
+      return like
+
+    loaded = self._load(step, check)
+    if isinstance(loaded, DamagedError):
+      return loaded
+    record, state = loaded
+    return Restored(state, record.iterator, record.metrics, path)
+
+  def _load(self, step: int, like_of: Callable[[Record], Any]) -> tuple[Record, Any] | DamagedError:
+    """What all processes together make of one checkpoint.
+
+    Args:
+      step: of the checkpoint.
+      like_of: shapes, dtypes and places of what to load: a train state, or some parts by name.
+
+    Raises:
+      UsageError: it is whole, as far as known, but of no use; or it cannot be read at present.
+    """
+    loaded: Any = None
+    fault: tuple[str, bool] | None = None
+    with quiet("absl", "asyncio"):
+      try:
+        step_directories.check_readable(self.path(step))
+        record = self._record(step)
+        loaded = _load_alone(self.path(step), like_of(record))
+      except UsageError as error:
+        fault = (str(error), False)
+      except Exception as error:  # Orbax raises whatever its storage layers do
+        reason = records.reason(error)
+        fault = (reason, True)
+        if not records.is_damage(error):
+          fault = (
+            f"cannot read the checkpoint {self.path(step)}, which may be whole: {reason}; mend "
+            "that and give the same command again",
+            False,
+          )
+      if fault:
+        gc.collect()  # asyncio tells of errors that nobody fetched when they are thrown away
+        time.sleep(0.05)  # TensorStore does of other arrays of the same checkpoint
+    # One process that cannot read its part must not leave the others waiting for it.
+    faults = [each for each in sharding.gather(fault) if each is not None]
+    for text, is_damage in faults:
+      if not is_damage:
+        raise UsageError(text)
+    if faults:
+      return DamagedError(faults[0][0])
+    for part, tree in records.parts(loaded).items():
+      if fingerprint(tree) != record.fingerprints[part]:
+        return DamagedError(f"its {part} is not what was saved")
+    return record, loaded
+
+  def _record(self, step: int) -> Record:
+    if step not in self._records:
+      try:
+        stored = (self.path(step) / _RECORD / _RECORD_FILE).read_bytes()
+      except FileNotFoundError:
+        _refuse_earlier_format(self.path(step))
+        raise
+      self._records[step] = records.from_json(stored, step)
+    return self._records[step]
+
+  def _finish_save(self) -> None:
+    """Waits for the save that is under way; then deletes what need not be kept."""
+    if self._saving is None:
+      return
+    step, record, response = self._saving
+    self._saving = None
+    faults = [fault for fault in sharding.gather(_outcome(response)) if fault]
+    if faults:
+      self._give_up(step)
+      raise UsageError(self._failure(step, faults[0]))
+    self._records[step] = record
+    if jax.process_index() != 0:
+      return
+    # Of one whose record cannot be read nothing is known: it stays, and takes no other's place.
+    scores = {step: self.metrics(step) for step in self.steps}
+    known = [step for step in scores if step in self._records]
+    kept = {*known[-self._keep :], _best(scores)}
+    try:
+      for old in set(known) - kept:
+        step_directories.delete(self.path(old))
+      step_directories.clear_remains(self.directory)  # of the one that this has replaced
+    except OSError as error:
+      log.warning("cannot delete an old checkpoint: %s", error)
+
+  def _damaged(self, step: int, error: DamagedError) -> str:
+    there = ", ".join(map(str, self.steps))
+    return (
+      f"the checkpoint {self.path(step)} is damaged ({error}); take another one, there are: {there}"
+    )
+
+  def _give_up(self, step: int) -> None:
+    """Removes what a failed save has left."""
+    if jax.process_index() == 0:
+      try:
+        step_directories.clear_remains(self.directory)
+      except OSError as error:
+        log.warning("cannot remove what the failed save of step %d has left: %s", step, error)
+
+  def _failure(self, step: int, fault: str) -> str:
+    last = self.latest_step
+    good = "there is none before it" if last is None else f"the last good one is {self.path(last)}"
+    return (
+      f"cannot write the checkpoint {self.path(step)}: {fault}; {good}. Mend that and give the "
+      "same command again, which goes on from there"
+    )
+
+  def _move_damaged(self, steps: list[int]) -> None:
+    if not steps or self._read_only:
+      return
+    fault = None
+    if jax.process_index() == 0:
+      try:
+        for step in steps:
+          place = step_directories.move(
+            self.path(step), self.directory.with_name("damaged_checkpoints")
+          )
+          log.warning("the damaged checkpoint of step %d is now %s", step, place)
+      except OSError as error:
+        fault = f"cannot move a damaged checkpoint out of {self.directory}: {error}"
+    faults = [each for each in sharding.gather(fault) if each]
+    if faults:
+      raise UsageError(f"{faults[0]}; move it away yourself")
 
 
 def restore_path(path: str | Path, like: TrainState) -> Restored:
   """Loads the checkpoint in the directory `<workdir>/checkpoints/<step>`.
 
   Raises:
-    UsageError: there is none.
+    UsageError: there is none, or it is damaged.
   """
   path = Path(path).resolve()
   if not path.name.isdecimal() or path.parent.name != "checkpoints" or not path.is_dir():
@@ -177,3 +406,50 @@ def restore_path(path: str | Path, like: TrainState) -> Restored:
 
 def _directory(workdir: str | Path) -> Path:
   return Path(workdir).resolve() / "checkpoints"  # Orbax takes absolute paths only
+
+
+class _RecordHandler(ocp.handlers.JsonHandler):
+  def __init__(self):
+    super().__init__(_RECORD_FILE)
+
+
+def _context() -> ocp.Context:
+  context = ocp.Context()
+  registry = ocp.handlers.local_registry()
+  registry.add(_RecordHandler, checkpointable_name=_RECORD)
+  context.checkpointables.registry = registry
+  return context
+
+
+def _load_alone(path: Path, like: Any) -> Any:
+  """Orbax's load, in which a process waits for no other: some may fail, and say so later."""
+  context = _context()
+  process = ocp.multihost.process_index()
+  context.multiprocessing.primary_host = process
+  context.multiprocessing.active_processes = {process}
+  context.pytree.loading.partial_load = True  # `like` may be some parts of the state
+  with context:
+    return ocp.load_checkpointables(path, {_STATE: like})[_STATE]
+
+
+def _refuse_earlier_format(path: Path) -> None:
+  """Raises UsageError if a checkpoint is of the time when there were no records."""
+  if "iterator" in (ocp.checkpointables_metadata(path).custom_metadata or {}):
+    raise UsageError(
+      f"the checkpoint {path} was written by an earlier version of lip_jax, in a format that "
+      "cannot be verified; go on with that version, or start again in a new --workdir"
+    )
+
+
+def _outcome(response: ocp.AsyncResponse[None]) -> str | None:
+  """Waits for a save; what went wrong, if anything."""
+  try:
+    response.result()
+  except Exception as error:
+    return records.reason(error)
+  return None
+
+
+def _best(metrics: dict[int, dict[str, float] | None]) -> int | None:
+  scores = {step: values[_BEST] for step, values in metrics.items() if values}
+  return max(scores, key=lambda step: (scores[step], step), default=None)

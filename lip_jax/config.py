@@ -85,6 +85,7 @@ class Config:
   accumulation_steps: int = 1  # parts of a device's images that are computed one after the other
   remat: bool = False  # keep activations between blocks only: less memory, a forward pass more
   gradient_dtype: str = "float32"  # in which gradients are added up over devices; or "bfloat16"
+  watchdog_seconds: float = 300.0  # a step that takes longer is reported, and where it hangs
 
 
 # How a run is watched, fed and spread over devices, not what it computes: these may change when it
@@ -102,6 +103,7 @@ _MAY_CHANGE = (
   "fsdp",
   "accumulation_steps",
   "remat",
+  "watchdog_seconds",
 )
 
 
@@ -192,6 +194,7 @@ def _check(config: Config) -> None:
     "checkpoint_every_steps",
     "fsdp",
     "accumulation_steps",
+    "watchdog_seconds",
   ):
     if not 0 < getattr(config, name) < math.inf:
       raise UsageError(f"config.{name} must be positive, got {getattr(config, name)}")

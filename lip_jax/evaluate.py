@@ -16,7 +16,7 @@ import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
-from lip_jax import augment, optim, sharding, train_state, visualize
+from lip_jax import augment, sharding, train_state, visualize
 from lip_jax.checkpoint import Checkpoints
 from lip_jax.config import Config, Data
 from lip_jax.data import pipeline
@@ -248,17 +248,9 @@ def evaluate_checkpoint(
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(which)
     source = open_split(config.data.dataset, config.data.validation_split, config.data.data_dir)
-    options = train_state.model_options(config, source.num_classes)
-    optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
-    num_groups = config.global_batch_size // (
-      config.model.get("bn_group_size") or config.global_batch_size
-    )
-    init = functools.partial(train_state.init, optimizer, config.seed, num_groups, **options)
-    like = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-      jax.eval_shape(init),
-    )
-    state = checkpoints.restore(step, like).state
-  results = Evaluator(config, source, train_state.graph_of(**options), mesh)(state)
+    params, batch_stats = checkpoints.restore_weights(step, sharding.replicated(mesh))
+  graph = train_state.graph_of(**train_state.model_options(config, source.num_classes))
+  state = TrainState(jnp.asarray(step), params, batch_stats, ())
+  results = Evaluator(config, source, graph, mesh)(state)
   assert results is not None  # nobody asks to stop
   return step, results

@@ -18,10 +18,10 @@ _FILE = "metrics.jsonl"
 _ON_THE_BAR = ("loss", "top1", "images_per_second", "data_stall")
 
 
-def log_to_stdout() -> None:
-  """Prints what lip_jax has to say to stdout, and of other libraries warnings only."""
+def log_to_stdout(level: int = logging.INFO) -> None:
+  """Prints what lip_jax has to say, from `level` on, to stdout, and of other libraries warnings."""
   logging.getLogger().setLevel(logging.WARNING)
-  log.setLevel(logging.INFO)
+  log.setLevel(level)
   log.propagate = False
   handler = logging.StreamHandler(sys.stdout)
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

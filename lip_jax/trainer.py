@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ from lip_jax.evaluate import Evaluator
 from lip_jax.interrupt import StopRequest
 from lip_jax.metrics import MetricsWriter, Throughput
 from lip_jax.train_step import Program
+from lip_jax.watchdog import Watchdog
 
 log = logging.getLogger("lip_jax")
 
@@ -90,20 +92,22 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
 
   with (
     _compilation_cache(workdir),
+    Watchdog(seconds=config.watchdog_seconds) as watchdog,
     loader,
     Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
   ):
     # Restore
-    step = checkpoints.latest_step or 0
-    restored, last_good = None, None
-    if step:
-      restored, last_good = checkpoints.restore(step, program.state), checkpoints.path(step)
-    elif start_from is not None:
-      restored, last_good = restore_path(start_from, program.state), Path(start_from)
+    checkpoints.check_room(program.state)
+    watchdog.doing("restoring a checkpoint")
+    restored = checkpoints.restore_latest(program.state)
+    results = restored.metrics if restored else None
+    if restored is None and start_from is not None:
+      restored = restore_path(start_from, program.state)
     if restored is None:
-      state = program.init()
+      watchdog.doing("making the first state")
+      state, step, last_good = program.init(), 0, None
     else:
-      state = restored.state
+      state, last_good = restored.state, restored.path
       step = int(state.step)
       loader.set_state(restored.iterator)
       log.info("restored step %d from %s", step, last_good)
@@ -112,7 +116,6 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         f"the checkpoint {last_good} is of step {step}, but this run ends at step {total_steps}; "
         "raise config.num_epochs"
       )
-    results = checkpoints.metrics(step)
     log.info(
       "%s: %d parameters; %d images, %d steps",
       config.model["name"],
@@ -164,10 +167,17 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
       def save() -> None:
         """Saves the state after `step`, and the place in the data behind it."""
         # Of the batches that the model has seen, not of those that are made ahead.
+        watchdog.doing(f"saving step {step}")
         iterator = pipeline.joined(sharding.gather(loader.get_state(feed.position)))
         loader.note_skipped(iterator)  # by other processes
         checkpoints.save(state, iterator, step=step, metrics=results)
 
+      def stop_evaluation() -> bool:
+        """Asked before each batch of an evaluation."""
+        watchdog.doing(f"evaluation batch {next(batch_numbers)}")
+        return stop.requested
+
+      batch_numbers = itertools.count()
       while True:
         stopping |= stop.requested and jax.process_count() == 1  # else it is voted on
         # The last evaluation is that of the last step, with none shortly before it.
@@ -178,13 +188,13 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           settle()
           with clock.paused():
             try:
-              results = evaluator(state, stop=lambda: stop.requested)
+              results = evaluator(state, stop=stop_evaluation)
             except UsageError:  # unreadable images: the steps so far must not be lost with them
               if step > saved:
                 save()
               raise
           evaluated = results is not None
-          stopping = results is None
+          stopping |= results is None
           if results is not None:
             writer.write(step, "validation", results)
         unsaved = step > saved and (step % config.checkpoint_every_steps == 0 or stopping)
@@ -195,6 +205,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           saved, last_good = step, checkpoints.path(step)
         if step == total_steps or stopping:
           break
+        watchdog.doing(f"step {step + 1}, and the wait for its images")
         clock.stall(feed.wait(running=pending and pending[1]))
         state, arrays = program.update(state, next(feed), votes(stop.requested))
         settle()  # of the step before, while this one runs
@@ -202,6 +213,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         pending, results = (step, arrays, feed.position), None
       settle()
 
+    watchdog.doing("the end of the run")
     finished = step == total_steps and results is not None
     picture: Path | None = workdir / "importance.png"
     if not (

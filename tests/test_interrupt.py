@@ -8,11 +8,11 @@ from lip_jax.interrupt import StopRequest
 
 
 def test_a_preemption_notice_is_a_request_to_stop(monkeypatch, caplog):
-  """A server in the place of the machine's metadata server, which answers when the value changes."""
+  """In the machine's metadata server's place one that answers when the value changes."""
   preempted, asked = threading.Event(), []
 
   class Metadata(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
       asked.append((self.path, self.headers["Metadata-Flavor"]))
       if len(asked) == 1:
         self.send_error(503)
