@@ -43,6 +43,22 @@ def absolute(path: PathLike) -> epath.Path:
   return epath.Path(text.rstrip("/"))
 
 
+def read_text(path: epath.Path) -> str | None:
+  """A file as text; None if it does not exist.
+
+  Raises:
+    UsageError: it, or the bucket that it is in, cannot be read.
+  """
+  try:
+    return path.read_bytes().decode()
+  except FileNotFoundError:
+    return None
+  except Exception as error:  # a bucket's clients have errors of their own
+    if in_bucket(path):
+      _check_credentials(path)
+    raise UsageError(f"cannot read {path}: {_reason(path, error)}") from error
+
+
 def write_text(path: epath.Path, text: str) -> None:
   """Replaces a file: whoever reads it, at any moment, sees all of the old or of the new text."""
   if in_bucket(path):
