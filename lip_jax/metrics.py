@@ -73,7 +73,7 @@ class MetricsWriter:
     self._board = tensorboardX.SummaryWriter(
       str(directory / "tensorboard"),
       purge_step=start_step + 1,
-      filename_suffix=f".{start_step}",  # names hold the second only: a quick restart must not replace
+      filename_suffix=f".{start_step}",  # else a restart within a second has the same name
     )
     self._bar = tqdm.tqdm(
       total=total_steps,

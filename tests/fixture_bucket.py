@@ -22,7 +22,7 @@ def local_bucket(name: str = "bucket") -> Iterator[str]:
   variables = {
     "STORAGE_EMULATOR_HOST": address,
     "TENSORSTORE_GCS_HTTP_URL": address,
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks the real service what the bucket is
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks the real service
   }
   server = create_server("127.0.0.1", port, in_memory=True, default_bucket=name)
   with mock.patch.dict(os.environ, variables):
