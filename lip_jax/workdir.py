@@ -51,7 +51,7 @@ def read_text(path: epath.Path) -> str | None:
   """
   try:
     return path.read_bytes().decode()
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return None
   except Exception as error:  # a bucket's clients have errors of their own
     if in_bucket(path):
