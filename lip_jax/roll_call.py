@@ -11,15 +11,15 @@ from lip_jax.errors import UsageError
 
 def environment() -> str | None:
   """What a launcher says of this process in environment variables; None if there is no launcher."""
-  for name, count, index in (
+  for launcher, count, index in (
     ("SLURM", "SLURM_NTASKS", "SLURM_PROCID"),
     ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
   ):
     if count in os.environ and index in os.environ:
-      return f"{name}: process {os.environ[index]} of {os.environ[count]}"
+      return f"{launcher}: process {os.environ[index]} of {os.environ[count]}"
   if "TPU_WORKER_HOSTNAMES" in os.environ and "TPU_WORKER_ID" in os.environ:
-    count = len(os.environ["TPU_WORKER_HOSTNAMES"].split(","))
-    return f"Cloud TPU on Kubernetes: process {os.environ['TPU_WORKER_ID']} of {count}"
+    hosts = os.environ["TPU_WORKER_HOSTNAMES"].split(",")
+    return f"Cloud TPU on Kubernetes: process {os.environ['TPU_WORKER_ID']} of {len(hosts)}"
   if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
     return f"Kubernetes: process {os.environ['JOB_COMPLETION_INDEX']} of an indexed job"
   return None
