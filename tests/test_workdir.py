@@ -1,9 +1,11 @@
 """Directories of runs, on disks and in a bucket that an emulator of the service holds."""
 
+import http.server
 import importlib.util
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,15 @@ def test_access_to_a_disk_is_tried_and_leaves_nothing(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UsageError, match=r"cannot use .*/file/run: Not a directory; name a"):
     workdir_lib.check_access(tmp_path / "file" / "run")
+
+
+def test_a_bucket_needs_an_extra(monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find(name)
+  )
+  with pytest.raises(UsageError, match=r"in a bucket: pip install 'lip-jax\[gcs\]'"):
+    workdir_lib.absolute("gs://bucket/run")
 
 
 def test_other_urls_are_refused():
@@ -94,3 +105,38 @@ def test_a_copy_that_fails_is_reported_and_made_up_for(bucket, caplog):
 def test_a_bucket_that_does_not_exist_is_named(bucket):
   with pytest.raises(UsageError, match=r"there is no bucket 'elsewhere'; make it with `gcloud"):
     workdir_lib.check_access("gs://elsewhere/run")
+
+
+def test_a_bucket_that_refuses_is_named(bucket, monkeypatch):
+  """What the service says to an account without a role, by a server that says it to all."""
+
+  class Refuse(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+      self.rfile.read(int(self.headers.get("Content-Length", 0)))
+      said = {"error": {"code": 403, "message": "someone@example.com does not have access."}}
+      self.send_response(403)
+      self.end_headers()
+      self.wfile.write(json.dumps(said).encode())
+
+    do_GET = do_PUT = do_POST  # noqa: N815
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    try:
+      with pytest.raises(UsageError, match=r"does not have access.*give this account the role"):
+        workdir_lib.check_access("gs://refusing/run")
+    finally:
+      server.shutdown()
+      thread.join()
+
+
+def test_without_credentials_a_bucket_is_not_tried(bucket, monkeypatch):
+  monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+  monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent")
+  with pytest.raises(UsageError, match="no Google credentials found; on a Cloud VM"):
+    workdir_lib.check_access("gs://bucket/run")
