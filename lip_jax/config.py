@@ -7,10 +7,11 @@ by name.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from lip_jax import workdir as workdir_lib
 from lip_jax.errors import UsageError
 
 
@@ -123,17 +124,18 @@ def from_json(text: str) -> Config:
   return from_dict(json.loads(text))
 
 
-def load(workdir: str | Path) -> Config:
-  """Configuration that the run in `workdir` was started with.
+def load(workdir: str | os.PathLike[str]) -> Config:
+  """Configuration that the run in `workdir`, which may be in a bucket, was started with.
 
   Raises:
-    UsageError: there is no run.
+    UsageError: there is no run, or it cannot be read.
   """
-  path = Path(workdir) / "config.json"
-  if not path.exists():
+  path = workdir_lib.absolute(workdir) / "config.json"
+  text = workdir_lib.read_text(path)
+  if text is None:
     raise UsageError(f"no run in {workdir}: {path} does not exist; give a run's --workdir")
   try:
-    return from_json(path.read_text(encoding="utf-8"))
+    return from_json(text)
   except json.JSONDecodeError as error:
     raise UsageError(f"{path} is damaged ({error}); restore it or take another --workdir") from None
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import tensorboardX
 import tqdm
 
+from lip_jax import workdir as workdir_lib
+from lip_jax.mirror import Mirror
+
 log = logging.getLogger("lip_jax")
 
 _FILE = "metrics.jsonl"
@@ -35,23 +38,42 @@ class MetricsWriter:
   Numbers that an interrupted run wrote after its last checkpoint are removed: the resumed run
   writes them again.
 
+  In a bucket the files are replaced as a whole, once a minute, after each validation and by
+  `flush`.
+
   Args:
-    workdir: the run's directory.
+    workdir: the run's directory, which exists, or one in a bucket.
     total_steps: where the progress bar ends.
     start_step: step to go on from.
     active: False on all processes but one: writes nothing.
   """
 
-  def __init__(self, workdir: Path, *, total_steps: int, start_step: int, active: bool = True):
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    total_steps: int,
+    start_step: int,
+    active: bool = True,
+  ):
     self._active = active
     self._total = total_steps
     if not active:
       return
-    path = workdir / _FILE
-    _truncate(path, start_step)
-    self._lines = path.open("a", encoding="utf-8")
+    self._mirror: Mirror | None = None
+    directory = Path(workdir)
+    if workdir_lib.in_bucket(workdir):
+      remote = workdir_lib.absolute(workdir)
+      before = workdir_lib.read_text(remote / _FILE)
+      self._mirror = Mirror(remote)
+      directory = self._mirror.local
+      (directory / _FILE).write_text(before or "", encoding="utf-8")
+    _truncate(directory / _FILE, start_step)
+    self._lines = (directory / _FILE).open("a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=start_step + 1
+      str(directory / "tensorboard"),
+      purge_step=start_step + 1,
+      filename_suffix=f".{start_step}",  # else a restart within a second has the same name
     )
     self._bar = tqdm.tqdm(
       total=total_steps,
@@ -69,6 +91,19 @@ class MetricsWriter:
       self._bar.close()
       self._board.close()
       self._lines.close()
+      if self._mirror:
+        self._mirror.close()
+
+  def flush(self) -> None:
+    """Returns when all lines written so far are where they are to be kept.
+
+    Call it before a checkpoint is saved: a run that goes on from there does not write what came
+    before it again.
+    """
+    if self._active:
+      self._board.flush()
+      if self._mirror:
+        self._mirror.flush()
 
   def advance(self, step: int) -> None:
     """Moves the progress bar to `step`."""
@@ -92,6 +127,9 @@ class MetricsWriter:
       self._bar.set_postfix_str("  ".join(shown))
     else:
       self._bar.write(f"step {step}/{self._total}  {prefix}  {text}", file=sys.stderr)
+    if self._mirror and (prefix == "validation" or self._mirror.due()):
+      self._board.flush()
+      self._mirror.start()
 
 
 def _truncate(path: Path, last_step: int) -> None:

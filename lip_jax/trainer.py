@@ -5,13 +5,13 @@ import dataclasses
 import itertools
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from lip_jax import config as config_lib
@@ -26,6 +26,7 @@ from lip_jax.interrupt import StopRequest
 from lip_jax.metrics import MetricsWriter, Throughput
 from lip_jax.train_step import Program
 from lip_jax.watchdog import Watchdog
+from lip_jax.workdir import check_access, write_text
 
 log = logging.getLogger("lip_jax")
 
@@ -44,7 +45,7 @@ class Result:
   finished: bool  # False: stopped by a signal; the same call goes on
   metrics: dict[str, float]  # of the validation split: top1, top5 (fractions), loss, count
   checkpoint: Path | None  # directory of the state; None: stopped before there was one
-  importance_picture: Path | None
+  importance_picture: epath.Path | None
 
 
 def train(config: Config, workdir: str | Path, *, start_from: str | Path | None = None) -> Result:
@@ -64,8 +65,8 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     UsageError: a configuration that cannot run, or a workdir that holds another run.
     NonFiniteLossError: training has diverged.
   """
-  workdir = Path(workdir).resolve()
-  _claim_workdir(config, workdir)
+  directory = check_access(workdir)
+  _claim_workdir(config, directory)
 
   _check_batch_norm_groups(config)
   # Data
@@ -91,10 +92,10 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
   evaluator = Evaluator(config, validation, program.graph, program.mesh)
 
   with (
-    _compilation_cache(workdir),
+    _compilation_cache(directory),
     Watchdog(seconds=config.watchdog_seconds) as watchdog,
     loader,
-    Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
+    Checkpoints(directory, keep=config.keep_checkpoints) as checkpoints,
   ):
     # Restore
     checkpoints.check_room(program.state)
@@ -131,7 +132,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     with (
       StopRequest(preemption_notice=jax.default_backend() == "tpu") as stop,
       MetricsWriter(
-        workdir, total_steps=total_steps, start_step=step, active=jax.process_index() == 0
+        directory, total_steps=total_steps, start_step=step, active=jax.process_index() == 0
       ) as writer,
       sharding.Prefetch(loader, program.mesh, position=loader.position) as feed,
     ):
@@ -170,6 +171,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         watchdog.doing(f"saving step {step}")
         iterator = pipeline.joined(sharding.gather(loader.get_state(feed.position)))
         loader.note_skipped(iterator)  # by other processes
+        writer.flush()
         checkpoints.save(state, iterator, step=step, metrics=results)
 
       def stop_evaluation() -> bool:
@@ -215,11 +217,11 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
 
     watchdog.doing("the end of the run")
     finished = step == total_steps and results is not None
-    picture: Path | None = workdir / "importance.png"
+    picture: epath.Path | None = directory / "importance.png"
     if not (
       finished
       and config.importance_images
-      and evaluator.draw_importance(state, config.importance_images, workdir / "importance.png")
+      and evaluator.draw_importance(state, config.importance_images, directory / "importance.png")
     ):
       picture = None
     return Result(step, finished, results or {}, last_good, picture)
@@ -242,7 +244,7 @@ def _describe(config: Config, program: Program) -> str:
 
 
 @contextlib.contextmanager
-def _compilation_cache(workdir: Path) -> Iterator[None]:
+def _compilation_cache(workdir: epath.Path) -> Iterator[None]:
   """Keeps compiled programs in the workdir, for restarts, unless JAX was given another place."""
   if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
     yield
@@ -256,26 +258,17 @@ def _compilation_cache(workdir: Path) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def _claim_workdir(config: Config, workdir: Path) -> None:
-  """Creates the workdir and stores the configuration; refuses the workdir of another run."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    if has_checkpoints(workdir):
-      different = config_lib.differences(config, config_lib.load(workdir))
-      if different:
-        raise UsageError(
-          f"{workdir} holds a run with another configuration: {'; '.join(different)}. Take another "
-          "--workdir, or give the values that the run was started with"
-        )
-    if jax.process_index() == 0:
-      temporary = path.with_suffix(".tmp")
-      temporary.write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
-      os.replace(temporary, path)
-  except OSError as error:
-    raise UsageError(
-      f"cannot use --workdir {workdir}: {error}; name a writable directory"
-    ) from None
+def _claim_workdir(config: Config, workdir: epath.Path) -> None:
+  """Stores the configuration; refuses the workdir of another run."""
+  if has_checkpoints(workdir):
+    different = config_lib.differences(config, config_lib.load(workdir))
+    if different:
+      raise UsageError(
+        f"{workdir} holds a run with another configuration: {'; '.join(different)}. Take another "
+        "--workdir, or give the values that the run was started with"
+      )
+  if jax.process_index() == 0:
+    write_text(workdir / "config.json", config_lib.to_json(config) + "\n")
 
 
 def _check_batch_norm_groups(config: Config) -> None:

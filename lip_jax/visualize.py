@@ -1,11 +1,13 @@
 """What a network finds important: the importance maps of its LIP layers, as arrays and figures."""
 
+import io
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from lip_jax.lan import record_logits
@@ -50,7 +52,7 @@ def draw_importance(
   model: nnx.Module,
   images: np.ndarray,
   normalize: Callable[[np.ndarray], jax.Array],
-  path: str | Path,
+  path: str | os.PathLike[str],
 ) -> bool:
   """Writes a PNG with each image above the importance maps of the network's LIP layers.
 
@@ -61,7 +63,7 @@ def draw_importance(
     model: a network in eval mode.
     images: [N, H, W, 3] uint8.
     normalize: from these to what the model takes.
-    path: file to write.
+    path: file to write, which may be in a bucket.
 
   Returns:
     False if the model has no LIP layer, and nothing was drawn.
@@ -99,7 +101,9 @@ def draw_importance(
   bar = figure.colorbar(shown, ax=axes[1:], ticks=[-2, -1, 0, 1, 2], shrink=0.6)
   bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
   bar.set_label("importance, relative to the image's mean")
-  figure.savefig(path, dpi=110)
+  picture = io.BytesIO()  # matplotlib itself writes to disks only, and `path` may be in a bucket
+  figure.savefig(picture, format="png", dpi=110)
+  epath.Path(path).write_bytes(picture.getvalue())
   return True
 
 

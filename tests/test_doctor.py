@@ -1,0 +1,141 @@
+"""The doctor, on this machine as it is and as it could be."""
+
+import concurrent.futures
+import json
+import runpy
+import socket
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from lip_jax import cli, doctor, roll_call
+from lip_jax import config as config_lib
+from lip_jax.errors import UsageError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def write_config(workdir, **changes):
+  """A run of the smallest network, as training leaves its configuration behind."""
+  values = runpy.run_path(str(CONFIGS / "cluttered_digits.py"))["get_config"]().to_dict()
+  values["model"] = {"name": "resnet_small", "pool": "strided", "width": 8, "bn_group_size": 32}
+  values["model"]["stage_sizes"] = (1, 1, 1, 1)
+  values["data"] |= {"dataset": "fake:64", "image_size": 32, "num_threads": 1}
+  values |= changes
+  workdir.mkdir(exist_ok=True)
+  (workdir / "config.json").write_text(config_lib.to_json(config_lib.from_dict(values)))
+  return config_lib.load(workdir)
+
+
+def examine(*checks, **subject):
+  """Verdicts by check; those that are not named may have none but ok."""
+  findings = list(doctor.examine(doctor.Subject(**subject)))
+  others = [f for f in findings if f.check not in checks]
+  assert {f.status for f in others} <= {"ok"}, others
+  return {check: [f for f in findings if f.check == check] for check in checks}
+
+
+def test_a_machine_that_can_train(tmp_path):
+  write_config(tmp_path / "run")
+  verdicts = examine(
+    "devices", "workdir", "data set", "speed", workdir=str(tmp_path / "run"), bench_seconds=0.5
+  )
+  assert "8 cpu device(s)" in verdicts["devices"][0].text
+  assert verdicts["workdir"][0].status == "ok"
+  assert "checkpoints take 0.0" in verdicts["workdir"][0].text
+  assert "64 images to train, 64 images to validate" in verdicts["data set"][0].text
+  speed = verdicts["speed"][0]
+  assert speed.status in ("ok", "warning")  # which of both is faster is the machine's
+  assert "images/s with 1 thread(s), training steps" in speed.text
+  assert "(batch 32 on 8 device(s)" in speed.text
+  assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+def test_the_command_counts_problems(tmp_path, capsys):
+  write_config(tmp_path / "run", seed=3)
+  (tmp_path / "data").mkdir()
+  arguments = [
+    "doctor",
+    "--no-bench",
+    "--json",
+    f"--config={CONFIGS / 'cluttered_digits.py'}",
+    f"--workdir={tmp_path / 'run'}",
+    f"--data-dir={tmp_path / 'data'}",
+  ]
+  assert cli.main(arguments) == 1
+  out, err = capsys.readouterr()
+  assert err == ""
+  result = json.loads(out)
+  problems = [finding for finding in result["findings"] if finding["status"] == "problem"]
+  assert not result["ok"]
+  assert [problem["check"] for problem in problems] == ["workdir"]
+  assert "another configuration: data.dataset: " in problems[0]["text"]
+  assert problems[0]["remedy"] == "take another --workdir"
+  # The embedded data set is made when it is needed.
+  assert any("is not there yet" in finding["text"] for finding in result["findings"])
+  assert cli.main(["doctor", f"--config={tmp_path / 'none.py'}"]) == 1
+  assert "cannot read --config=" in capsys.readouterr().err
+
+
+def test_devices_that_fail_or_hang_are_problems(tmp_path, monkeypatch):
+  hanging = examine("devices", device_timeout=0.01, data_dir=str(tmp_path))["devices"][0]
+  assert hanging.status == "problem"
+  assert "do not answer within 0.01 s" in hanging.text
+  monkeypatch.setenv("JAX_PLATFORMS", "nonesuch")
+  failing = examine("devices", data_dir=str(tmp_path))["devices"][0]
+  assert failing.status == "problem"
+  assert "nonesuch" in failing.text
+
+
+def test_one_fault_leaves_the_other_checks_alone(tmp_path, monkeypatch):
+  version = metadata.version
+  monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "optax" else version(name))
+  (tmp_path / "file").write_text("")
+  verdicts = examine(
+    "versions",
+    "workdir",
+    "data dir",
+    "data set",
+    workdir=str(tmp_path / "file" / "run"),
+    data_dir=str(tmp_path / "none"),
+    dataset="imagenet2012",
+  )
+  assert "optax 0.1 (supported: >=" in verdicts["versions"][0].text
+  assert "Not a directory" in verdicts["workdir"][0].text
+  assert "there is no directory" in verdicts["data dir"][0].text
+  assert "is not prepared: looked in" in verdicts["data set"][0].text
+  odd = examine("versions", "config", "workdir", workdir="\0", data_dir=str(tmp_path))
+  assert odd["workdir"][0].text.startswith("the check failed: ValueError")
+
+
+@pytest.fixture
+def address():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_hosts_that_reach_each_other(address):
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    # The others are there first, and call again.
+    calls = [pool.submit(roll_call.call, address, 3, k, seconds=20) for k in (1, 2, 0)]
+    texts = [call.result() for call in calls]
+  assert texts[2].startswith(f"all 3 processes have connected to {address}: ")
+  assert (
+    texts[0] == texts[1] == f"process 0 at {address} is reached, and all others have reached it"
+  )
+
+
+def test_hosts_that_are_missing_are_named(address):
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    calls = [pool.submit(roll_call.call, address, 4, k, seconds=1.5) for k in (0, 2)]
+    errors = [str(call.exception()) for call in calls]
+  assert f"2 of 4 processes have connected to {address}, missing: 1, 3; start the same" in errors[0]
+  assert f"process 2 cannot reach process 0 at {address}: " in errors[1]
+  with pytest.raises(UsageError, match=r"cannot reach process 0 .*: Connection refused; start"):
+    roll_call.call(address, 2, 1, seconds=0.2)
+  with pytest.raises(UsageError, match="not of the form HOST:PORT"):
+    roll_call.call("host", 2, 1, seconds=0.2)
+  with pytest.raises(UsageError, match="--process_id=2 is not one of 0 to 1"):
+    roll_call.call(address, 2, 2, seconds=0.2)
