@@ -90,7 +90,7 @@ def damages(size):
   yield "empty", lambda data: b""
   yield "half", lambda data: data[: size // 2]
   rng = np.random.default_rng(size)
-  places = {0, size // 3, size - 1, *rng.integers(0, size, 3).tolist()}
+  places = {0, size // 3, size - 1, *rng.integers(0, size, 6 if size > 4096 else 1).tolist()}
   for place in sorted(places):
     bit = 1 << int(rng.integers(8))
     yield (

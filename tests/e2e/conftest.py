@@ -73,13 +73,17 @@ class Training:
     """Runs Python code in the environment of a training."""
     return self._run([sys.executable, "-c", code], {})
 
+  def run_script(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script of this directory in the environment of a training."""
+    return self._run([sys.executable, str(Path(__file__).with_name(name)), *arguments], {})
+
   def _run(self, command: list[str], environment: dict[str, str]):
     return subprocess.run(
       command,
       env={**self.environment, **environment},
       capture_output=True,
       text=True,
-      timeout=300,
+      timeout=900,
     )
 
   def train(self, workdir: Path, *overrides: str, **environment: str):

@@ -3,39 +3,12 @@
 import json
 import signal
 
-import jax
-import numpy as np
 import pytest
+from compare_runs import assert_same_run, metrics_of
 
-from lip_jax import config as config_lib
 from lip_jax.checkpoint import Checkpoints
-from lip_jax.train_step import Program
 
 STEPS = 32
-
-
-def final_state(workdir):
-  """The train state that a finished run ended with, and the state of its input pipeline."""
-  config = config_lib.load(workdir)
-  like = Program(config, num_classes=10, steps_per_epoch=8, devices=jax.devices()[:1]).state
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    assert checkpoints.latest_step == STEPS
-    return checkpoints.restore(STEPS, like)
-
-
-def metrics_of(workdir):
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  for line in lines:
-    line.pop("train/images_per_second", None)
-    line.pop("train/data_stall", None)
-  return lines
-
-
-def assert_same_run(one, other):
-  ours, theirs = final_state(one), final_state(other)
-  jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
-  assert ours.iterator == theirs.iterator
-  assert metrics_of(one) == metrics_of(other)
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +43,6 @@ def test_a_run_reports_and_leaves_what_the_readme_promises(uninterrupted):
   assert json.loads((workdir / "config.json").read_text())["data"]["dataset"] == (
     "cluttered_digits/tiny"
   )
-
-
-def test_sigkill_anywhere_ends_in_the_same_run(training, uninterrupted, tmp_path):
-  """Before the first checkpoint, between two, beside an evaluation, and near the end."""
-  workdir = tmp_path / "run"
-  for step in (2, 7, 16, 29):
-    code, _ = training.signal_at(workdir, step, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-  done = training.train(workdir)
-  assert done.returncode == 0, done.stdout + done.stderr
-  assert "restored step" in done.stdout
-  assert_same_run(workdir, uninterrupted[0])
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 15), (signal.SIGINT, 6)])

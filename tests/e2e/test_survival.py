@@ -1,0 +1,57 @@
+"""One run, killed 30 times, that ends as if nothing had been."""
+
+import json
+from pathlib import Path
+
+import pytest
+from compare_runs import assert_same_run, metrics_of
+
+KILLS = 30
+CONFIG = """
+import runpy
+
+def get_config():
+  config = runpy.run_path({path!r})["get_config"]()
+  config.model.name, config.model.pool = "resnet_small", "strided"
+  config.model.width, config.model.stage_sizes = 8, (1, 1, 1, 1)
+  del config.model.logit, config.model.logit_width
+  config.data.image_size = config.data.eval_resize = 32
+  return config
+"""
+
+
+@pytest.mark.slow
+def test_thirty_sigkills_and_the_same_run(training, tmp_path, monkeypatch):
+  """At any moment: in start-up, between steps, and most often while a checkpoint is written."""
+  monkeypatch.setitem(training.environment, "XLA_FLAGS", training.QUICK)
+  config = tmp_path / "tiny.py"
+  original = Path(__file__).parents[2] / "configs" / "cluttered_digits.py"
+  config.write_text(CONFIG.format(path=str(original)))
+
+  def flags(workdir):
+    _, *rest = training.train_flags(
+      workdir,
+      "--config.num_epochs=32",
+      "--config.eval_every_epochs=8",
+      "--config.checkpoint_every_steps=2",
+    )
+    return [f"--config={config}", *rest]
+
+  done = training.run(*flags(tmp_path / "whole"))
+  assert done.returncode == 0, done.stdout + done.stderr
+
+  workdir = tmp_path / "killed"
+  killed = training.run_script("kill_often.py", str(KILLS), "0", *flags(workdir))
+  assert killed.returncode == 0, killed.stderr + workdir.with_suffix(".log").read_text()[-3000:]
+  moments = json.loads(killed.stdout)
+  assert sum(moments.values()) == KILLS
+  assert moments["write"] >= 8, moments
+  steps = [line["step"] for line in metrics_of(workdir)]
+  assert steps[-1] < 256  # the run was not over before
+
+  last = training.run(*flags(workdir))  # by the usual command
+  assert last.returncode == 0, last.stdout + last.stderr
+  assert "restored step" in last.stdout
+  assert_same_run(workdir, tmp_path / "whole")
+  assert not (workdir / "damaged_checkpoints").exists()
+  assert not list((workdir / "checkpoints").glob("*.*"))
