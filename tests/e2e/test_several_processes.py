@@ -113,8 +113,10 @@ def test_losses_do_not_depend_on_processes_and_devices(
   losses = losses_of(tmp_path / "run")
   assert list(losses) == list(reference)
   np.testing.assert_allclose([*losses.values()], [*reference.values()], rtol=1e-4)
-  for _, out, err in ends[1:]:
-    assert (out, err) == ("", "")  # the first process speaks for all
+  for _, out, err in ends[1:]:  # the first process speaks for all
+    assert "top-1" not in out
+    assert "train" not in out
+    assert err == ""
 
 
 def test_stopped_killed_and_moved_to_another_machine_it_is_the_same_run(
