@@ -12,6 +12,9 @@ from lip_jax.visualize.attribution import (
   effective_receptive_fields,
 )
 from lip_jax.visualize.figures import (
+  Column,
+  Curve,
+  Plot,
   comparison_figure,
   curves_figure,
   draw_importance,
@@ -31,8 +34,11 @@ from lip_jax.visualize.robustness import (
 
 __all__ = [
   "ClassActivation",
+  "Column",
+  "Curve",
   "DeletionCurve",
   "Grid",
+  "Plot",
   "Regions",
   "attend",
   "class_activation_maps",

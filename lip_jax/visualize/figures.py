@@ -30,7 +30,7 @@ _MARKER: dict[str, Any] = {
   "clip_on": False,
 }
 # Blue, orange, green, ... of Okabe and Ito, and a line style for print in grey.
-_LINES = (
+_LINES: tuple[tuple[str, Any], ...] = (
   ("#0072B2", "-"),
   ("#D55E00", "--"),
   ("#009E73", "-."),
@@ -204,21 +204,40 @@ def comparison_figure(
 
 
 def curves_figure(plots: Sequence[Plot]) -> "Figure":
-  """Lines in one plot for each quantity, side by side."""
-  figure = _figure(4.6 * len(plots), 3.5)
+  """Lines in one plot for each quantity, side by side; the legend stands below them."""
+  from matplotlib.lines import Line2D
+
+  figure = _figure(4.6 * len(plots), 3.9)
   networks = list(dict.fromkeys(curve.network for plot in plots for curve in plot.curves))
   for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
     kinds = list(dict.fromkeys(curve.kind for curve in plot.curves))
+    present = list(dict.fromkeys(curve.network for curve in plot.curves))
     for curve in plot.curves:
       colour, own_style = _LINES[networks.index(curve.network) % len(_LINES)]
       style = own_style if len(kinds) == 1 else _LINES[kinds.index(curve.kind) % len(_LINES)][1]
-      label = curve.network if len(kinds) == 1 else f"{curve.network}, {curve.kind}"
-      axis.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.8, label=label)
+      axis.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.8)
+    handles = []
+    for name in present:
+      colour, own_style = _LINES[networks.index(name) % len(_LINES)]
+      style = own_style if len(kinds) == 1 else _LINES[0][1]
+      handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=name))
+    if len(kinds) > 1:
+      handles += [
+        Line2D([], [], color="0.3", linestyle=_LINES[n % len(_LINES)][1], linewidth=1.4, label=kind)
+        for n, kind in enumerate(kinds)
+      ]
     axis.set_title(plot.title, fontsize=11)
     axis.set(xlabel=plot.x_label, ylabel=plot.y_label)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(
+      handles=handles,
+      fontsize=8,
+      frameon=False,
+      loc="upper center",
+      bbox_to_anchor=(0.5, -0.17),
+      ncols=2 if len(kinds) > 1 else 3,
+    )
   return figure
 
 
