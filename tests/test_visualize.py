@@ -1,10 +1,12 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import lip_jax
 from lip_jax import visualize
 from lip_jax.logit_modules import GATE
+from lip_jax.windows import make_geometry, taps
 
 
 def small(**options):
@@ -15,12 +17,26 @@ def small(**options):
   return model
 
 
+@pytest.fixture(scope="module")
+def model():
+  return small()
+
+
+@pytest.fixture(scope="module")
+def trained(model):
+  """A stem that finds some pixels more important than others."""
+  trained = nnx.clone(model)
+  kernel = trained.pool.logits.conv.kernel
+  kernel[...] = jnp.asarray(np.random.default_rng(1).standard_normal(kernel.shape), jnp.float32)
+  return trained
+
+
 def images(n=2):
   return jnp.asarray(np.random.default_rng(0).standard_normal((n, 32, 32, 3)), jnp.float32)
 
 
-def test_one_map_for_each_lip_layer_at_its_resolution():
-  maps = visualize.importance_maps(small(), images())
+def test_one_map_for_each_lip_layer_at_its_resolution(model):
+  maps = visualize.importance_maps(model, images())
   assert {name: importance.shape for name, importance in maps.items()} == {
     "pool": (2, 32, 32),
     **{
@@ -33,27 +49,61 @@ def test_one_map_for_each_lip_layer_at_its_resolution():
     np.testing.assert_allclose(importance, 1.0, rtol=1e-6)
 
 
-def test_maps_are_the_mean_of_exp_of_the_gated_logits():
-  model = small()
-  logits = model.pool.logits
-  kernel = logits.conv.kernel
-  kernel[...] = jnp.asarray(np.random.default_rng(1).standard_normal(kernel.shape), jnp.float32)
+def test_maps_are_the_mean_of_exp_of_the_gated_logits(trained):
+  logits = trained.pool.logits
   x = images()
-  stem = nnx.relu(model.bn1(model.conv1(x)))
+  stem = nnx.relu(trained.bn1(trained.conv1(x)))
   gated = GATE / (1 + np.exp(-np.asarray(logits.norm(logits.conv(stem)), np.float64)))
   expected = np.exp(gated).mean(axis=3)
   expected /= expected.mean(axis=(1, 2), keepdims=True)
-  maps = visualize.importance_maps(model, x)
+  maps = visualize.importance_maps(trained, x)
   np.testing.assert_allclose(maps["pool"], expected, rtol=1e-3)
 
 
-def test_the_picture_is_a_png(tmp_path):
-  pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+def test_window_importance_sums_to_one_and_is_what_the_layer_pools_with(trained):
+  x = images()
+  importance = visualize.window_importance(trained, x)
+  assert len(importance) == 7
+  for shares in importance.values():
+    assert (shares >= 0).all()
+    np.testing.assert_allclose(shares.sum(axis=3), 1.0, rtol=1e-6)
+  stem = nnx.relu(trained.bn1(trained.conv1(x)))
+  pixels = jnp.stack(taps(stem, make_geometry(stem, 3, 2, 1), 0.0), axis=3)
+  pooled = (importance["pool"] * pixels).sum(axis=3)
+  np.testing.assert_allclose(pooled, trained.pool(stem), rtol=1e-4, atol=1e-5)
+  assert importance["pool"].std() > 0.05
+
+
+def test_pixel_importance_is_the_geometric_mean_of_the_layers(model):
+  maps = {
+    "pool": jnp.full((1, 32, 32), 2.0),
+    "layer2.0.spatial.residual_pool": jnp.full((1, 16, 16), 8.0),
+    "layer2.0.spatial.shortcut_pool": jnp.full((1, 16, 16), 1e6),  # does not count
+  }
+  found = visualize.pixel_importance(maps, model, (32, 32))
+  np.testing.assert_allclose(found, np.full((1, 32, 32), 4.0), rtol=1e-6)
+  maps["pool"] = maps["pool"].at[0, 6, 10].set(200.0)
+  found = visualize.pixel_importance(maps, model, (32, 32))
+  np.testing.assert_allclose(found[0, 6, 10], 40.0, rtol=1e-6)
+  assert visualize.pixel_importance({}, model, (32, 32)) is None
+
+
+def test_the_picture_is_a_png(trained, tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
   path = tmp_path / "importance.png"
   assert visualize.draw_importance(
-    small(), pixels, lambda x: jnp.asarray(x / 255, jnp.float32), path
+    trained, pixels, lambda x: jnp.asarray(x / 255, jnp.float32), path
   )
   assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_as_an_array():
+  curve = visualize.Curve("LIP", "", [0, 1], [0, 1])
+  figure = visualize.curves_figure([visualize.Plot("title", "x", "y", [curve])])
+  array = visualize.figure_to_array(figure)
+  width, height = figure.get_size_inches() * figure.dpi
+  assert (array.dtype, array.shape) == (np.uint8, (round(height), round(width), 3))
+  assert (array == (0x00, 0x72, 0xB2)).all(axis=2).any()  # the line
 
 
 def test_a_network_without_lip_has_nothing_to_draw(tmp_path):

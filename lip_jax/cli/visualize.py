@@ -1,0 +1,333 @@
+"""`lip-jax visualize`: what networks look at, side by side, and how steady they are."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lip_jax.cli.arguments import positive
+from lip_jax.cli.output import progress, table
+from lip_jax.errors import UsageError
+
+if TYPE_CHECKING:
+  from lip_jax.visualize.compare import Images, Network
+  from lip_jax.visualize.figures import Plot
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_OUT = "visualize.png"
+
+_EPILOG = """\
+Shift consistency: the fraction of (image, direction) whose prediction is that of the unshifted
+image, over eight directions (along the rows, the columns, and both). Deletion: pixels are occluded
+from the most important one on, from the least important one on, and in random order; the area is
+that under the label's mean probability, against the occluded part of the image. A smaller area for
+"most important first" means that the pixels that count were found.
+
+  lip-jax visualize lip strided average --data=cluttered_digits/classify
+  lip-jax visualize lip_resnet50 cat.jpg dog.jpg --layers --out=layers.svg
+  lip-jax visualize lip strided --shift-consistency --deletion --data=imagenet2012 --json
+"""
+
+
+def add_commands(commands: Any) -> None:
+  """Adds `visualize` to the subparsers `commands`."""
+  text = "draw what networks look at, side by side, or measure how steady they are"
+  visualize = commands.add_parser(
+    "visualize",
+    help=text,
+    description=f"{text}: importance maps of LIP, class activation maps, effective receptive "
+    "fields (figure 5 of the paper); shift consistency and deletion curves",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  visualize.add_argument(
+    "paths",
+    nargs="+",
+    metavar="PATH",
+    help="networks, as lip_jax.load takes them, and image files; without image files the first "
+    "images of the data set are taken",
+  )
+  visualize.add_argument(
+    "--out",
+    metavar="FILE",
+    help=f"figure to write: .png, .svg or .pdf (default: {_OUT}; none where numbers are printed)",
+  )
+  visualize.add_argument(
+    "--names", nargs="+", metavar="NAME", help="of the networks (default: of their folders)"
+  )
+  visualize.add_argument(
+    "--count",
+    type=positive,
+    metavar="N",
+    help="images of the data set (default: 2 to draw, 8 with --layers, 200 to measure)",
+  )
+
+  data = visualize.add_argument_group("data set, where no image files are given")
+  data.add_argument(
+    "--data",
+    metavar="DATASET",
+    help="TFDS name, folder:DIR or fake (default: what the network was trained on)",
+  )
+  data.add_argument("--split", default="validation", help="(default: validation)")
+  data.add_argument(
+    "--data-dir",
+    metavar="DIR",
+    help="directory of the data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+  )
+
+  figure = visualize.add_argument_group("figure")
+  figure.add_argument(
+    "--layers", action="store_true", help="importance maps of every LIP layer, of one network"
+  )
+  figure.add_argument(
+    "--class",
+    dest="label",
+    metavar="CLASS",
+    help="name or number of the class of the activation maps (default: what is predicted)",
+  )
+  figure.add_argument(
+    "--location",
+    type=_location,
+    action="append",
+    metavar="ROW,COLUMN",
+    help="of the class activation map, whose receptive field to draw; may be repeated (default: "
+    "where the map is largest)",
+  )
+
+  numbers = visualize.add_argument_group("numbers, instead of the figure")
+  numbers.add_argument(
+    "--shift-consistency",
+    action="store_true",
+    help="how often the prediction survives a shift of 1 to 8 pixels",
+  )
+  numbers.add_argument(
+    "--border",
+    choices=("crop", "reflect", "zero", "wrap"),
+    help="what a shift brings in: the image beyond the central crop, its mirror image, the data "
+    "set's mean colour, or its other side (default: crop if the crop leaves 8 pixels, else "
+    "reflect)",
+  )
+  numbers.add_argument(
+    "--deletion",
+    action="store_true",
+    help="what is left of the prediction as pixels are occluded",
+  )
+  numbers.add_argument(
+    "--by",
+    choices=("importance", "cam"),
+    help="which pixels are important: by LIP's importance maps, or the class activation map "
+    "(default: the first if the network has LIP)",
+  )
+  numbers.add_argument(
+    "--fill",
+    choices=("dataset", "image"),
+    default="dataset",
+    help="mean colour that takes the place of occluded pixels (default: dataset)",
+  )
+  numbers.add_argument("--json", action="store_true", help="every digit, for machines")
+  visualize.set_defaults(run=_visualize)
+
+
+def _visualize(args: argparse.Namespace) -> None:
+  from lip_jax.visualize import compare, figures
+
+  measuring = args.shift_consistency or args.deletion
+  if args.json and not measuring:
+    raise UsageError("--json prints numbers; add --shift-consistency or --deletion")
+  if measuring and (args.layers or args.label or args.location):
+    raise UsageError("--layers, --class and --location are for figures; leave them or the rest out")
+  out = args.out or (None if measuring else _OUT)
+  if out is not None:
+    figures.check_format(out)
+  files = [path for path in args.paths if _is_image(path)]
+  folders = [path for path in args.paths if not _is_image(path)]
+  if not folders:
+    raise UsageError("no network is given; name its folder before the images")
+  if files and args.data:
+    raise UsageError("image files and --data are given; leave one of them out")
+  if args.layers and len(folders) > 1:
+    raise UsageError(f"--layers is for one network, got {len(folders)}")
+  try:
+    progress("loading")
+    networks = compare.load_networks(folders, args.names)
+
+    def images(default_count: int, margin: int = 0) -> "Images":
+      if files:
+        return compare.read_images(networks, files, margin)
+      data = compare.Data(args.data, args.split, args.data_dir) if args.data else None
+      return compare.first_images(networks, data, args.count or default_count, margin)
+
+    if measuring:
+      _measure(args, networks, images, out)
+    elif args.layers:
+      _draw_layers(networks[0], images(8), out or _OUT)
+    else:
+      _draw(args, networks, images(2), out or _OUT)
+  finally:
+    progress("")
+  if out is not None and not args.json:
+    print(f"figure: {out}")
+
+
+def _draw(args: argparse.Namespace, networks: "list[Network]", images: "Images", out: str) -> None:
+  from lip_jax.visualize import compare, figures
+
+  columns = []
+  for number, network in enumerate(networks, start=1):
+    progress(f"{number}/{len(networks)} {network.name}")
+    label = None if args.label is None else compare.find_class(network, args.label)
+    columns.append(compare.column(network, images.pixels, label=label, locations=args.location))
+  figures.save_figure(figures.comparison_figure(images.pixels, columns, images.titles), out)
+
+
+def _draw_layers(network: "Network", images: "Images", out: str) -> None:
+  from lip_jax.visualize import figures
+
+  if not figures.draw_importance(network.model, images.pixels, network.normalize, out):
+    raise UsageError(f"{network.path} has no LIP layer; leave --layers out for the other maps")
+
+
+def _measure(
+  args: argparse.Namespace,
+  networks: "list[Network]",
+  images: "Callable[..., Images]",
+  out: str | None,
+) -> None:
+  from lip_jax.visualize import compare, figures
+
+  values: list[dict[str, Any]] = [{"name": n.name, "path": n.path} for n in networks]
+  plots = []
+  report: dict[str, Any] = {"networks": values}
+  if args.shift_consistency:
+    border = args.border or ("crop" if compare.room(networks) >= compare.SHIFTS[-1] else "reflect")
+    plots.append(_measure_shifts(args, networks, images, border, values))
+    report |= {"border": border, "directions": 8}
+  if args.deletion:
+    plots.append(_measure_deletion(args, networks, images(200), values))
+    report |= {"fill": args.fill}
+  progress("")
+  if args.json:
+    print(json.dumps(report, indent=2))
+  if out is not None:
+    figures.save_figure(figures.curves_figure(plots), out)
+
+
+def _measure_shifts(
+  args: argparse.Namespace,
+  networks: "list[Network]",
+  images: "Callable[..., Images]",
+  border: Any,
+  values: list[dict[str, Any]],
+) -> "Plot":
+  """Measures, prints the table, adds to `values`, and returns what to draw."""
+  from lip_jax.visualize import compare
+  from lip_jax.visualize.figures import Curve, Plot
+
+  most = compare.SHIFTS[-1]
+  if border == "crop" and compare.room(networks) < most:
+    raise UsageError(
+      f"--border=crop needs {most} pixels around the central crop, and there are "
+      f"{compare.room(networks)}; take reflect, zero or wrap"
+    )
+  chosen = images(200, most if border == "crop" else 0)
+  for network, entry in zip(networks, values, strict=True):
+    found = compare.shift_consistency(network, chosen, border, _watch)
+    entry["images"] = len(chosen.pixels)
+    entry["shift_consistency"] = found
+    entry["mean_shift_consistency"] = sum(found.values()) / len(found)
+  progress("")
+  if not args.json:
+    heading = ("network", *(f"{shift} px" for shift in compare.SHIFTS), "mean")
+    lines = [
+      (
+        entry["name"],
+        *(f"{100 * value:.1f}" for value in entry["shift_consistency"].values()),
+        f"{100 * entry['mean_shift_consistency']:.1f}",
+      )
+      for entry in values
+    ]
+    print(table([heading, *lines], right=range(1, len(heading))))
+    print(
+      f"\nPredictions that survive a shift, in percent: {len(chosen.pixels)} images in 8 "
+      f"directions, border: {border}.\n"
+    )
+  curves = [
+    Curve(
+      entry["name"],
+      "",
+      list(entry["shift_consistency"]),
+      [100 * value for value in entry["shift_consistency"].values()],
+    )
+    for entry in values
+  ]
+  return Plot("Shift consistency", "shift (pixels)", "same prediction (%)", curves)
+
+
+def _measure_deletion(
+  args: argparse.Namespace,
+  networks: "list[Network]",
+  images: "Images",
+  values: list[dict[str, Any]],
+) -> "Plot":
+  """Measures, prints the table, adds to `values`, and returns what to draw."""
+  from lip_jax.visualize import compare
+  from lip_jax.visualize.figures import Curve, Plot
+
+  shown = (0, 0.1, 0.2, 0.3, 0.5, 0.8, 1)
+  heading = ("network", "pixels by", "order", *(f"{part:.0%}" for part in shown), "area")
+  lines, curves = [], []
+  for network, entry in zip(networks, values, strict=True):
+    scores, found = compare.deletion_curves(
+      network, images, scores=args.by, fill=args.fill, watch=_watch
+    )
+    entry["images"] = len(images.pixels)
+    entry["labels"] = "predicted" if images.labels is None else "of the data set"
+    entry["deletion"] = {"pixels_by": scores}
+    for order, curve in found.items():
+      percent = [100 * curve.accuracy[round(20 * part)] for part in shown]
+      cells = [f"{value:.1f}" for value in percent]
+      lines.append((network.name, scores, order, *cells, f"{curve.area:.3f}"))
+      curves.append(Curve(network.name, order, 100 * curve.fractions, 100 * curve.accuracy))
+      entry["deletion"][order] = {
+        "fractions": curve.fractions.tolist(),
+        "probability": curve.probability.tolist(),
+        "accuracy": curve.accuracy.tolist(),
+        "area": curve.area,
+        "accuracy_area": curve.accuracy_area,
+      }
+  progress("")
+  against = "their predictions for the whole images" if images.labels is None else "the labels"
+  if not args.json:
+    print(table([heading, *lines], right=range(3, len(heading))))
+    print(
+      f"\nAccuracy against {against}, in percent, by the occluded part of the pixels; area under "
+      f"the label's probability. {len(images.pixels)} images; occluded pixels take the "
+      f"{args.fill}'s mean colour.\n"
+    )
+  return Plot("Deletion", "occluded pixels (%)", "top-1 accuracy (%)", curves)
+
+
+def _watch(predict: Any, what: str, total: int) -> Any:
+  """`predict` that shows how many of `total` images are done."""
+  done = 0
+
+  def counted(images: Any) -> Any:
+    nonlocal done
+    progress(f"{what} {done}/{total} images")
+    logits = predict(images)
+    done += len(images)
+    return logits
+
+  return counted
+
+
+def _is_image(path: str) -> bool:
+  return Path(path).suffix.lower() in _IMAGE_SUFFIXES and not Path(path).is_dir()
+
+
+def _location(text: str) -> tuple[int, int]:
+  row, comma, column = text.partition(",")
+  if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
+    raise argparse.ArgumentTypeError(f"{text!r} is not of the form ROW,COLUMN")
+  return int(row), int(column)

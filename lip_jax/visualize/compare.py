@@ -1,0 +1,327 @@
+"""Several loaded networks on the same images: what `lip-jax visualize` draws and measures."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import lip_jax
+from lip_jax.errors import UsageError
+from lip_jax.visualize import robustness
+from lip_jax.visualize.attribution import attend, class_activation_maps
+from lip_jax.visualize.figures import Column
+from lip_jax.visualize.grids import even_grid, feature_grids, to_input
+from lip_jax.visualize.importance import importance_maps, pixel_importance
+from lip_jax.visualize.robustness import DeletionCurve, Predict
+
+SHIFTS = tuple(range(1, 9))  # pixels
+ORDERS = ("most important first", "random", "least important first")
+
+_BATCH = 100  # images that are computed at once
+
+Scores = Literal["importance", "cam"]
+Watch = Callable[[Predict, str, int], Predict]  # a predictor that says how far it is
+
+
+class Network(NamedTuple):
+  """A loaded network and what belongs to it."""
+
+  name: str  # in figures and tables
+  path: str
+  model: nnx.Module  # in eval mode
+  config: Mapping[str, Any]  # as `lip_jax.load` gives it
+
+  @property
+  def preprocess(self) -> Mapping[str, Any]:
+    """How its images are prepared: "image_size", "resize", "mean" and "std"."""
+    return self.config["preprocess"]
+
+  def normalize(self, pixels: np.ndarray) -> np.ndarray:
+    """RGB images [..., H, W, 3], 0 to 255 -> float32, what the model takes."""
+    mean, std = (np.asarray(self.preprocess[key], np.float32) for key in ("mean", "std"))
+    return (pixels.astype(np.float32) - mean) / std
+
+  def class_name(self, label: int) -> str:
+    """Name of a class, or its number."""
+    names = self.config.get("class_names")
+    return str(names[label]) if names and label < len(names) else str(label)
+
+
+class Images(NamedTuple):
+  """Images of one size, uint8 [N, H, W, 3], labels [N] or None, and their titles [N]."""
+
+  pixels: np.ndarray
+  labels: np.ndarray | None
+  titles: list[str]
+
+
+class Data(NamedTuple):
+  """Where images come from: as for `lip_jax.data.source.open_split`."""
+
+  dataset: str
+  split: str
+  data_dir: str | None
+
+
+def load_networks(paths: Sequence[str], names: Sequence[str] | None = None) -> list[Network]:
+  """Networks of `lip_jax.load`, which prepare their images alike.
+
+  Args:
+    paths: of each.
+    names: of each, for figures and tables; None: the last parts of the paths.
+
+  Raises:
+    UsageError: as `lip_jax.load`; networks that take images of different sizes, or do not say how
+      their images are prepared.
+  """
+  if names is None:
+    ends = [Path(path).name or path for path in paths]
+    names = ends if len(set(ends)) == len(ends) else paths
+  if len(names) != len(paths):
+    raise UsageError(f"{len(names)} names for {len(paths)} networks; give one for each")
+  networks = [
+    Network(name, path, *lip_jax.load(path)) for name, path in zip(names, paths, strict=True)
+  ]
+  for network in networks:
+    missing = {"image_size", "resize", "mean", "std"} - set(network.config.get("preprocess") or ())
+    if missing:
+      raise UsageError(
+        f"{network.path} does not say how images are prepared: its config.json lacks "
+        f"preprocess.{', preprocess.'.join(sorted(missing))}; add it there, or export it again"
+      )
+  sizes = {(n.preprocess["image_size"], n.preprocess["resize"]) for n in networks}
+  if len(sizes) > 1:
+    raise UsageError(
+      "the networks take different images, (image_size, resize): "
+      f"{', '.join(f'{size[0]}, {size[1]}' for size in sorted(sizes))}; compare those that take "
+      "the same"
+    )
+  return networks
+
+
+def read_images(networks: Sequence[Network], paths: Sequence[str], margin: int = 0) -> Images:
+  """Image files, prepared for the networks.
+
+  Args:
+    networks: that they are for.
+    paths: of the files.
+    margin: pixels that are left around the square that the networks take.
+
+  Raises:
+    UsageError: a file that cannot be read.
+  """
+  from lip_jax.data.preprocess import CorruptImage, decode_center_crop
+
+  size, resize = _sizes(networks, margin)
+  pixels = []
+  for path in paths:
+    try:
+      pixels.append(decode_center_crop(Path(path).read_bytes(), size, resize))
+    except (OSError, CorruptImage) as error:
+      raise UsageError(f"cannot read the image {path}: {error}; give another") from error
+  return Images(np.stack(pixels), None, [Path(path).stem for path in paths])
+
+
+def first_images(
+  networks: Sequence[Network], data: Data | None, count: int, margin: int = 0
+) -> Images:
+  """The first images of a split of a data set, prepared for the networks.
+
+  Args:
+    networks: that they are for.
+    data: the split; None: the validation split that the first network's configuration names.
+    count: number of images, or all if there are fewer.
+    margin: as for `read_images`.
+
+  Raises:
+    UsageError: as `open_split`; no data set is named.
+  """
+  from lip_jax.data import pipeline
+  from lip_jax.data.source import open_split
+
+  data = data or _own_data(networks)
+  source = open_split(data.dataset, data.split, data.data_dir)
+  size, resize = _sizes(networks, margin)
+  batches = pipeline.eval_batches(
+    source, image_size=size, resize=resize, global_batch_size=min(count, _BATCH), num_threads=2
+  )
+  pixels, labels = [], []
+  with contextlib.closing(batches):
+    for batch in itertools.islice(batches, math.ceil(count / min(count, _BATCH))):
+      real = batch["mask"] > 0
+      pixels.append(batch["image"][real])
+      labels.append(batch["label"][real])
+  every = np.concatenate(labels)[:count]
+  if not len(every):
+    raise UsageError(f"{source.name} has no readable images; give others with --data")
+  return Images(
+    np.concatenate(pixels)[:count], every, [f"label: {source.class_names[n]}" for n in every]
+  )
+
+
+def column(
+  network: Network,
+  pixels: np.ndarray,
+  *,
+  label: int | None = None,
+  locations: Sequence[tuple[int, int]] | None = None,
+) -> Column:
+  """Importance, class activation map and effective receptive fields, for `comparison_figure`.
+
+  Args:
+    network: to look into.
+    pixels: [N, H, W, 3] uint8.
+    label: class of the activation maps; None: what the network predicts.
+    locations: (row, column) in the class activation map, for all images, of which receptive fields
+      are to be shown; None: where each map is largest.
+
+  Raises:
+    UsageError: a class or location that there is not.
+  """
+  size = pixels.shape[1:3]
+  images = jnp.asarray(network.normalize(pixels))
+  chosen = None if locations is None else np.asarray(locations)
+  regions = attend(network.model, images, label, chosen)
+  maps = regions.activation.maps
+  grid = feature_grids(network.model).get("c5") or even_grid(maps.shape[1:], size)
+  points = [[grid.centre(tuple(place)) for place in places] for places in regions.locations]
+  return Column(
+    name=network.name,
+    importance=pixel_importance(importance_maps(network.model, images), network.model, size),
+    activation=to_input(maps, grid, size),
+    fields=np.asarray(regions.fields),
+    points=np.asarray(points),
+    titles=_titles(network, regions.activation.logits, regions.activation.classes),
+  )
+
+
+def shift_consistency(
+  network: Network, images: Images, border: robustness.Border, watch: Watch
+) -> dict[int, float]:
+  """`robustness.shift_consistency` of a network, by shifts of 1 to 8 pixels."""
+  batches = (1 + 8 * len(SHIFTS)) * len(images.pixels)
+  predict = watch(robustness.predictor(network.model, _BATCH), f"{network.name}: shifts", batches)
+  return robustness.shift_consistency(predict, network.normalize(images.pixels), SHIFTS, border)
+
+
+def deletion_curves(
+  network: Network,
+  images: Images,
+  *,
+  scores: Scores | None = None,
+  fill: Literal["dataset", "image"] = "dataset",
+  watch: Watch,
+) -> tuple[Scores, dict[str, DeletionCurve]]:
+  """`deletion_curve` of a network, in each of three orders.
+
+  Args:
+    network: to measure.
+    images: to occlude; without labels, what the network predicts for them stands in their place.
+    scores: what says how important a pixel is: "importance", of LIP, or "cam", the class activation
+      map of the predicted class. None: importance if the network has LIP, else the latter.
+    fill: what takes the place of pixels: the data set's mean colour, or the image's own.
+    watch: wraps the predictor.
+
+  Returns:
+    The scores that were used, and a curve for each of `ORDERS`.
+
+  Raises:
+    UsageError: importance is asked of a network without LIP.
+  """
+  normalized = network.normalize(images.pixels)
+  parts = [
+    _scores(network, normalized[start : start + _BATCH], scores)
+    for start in range(0, len(normalized), _BATCH)
+  ]
+  used, values = parts[0][0], np.concatenate([part for _, part in parts])
+  total = len(ORDERS) * (21 + (images.labels is None)) * len(normalized)
+  predict = watch(robustness.predictor(network.model, _BATCH), f"{network.name}: deletion", total)
+  colour = normalized.mean(axis=(1, 2), keepdims=True) if fill == "image" else 0.0
+  curves = {
+    order: robustness.deletion_curve(
+      predict,
+      normalized,
+      robustness.random_scores(values.shape) if order == "random" else values,
+      images.labels,
+      fill=colour,
+      most_first=order != ORDERS[-1],
+    )
+    for order in ORDERS
+  }
+  return used, curves
+
+
+def room(networks: Sequence[Network]) -> int:
+  """Pixels that preparing the images cuts off at each side, and that a shift can bring in."""
+  preprocess = networks[0].preprocess
+  return (preprocess["resize"] - preprocess["image_size"]) // 2
+
+
+def find_class(network: Network, text: str) -> int:
+  """Label of a class by its name, or by its number where no class has that name.
+
+  Raises:
+    UsageError: there is no such class.
+  """
+  names = list(map(str, network.config.get("class_names") or ()))
+  if text in names:
+    return names.index(text)
+  if text.isdecimal() and int(text) < network.config["num_classes"]:
+    return int(text)
+  some = f", such as {', '.join(names[:5])}" if names else ""
+  raise UsageError(
+    f"{network.path} has no class {text!r}; give a name{some}, or a number from 0 to "
+    f"{network.config['num_classes'] - 1}"
+  )
+
+
+def _scores(
+  network: Network, normalized: np.ndarray, scores: Scores | None
+) -> tuple[Scores, np.ndarray]:
+  size = normalized.shape[1:3]
+  images = jnp.asarray(normalized)
+  if scores != "cam":
+    values = pixel_importance(importance_maps(network.model, images), network.model, size)
+    if values is not None:
+      return "importance", values
+    if scores == "importance":
+      raise UsageError(f"{network.path} has no LIP layer and so no importance; take --by=cam")
+  maps = class_activation_maps(network.model, images).maps
+  grid = feature_grids(network.model).get("c5") or even_grid(maps.shape[1:], size)
+  return "cam", to_input(maps, grid, size)
+
+
+def _titles(network: Network, logits: Any, classes: Any) -> list[str]:
+  """The class that each image was taken for, or that was asked for, and its probability."""
+  logits, classes = np.asarray(logits, np.float64), np.asarray(classes)
+  powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+  shares = powers[np.arange(len(classes)), classes] / powers.sum(axis=1)
+  return [
+    f"{network.class_name(int(label))} ({share:.0%})"
+    for label, share in zip(classes, shares, strict=True)
+  ]
+
+
+def _sizes(networks: Sequence[Network], margin: int) -> tuple[int, int]:
+  """Side of the square to cut out, and the shorter side before."""
+  preprocess = networks[0].preprocess
+  return preprocess["image_size"] + 2 * margin, preprocess["resize"]
+
+
+def _own_data(networks: Sequence[Network]) -> Data:
+  """The validation split that the first network that has one was trained with."""
+  for network in networks:
+    data = network.config.get("data") or {}
+    if "dataset" in data:
+      split = data.get("validation_split", "validation")
+      return Data(data["dataset"], split, data.get("data_dir"))
+  raise UsageError(
+    f"{networks[0].path} does not say what it was trained on; give image files, or a data set with "
+    "--data, for example --data=cluttered_digits/classify"
+  )

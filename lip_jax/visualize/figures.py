@@ -1,0 +1,373 @@
+"""Figures of what `lip_jax.visualize` computes; colours that the colour-blind can tell apart.
+
+matplotlib is imported when something is drawn, without pyplot, which would choose a window system
+and keep every figure.
+"""
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from lip_jax.errors import UsageError
+from lip_jax.visualize.grids import even_grid, layer_grids, to_input
+from lip_jax.visualize.importance import importance_maps, main_layers
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+
+_IMPORTANCE, _ACTIVATION, _FIELD = "cividis", "viridis", "magma"
+_MARKER: dict[str, Any] = {
+  "marker": "o",
+  "markersize": 5,
+  "markerfacecolor": "none",
+  "linestyle": "none",
+  "clip_on": False,
+}
+# Blue, orange, green, ... of Okabe and Ito, and a line style for print in grey.
+_LINES: tuple[tuple[str, Any], ...] = (
+  ("#0072B2", "-"),
+  ("#D55E00", "--"),
+  ("#009E73", "-."),
+  ("#CC79A7", ":"),
+  ("#E69F00", (0, (5, 1, 1, 1, 1, 1))),
+  ("#56B4E9", (0, (1, 1))),
+)
+
+
+class Column(NamedTuple):
+  """What one network makes of N images of H x W pixels: a column of `comparison_figure`."""
+
+  name: str
+  importance: np.ndarray | None  # [N, H, W], a mean of one; None for a network without LIP
+  activation: np.ndarray  # [N, H, W]: class activation map, at the resolution of the images
+  fields: np.ndarray  # [N, L, H, W]: effective receptive fields
+  points: np.ndarray  # [N, L, 2]: (row, column) in the image, in pixels, that they are of
+  titles: Sequence[str]  # [N]: what the network says the image is
+
+
+class Curve(NamedTuple):
+  """A line of `curves_figure`; those of one network share a colour, those of one kind a style."""
+
+  network: str
+  kind: str
+  x: Sequence[float] | np.ndarray
+  y: Sequence[float] | np.ndarray
+
+
+class Plot(NamedTuple):
+  """An axis of `curves_figure`."""
+
+  title: str
+  x_label: str
+  y_label: str
+  curves: Sequence[Curve]
+
+
+def importance_figure(
+  model: nnx.Module, images: np.ndarray, normalize: Callable[[np.ndarray], Any]
+) -> "Figure | None":
+  """Each image above the importance maps of the network's LIP layers, laid over it.
+
+  Of the two layers in a transition the one in the residual branch is shown; the other's maps look
+  alike where both share a trunk.
+
+  Args:
+    model: a network in eval mode.
+    images: [N, H, W, 3] uint8.
+    normalize: from these to what the model takes.
+
+  Returns:
+    None if the model has no LIP layer.
+  """
+  maps = main_layers(importance_maps(model, normalize(images)))
+  if not maps:
+    return None
+  size = images.shape[1:3]
+  grids = layer_grids(model)
+  rows = len(maps) + 1
+  figure = _figure(1.25 * len(images) + 1.7, 1.27 * rows)
+  axes = figure.subplots(rows, len(images), squeeze=False)
+  _label(axes[0, 0], f"input\n{size[0]}x{size[1]}")
+  for axis, image in zip(axes[0], images, strict=True):
+    axis.imshow(image)
+  for row, (name, values) in enumerate(maps.items(), start=1):
+    grid = grids.get(name) or even_grid(values.shape[1:], size)
+    placed = to_input(values, grid, size, "nearest")
+    _label(axes[row, 0], f"{_short(name)}\n{values.shape[1]}x{values.shape[2]}")
+    for axis, image, one in zip(axes[row], images, placed, strict=True):
+      _draw_importance(axis, image, one)
+  _bare(axes)
+  label = "importance, relative to the image's mean"
+  _importance_bar(figure, label, ax=axes[1:], shrink=0.6 if rows > 3 else 0.9)
+  return figure
+
+
+def draw_importance(
+  model: nnx.Module,
+  images: np.ndarray,
+  normalize: Callable[[np.ndarray], Any],
+  path: str | os.PathLike[str],
+) -> bool:
+  """Writes `importance_figure` to a file.
+
+  Args:
+    model: a network in eval mode.
+    images: [N, H, W, 3] uint8.
+    normalize: from these to what the model takes.
+    path: file to write; its suffix says the format.
+
+  Returns:
+    False if the model has no LIP layer, and nothing was drawn.
+  """
+  figure = importance_figure(model, images, normalize)
+  if figure is not None:
+    save_figure(figure, path)
+  return figure is not None
+
+
+def comparison_figure(
+  images: np.ndarray, columns: Sequence[Column], image_titles: Sequence[str]
+) -> "Figure":
+  """Figure 5 of the paper: networks side by side, for each image.
+
+  A column for each network; rows: the image with the places that the receptive fields are of, the
+  importance over all LIP layers (where a network has any), the class activation map, and the
+  effective receptive field of each place.
+
+  Args:
+    images: [N, H, W, 3] uint8.
+    columns: what each network makes of them.
+    image_titles: [N].
+  """
+  has_importance = any(column.importance is not None for column in columns)
+  fields = columns[0].fields.shape[1]
+  labels = ["image", *(["importance"] if has_importance else []), "class\nactivation"]
+  first_field = len(labels)
+  labels += ["receptive\nfield" + (f" {n + 1}" if fields > 1 else "") for n in range(fields)]
+  bars: list[Callable[..., None]] = [_importance_bar] if has_importance else []
+  bars += [_activation_bar] + [_field_bar] * fields
+  across = max(1, min(len(images), 6 // len(columns)))
+  down = -(-len(images) // across)
+  figure = _figure(
+    1.45 * (len(columns) * across + 0.25 * (across - 1)) + 1.0, down * (1.48 * len(labels) + 0.65)
+  )
+  # One grid for all, so that panels are of one size; images are set apart by a narrow column.
+  grid = figure.add_gridspec(
+    down * len(labels),
+    across * (len(columns) + 1),
+    width_ratios=([1.0] * len(columns) + [0.12]) * (across - 1) + [1.0] * len(columns) + [0.07],
+  )
+  for number, image in enumerate(images):
+    top, left = number // across * len(labels), number % across * (len(columns) + 1)
+    axes = np.array(
+      [
+        [figure.add_subplot(grid[top + row, left + n]) for n in range(len(columns))]
+        for row in range(len(labels))
+      ]
+    )
+    for index, column in enumerate(columns):
+      here, points = axes[:, index], column.points[number]
+      here[0].set_title(f"{column.name}\n{column.titles[number]}", fontsize=9)
+      here[0].imshow(image)
+      _mark(here[0], points)
+      if column.importance is not None:
+        _draw_importance(here[1], image, column.importance[number])
+      elif has_importance:
+        _nothing(here[1], image, "no LIP\nlayer")
+      _draw_activation(here[first_field - 1], image, column.activation[number])
+      _mark(here[first_field - 1], points)
+      for axis, field, point in zip(here[first_field:], column.fields[number], points, strict=True):
+        _draw_field(axis, field)
+        _mark(axis, point[None])
+    if number % across == 0:
+      for axis, label in zip(axes[:, 0], labels, strict=True):
+        _label(axis, label)
+      for row, bar in enumerate(bars, start=1):
+        bar(figure, cax=figure.add_subplot(grid[top + row, -1]))
+    axes[0, 0].annotate(
+      image_titles[number],
+      (0, 1),
+      (0, 30),
+      xycoords="axes fraction",
+      textcoords="offset points",
+      fontsize=9,
+      fontweight="bold",
+    )
+    _bare(axes)
+  return figure
+
+
+def curves_figure(plots: Sequence[Plot]) -> "Figure":
+  """Lines in one plot for each quantity, side by side; the legend stands below them."""
+  from matplotlib.lines import Line2D
+
+  figure = _figure(4.6 * len(plots), 3.9)
+  networks = list(dict.fromkeys(curve.network for plot in plots for curve in plot.curves))
+  for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
+    kinds = list(dict.fromkeys(curve.kind for curve in plot.curves))
+    present = list(dict.fromkeys(curve.network for curve in plot.curves))
+    for curve in plot.curves:
+      colour, own_style = _LINES[networks.index(curve.network) % len(_LINES)]
+      style = own_style if len(kinds) == 1 else _LINES[kinds.index(curve.kind) % len(_LINES)][1]
+      axis.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.8)
+    handles = []
+    for name in present:
+      colour, own_style = _LINES[networks.index(name) % len(_LINES)]
+      style = own_style if len(kinds) == 1 else _LINES[0][1]
+      handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=name))
+    if len(kinds) > 1:
+      handles += [
+        Line2D([], [], color="0.3", linestyle=_LINES[n % len(_LINES)][1], linewidth=1.4, label=kind)
+        for n, kind in enumerate(kinds)
+      ]
+    axis.set_title(plot.title, fontsize=11)
+    axis.set(xlabel=plot.x_label, ylabel=plot.y_label)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(
+      handles=handles,
+      fontsize=8,
+      frameon=False,
+      loc="upper center",
+      bbox_to_anchor=(0.5, -0.17),
+      ncols=2 if len(kinds) > 1 else 3,
+    )
+  return figure
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
+  """Writes a figure as PNG, SVG or PDF, by the suffix of the path.
+
+  Raises:
+    UsageError: another suffix, or the file cannot be written.
+  """
+  check_format(path)
+  # Matplotlib writes to disks only, and the path may be in a bucket.
+  picture = io.BytesIO()
+  figure.savefig(picture, format=_suffix(path), dpi=110)
+  try:
+    if "://" in str(path):
+      from etils import epath
+
+      epath.Path(path).write_bytes(picture.getvalue())
+    else:
+      Path(path).write_bytes(picture.getvalue())
+  except OSError as error:
+    raise UsageError(f"cannot write {path} ({error}); choose another file") from error
+
+
+def check_format(path: str | os.PathLike[str]) -> None:
+  """Raises UsageError unless a figure can be written to a file of this name."""
+  if f".{_suffix(path)}" not in FORMATS:
+    raise UsageError(f"cannot draw {path}: its name must end in {', '.join(FORMATS)}")
+  folder = Path(path).parent
+  if "://" not in str(path) and not folder.is_dir():
+    raise UsageError(f"cannot write {path}: there is no folder {folder}; create it first")
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+  return os.path.splitext(path)[1].lower().removeprefix(".")
+
+
+def figure_to_array(figure: "Figure") -> np.ndarray:
+  """The figure's pixels, uint8 [H, W, 3], for example for TensorBoard."""
+  figure.canvas.draw()
+  canvas: Any = figure.canvas
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _figure(width: float, height: float) -> "Figure":
+  """An empty figure, in inches."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), layout="constrained")
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def _draw_importance(axis: "Axes", image: np.ndarray, importance: np.ndarray) -> None:
+  # Logarithmic: half as important is as far below the average as twice is above.
+  _overlay(axis, image, np.log2(np.maximum(importance, 1e-30)) / 4 + 0.5, _IMPORTANCE)
+
+
+def _draw_activation(axis: "Axes", image: np.ndarray, activation: np.ndarray) -> None:
+  largest = activation.max()
+  _overlay(axis, image, activation / largest if largest > 0 else 0 * activation, _ACTIVATION)
+
+
+def _draw_field(axis: "Axes", field: np.ndarray) -> None:
+  # The root, so that more than the few largest gradients is seen.
+  axis.imshow(np.sqrt(field / max(field.max(), 1e-30)), cmap=_FIELD, vmin=0, vmax=1)
+
+
+def _overlay(axis: "Axes", image: np.ndarray, values: np.ndarray, colours: str) -> None:
+  """Values, 0 to 1, in colours over the image in grey."""
+  from matplotlib import colormaps
+
+  colour = colormaps[colours](np.clip(values, 0, 1))[..., :3]
+  axis.imshow(0.65 * colour + 0.35 * _grey(image), interpolation="nearest")
+
+
+def _nothing(axis: "Axes", image: np.ndarray, reason: str) -> None:
+  axis.imshow(np.full((*image.shape[:2], 3), 0.94))
+  axis.text(0.5, 0.5, reason, transform=axis.transAxes, ha="center", va="center", fontsize=9)
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+  """Luminance [H, W, 1] of an RGB image, stretched to 0 to 1."""
+  luminance = image @ np.array([0.299, 0.587, 0.114])
+  low, high = luminance.min(), luminance.max()
+  return ((luminance - low) / max(high - low, 1))[..., None]
+
+
+def _mark(axis: "Axes", points: np.ndarray) -> None:
+  """Rings, white on black, so that they are seen on any ground."""
+  for row, column in points:
+    for colour, width in (("black", 2.6), ("white", 1.2)):
+      axis.plot([column], [row], markeredgecolor=colour, markeredgewidth=width, **_MARKER)
+
+
+def _label(axis: "Axes", text: str) -> None:
+  axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+
+
+def _bare(axes: np.ndarray) -> None:
+  for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+
+
+def _importance_bar(figure: Any, label: str = "", **where: Any) -> None:
+  _bar(figure, _IMPORTANCE, {-2: "1/4", -1: "1/2", 0: "mean", 1: "2", 2: "4"}, label, **where)
+
+
+def _activation_bar(figure: Any, **where: Any) -> None:
+  _bar(figure, _ACTIVATION, {0: "0", 1: "largest"}, **where)
+
+
+def _field_bar(figure: Any, **where: Any) -> None:
+  _bar(figure, _FIELD, {0: "0", 0.5: "1/4", 1: "largest"}, **where)
+
+
+def _bar(figure: Any, colours: str, ticks: dict[float, str], label: str = "", **where: Any) -> None:
+  from matplotlib.cm import ScalarMappable
+  from matplotlib.colors import Normalize
+
+  shades = ScalarMappable(Normalize(min(ticks), max(ticks)), colours)
+  bar = figure.colorbar(shades, ticks=list(ticks), **where)
+  bar.ax.set_yticklabels(ticks.values(), fontsize=8)
+  bar.set_label(label)
+
+
+def _short(path: str) -> str:
+  """Short name of a LIP layer: "layer2.0.spatial.residual_pool" -> "layer2"."""
+  parts = path.split(".")
+  return parts[0] if len(parts) > 1 else "stem"

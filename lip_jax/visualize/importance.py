@@ -1,0 +1,107 @@
+"""The importance that a network's LIP layers pool with, as maps over the image."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lip_jax.lan import LIP, SoftPool, record_logits
+from lip_jax.visualize.grids import even_grid, layer_grids, to_input
+
+
+def importance_maps(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+  """Importance exp(G(x)) of every LIP layer, averaged over its channels.
+
+  Args:
+    model: a network of `create_model`, in eval mode.
+    images: [N, H, W, 3], normalized.
+
+  Returns:
+    From the layer's path in the model, for example "layer2.0.spatial.residual_pool", to
+    [N, H', W'] at the resolution of what the layer pools, scaled so that each map has a mean of
+    one; in the order of the computation. Empty for a model without LIP.
+  """
+  return _of_each_layer(model, images, lambda layer, logits: _importance(logits))
+
+
+def window_importance(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+  """What each LIP layer multiplies the pixels of each window by: F / sum(F), equation 2.
+
+  Args:
+    model: a network of `create_model`, in eval mode.
+    images: [N, H, W, 3], normalized.
+
+  Returns:
+    From the layer's path to [N, H', W', window_h * window_w, C], the window row by row: it sums to
+    one over each window, and is zero outside the image (see `LocalPool.importance`).
+  """
+
+  def shares(layer: LIP, logits: jax.Array) -> jax.Array:
+    # SoftPool's F is the exponential of what it pools.
+    pool = SoftPool(window=layer.window, stride=layer.stride, padding=layer.padding)
+    return pool.importance(logits)
+
+  return _of_each_layer(model, images, shares)
+
+
+def pixel_importance(
+  maps: Mapping[str, jax.Array], model: nnx.Module, image_size: tuple[int, int]
+) -> np.ndarray | None:
+  """Importance of each pixel of the image: the geometric mean over the network's LIP layers.
+
+  A pixel that several layers pool counts by the product of its importances; the mean keeps the
+  scale of a single map. Of the two layers of a transition the one in the residual branch counts.
+
+  Args:
+    maps: `importance_maps` of the images.
+    model: whose maps they are.
+    image_size: (H, W) in pixels.
+
+  Returns:
+    [N, H, W] float32; None where there are no maps.
+  """
+  grids = layer_grids(model)
+  logarithms = [
+    to_input(
+      np.log(np.maximum(np.asarray(values, np.float32), 1e-30)),
+      grids.get(name) or even_grid(values.shape[1:], image_size),
+      image_size,
+    )
+    for name, values in main_layers(maps).items()
+  ]
+  return np.exp(np.mean(logarithms, axis=0)) if logarithms else None
+
+
+def main_layers(maps: Mapping[str, Any]) -> dict[str, Any]:
+  """Without the layers of shortcuts, which in the paper's networks share a trunk with others."""
+  return {name: values for name, values in maps.items() if not name.endswith("shortcut_pool")}
+
+
+def _of_each_layer(
+  model: nnx.Module, images: jax.Array, function: Callable[[LIP, jax.Array], jax.Array]
+) -> dict[str, jax.Array]:
+  """`function` of each LIP layer and its logits, by the layer's path."""
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def run(state, images):
+    copy = nnx.merge(graph, state, copy=True)
+    paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(copy)}
+    with record_logits() as records:
+      copy(images)
+    order.extend(paths[id(layer)] for layer, _ in records)
+    return [function(layer, logits) for layer, logits in records]
+
+  order: list[str] = []
+  values = run(state, images)
+  return dict(zip(order, values, strict=True))
+
+
+def _importance(logits: jax.Array) -> jax.Array:
+  """Channel mean of exp(logits), [N, H, W, C] -> [N, H, W], with a mean of one."""
+  logits = logits.astype(jnp.float32)
+  importance = jnp.exp(logits - logits.max(axis=(1, 2, 3), keepdims=True)).mean(axis=3)
+  return importance / importance.mean(axis=(1, 2), keepdims=True)
