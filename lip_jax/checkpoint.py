@@ -7,14 +7,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lip_jax.errors import UsageError
-from lip_jax.train_state import TrainState
+from lip_jax.train_state import TrainState, Tree
 
 _STATE = "state"
 _ITERATOR = "iterator"
 _BEST = "top1"
+_WEIGHTS = ("params", "batch_stats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,3 +180,74 @@ def restore_path(path: str | Path, like: TrainState) -> Restored:
 
 def _directory(workdir: str | Path) -> Path:
   return Path(workdir).resolve() / "checkpoints"  # Orbax takes absolute paths only
+
+
+def weight_shapes(path: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """What parameters and batch statistics a checkpoint announces, before any is read.
+
+  Args:
+    path: from `Checkpoints.path`.
+
+  Returns:
+    {"params": ..., "batch_stats": ...}, each by the path in the network, dots between the parts.
+
+  Raises:
+    UsageError: the checkpoint is damaged, or its arrays are cut in another way than Orbax does,
+      which could make little data fill all memory.
+  """
+  try:
+    trees = ocp.checkpointables_metadata(path).metadata[_STATE]
+    found = {}
+    for part in _WEIGHTS:
+      leaves = jax.tree_util.tree_flatten_with_path(trees[part])[0]
+      found[part] = {
+        jax.tree_util.keystr(keys, simple=True, separator="."): jax.ShapeDtypeStruct(
+          _bounded(leaf), leaf.dtype
+        )
+        for keys, leaf in leaves
+      }
+    return found
+  except Exception as error:  # Orbax raises whatever its storage layers do
+    raise _unreadable(path, error) from error
+
+
+def restore_weights(path: Path) -> tuple[Tree, Tree]:
+  """(parameters, batch statistics) of a checkpoint, without knowing its optimizer or mesh.
+
+  Args:
+    path: from `Checkpoints.path`; its `weight_shapes` have been checked.
+
+  Raises:
+    UsageError: the checkpoint is damaged.
+  """
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  try:
+    trees = ocp.checkpointables_metadata(path).metadata[_STATE]
+    like = {
+      part: jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), trees[part])
+      for part in _WEIGHTS
+    }
+    with context:
+      state = ocp.load_checkpointables(path, {_STATE: like})[_STATE]
+  except Exception as error:
+    raise _unreadable(path, error) from error
+  return state["params"], state["batch_stats"]
+
+
+def _bounded(leaf: Any) -> tuple[int, ...]:
+  """Shape of an array, none of whose chunks is larger than the whole."""
+  chunk = leaf.storage_metadata.chunk_shape
+  if len(chunk) != len(leaf.shape) or any(
+    part > max(whole, 1) for part, whole in zip(chunk, leaf.shape, strict=True)
+  ):
+    raise ValueError(f"an array of shape {leaf.shape} is stored in parts of {chunk}")
+  return tuple(leaf.shape)
+
+
+def _unreadable(path: Path, error: Exception) -> UsageError:
+  lines = str(error).splitlines() or [""]
+  return UsageError(
+    f"cannot load the weights in {path}: they are damaged or something else "
+    f"({type(error).__name__}: {lines[0][:200]}); take another checkpoint, or copy it again"
+  )

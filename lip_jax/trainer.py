@@ -13,7 +13,7 @@ import jax
 import optax
 from flax import nnx
 
-from lip_jax import augment, optim, sharding, train_state
+from lip_jax import augment, class_names, optim, sharding, train_state
 from lip_jax import config as config_lib
 from lip_jax.checkpoint import Checkpoints, has_checkpoints, restore_path
 from lip_jax.config import Config, Data
@@ -48,9 +48,9 @@ class Result:
 def train(config: Config, workdir: str | Path, *, start_from: str | Path | None = None) -> Result:
   """Trains, or goes on where the run in `workdir` stopped.
 
-  Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
-  `importance.png`. SIGTERM and SIGINT save a checkpoint and end the call; after them, or after any
-  crash, the same call continues with the batch that would have come next.
+  Writes `config.json`, `classes.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the
+  end, `importance.png`. SIGTERM and SIGINT save a checkpoint and end the call; after them, or after
+  any crash, the same call continues with the batch that would have come next.
 
   Args:
     config: what to train.
@@ -74,6 +74,8 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
 
   # Data
   source = open_split(config.data.dataset, config.data.train_split, config.data.data_dir)
+  if jax.process_index() == 0:
+    class_names.write(workdir, source.class_names)
   steps_per_epoch = len(source) / config.global_batch_size
   total_steps = max(1, round(config.num_epochs * steps_per_epoch))
   eval_steps = max(1, round(config.eval_every_epochs * steps_per_epoch))

@@ -1,4 +1,4 @@
-"""The `lip-jax` command: networks and their cost, the paper's tables, weights, and data sets."""
+"""The `lip-jax` command: networks and what they are worth, the paper's tables, weights, data."""
 
 import argparse
 import os
@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from lip_jax import __version__
-from lip_jax.cli import convert, data, tables
+from lip_jax.cli import convert, data, inference, tables
 from lip_jax.errors import UsageError
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
 # that --help and mistakes are answered at once.
-_COMMANDS = (tables, convert, data)
+_COMMANDS = (inference, tables, convert, data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
