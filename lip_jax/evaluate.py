@@ -249,7 +249,9 @@ def evaluate_model(
   Raises:
     UnreadableImagesError: images of the split cannot be read.
   """
-  params, batch_stats = jax.device_put(train_state.split(model), sharding.replicated(mesh))
+  params, batch_stats = jax.device_put(
+    jax.device_get(train_state.split(model)), sharding.replicated(mesh)
+  )
   evaluator = Evaluator(job, source, nnx.graphdef(model), mesh)
   evaluator.compile(params, batch_stats)
   start = time.perf_counter()

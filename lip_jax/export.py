@@ -32,7 +32,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 # Parameters and statistics are in one of these, as safetensors and NumPy call them.
 _FLOATS = ("f16", "bf16", "f32", "f64", "float16", "bfloat16", "float32", "float64")
-_MAX_FAULTS = 100  # named in an error
+_MAX_FAULTS = 20  # named in an error
 
 
 def save(
@@ -157,7 +157,7 @@ def check_weights(
   if faults:
     named = "; ".join(faults[:_MAX_FAULTS])
     more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
-    raise UsageError(f"{what} ({len(faults)} faults; export it again): {named}{more}")
+    raise UsageError(f"{what} ({len(faults)} faults): {named}{more}")
 
 
 def abstract_model(
