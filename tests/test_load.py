@@ -554,7 +554,8 @@ def test_hostile_checkpoints(place, tmp_path):
   check(pickled, "cannot load the weights in")
   check(deep, "cannot load the weights in")
   check(
-    other_network, r"checkpoints/4 does not fit lip_resnet_small as the run's config.json .*110 faults.*and 90 more"
+    other_network,
+    r"checkpoints/4 does not fit lip_resnet_small as the run's config.json .*110 faults.*and 90 more",
   )
 
 
