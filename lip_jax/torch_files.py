@@ -256,7 +256,7 @@ def _unpickle(file: BinaryIO, path: Path, storages: dict[str, _Storage] | None =
   start = file.tell()
   for opcode, argument, place in pickletools.genops(file):
     # A few bytes could have the unpickler make a table for 4 billion objects.
-    if "PUT" in opcode.name and int(argument) > (place or 0) - start:
+    if "PUT" in opcode.name and int(argument or 0) > (place or 0) - start:
       raise ValueError(f"object number {argument} in a pickle of fewer bytes")
   file.seek(start)
   return _Unpickler(file, path, {} if storages is None else storages).load()

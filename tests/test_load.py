@@ -78,13 +78,13 @@ def test_a_training_run(part, step, place):
 
 
 def test_a_run_that_was_never_evaluated_and_has_lost_its_names(place, tmp_path):
-  write_run(tmp_path / "run", place / "images", {2: None, 3: None})
+  write_run(tmp_path / "run", place / "images", {3: None})
   (tmp_path / "run" / "classes.json").unlink()
   model, config = lip_jax.load(tmp_path / "run", dtype=jnp.bfloat16)
   assert config["source"]["step"] == 3
   assert config["class_names"] == CLASSES  # of the folder of images
   assert model.dtype == jnp.bfloat16
-  with pytest.raises(UsageError, match=r"no checkpoint '9'.*there are: 2, 3"):
+  with pytest.raises(UsageError, match=r"no checkpoint '9'.*there are: 3"):
     lip_jax.load(tmp_path / "run" / "checkpoints" / "9")
 
 
@@ -553,10 +553,7 @@ def test_hostile_checkpoints(place, tmp_path):
   check(link, "is a link that leads out of")
   check(pickled, "cannot load the weights in")
   check(deep, "cannot load the weights in")
-  check(
-    other_network,
-    r"checkpoints/4 does not fit lip_resnet_small as the run's config.json .*110 faults.*and 90 more",
-  )
+  check(other_network, r"checkpoints/4 does not fit lip_resnet_small .*110 faults.*and 90 more")
 
 
 def test_a_pth_that_packs_or_announces_too_much(tmp_path):
