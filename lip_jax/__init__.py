@@ -49,9 +49,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  """`lip_jax.load`, which needs safetensors, on first use: the rest works without."""
+  """`lip_jax.load`, which needs safetensors, on first use."""
   if name == "load":
-    from lip_jax.export import load
+    from lip_jax.loading import load
 
     return load
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,7 @@ log = logging.getLogger("lip_jax")
 _STATE = "state"
 _RECORD, _RECORD_FILE = "record", "record.json"
 _BEST = "top1"
+_WEIGHTS = ("params", "batch_stats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,10 +253,9 @@ class Checkpoints:
     Raises:
       UsageError: the checkpoint is damaged.
     """
-    parts = ("params", "batch_stats")
     loaded = self._load(
       step,
-      lambda record: {part: records.tree_of(record.leaves[part], placement) for part in parts},
+      lambda record: {part: records.tree_of(record.leaves[part], placement) for part in _WEIGHTS},
     )
     if isinstance(loaded, DamagedError):
       raise UsageError(self._damaged(step, loaded))
@@ -453,3 +453,51 @@ def _outcome(response: ocp.AsyncResponse[None]) -> str | None:
 def _best(metrics: dict[int, dict[str, float] | None]) -> int | None:
   scores = {step: values[_BEST] for step, values in metrics.items() if values}
   return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def weight_shapes(path: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """What parameters and batch statistics a checkpoint announces, before any is read.
+
+  Args:
+    path: from `Checkpoints.path`.
+
+  Returns:
+    {"params": ..., "batch_stats": ...}, each by the path in the network, dots between the parts.
+
+  Raises:
+    UsageError: the checkpoint is damaged, or its arrays are cut in another way than Orbax does,
+      which could make little data fill all memory.
+  """
+  try:
+    with _context():
+      trees = ocp.checkpointables_metadata(path).metadata[_STATE]
+    found = {}
+    for part in _WEIGHTS:
+      leaves = jax.tree_util.tree_flatten_with_path(trees[part])[0]
+      found[part] = {
+        jax.tree_util.keystr(keys, simple=True, separator="."): jax.ShapeDtypeStruct(
+          _bounded(leaf), leaf.dtype
+        )
+        for keys, leaf in leaves
+      }
+    return found
+  except Exception as error:  # Orbax raises whatever its storage layers do
+    raise _unreadable(path, error) from error
+
+
+def _bounded(leaf: Any) -> tuple[int, ...]:
+  """Shape of an array, none of whose chunks is larger than the whole."""
+  chunk = leaf.storage_metadata.chunk_shape
+  if len(chunk) != len(leaf.shape) or any(
+    part > max(whole, 1) for part, whole in zip(chunk, leaf.shape, strict=True)
+  ):
+    raise ValueError(f"an array of shape {leaf.shape} is stored in parts of {chunk}")
+  return tuple(leaf.shape)
+
+
+def _unreadable(path: Path, error: Exception) -> UsageError:
+  lines = str(error).splitlines() or [""]
+  return UsageError(
+    f"cannot load the weights in {path}: they are damaged or something else "
+    f"({type(error).__name__}: {lines[0][:200]}); take another checkpoint, or copy it again"
+  )

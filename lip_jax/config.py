@@ -8,9 +8,12 @@ import dataclasses
 import json
 import math
 import os
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
+from lip_jax import untrusted
 from lip_jax import workdir as workdir_lib
 from lip_jax.errors import UsageError
 
@@ -135,9 +138,11 @@ def load(workdir: str | os.PathLike[str]) -> Config:
   if text is None:
     raise UsageError(f"no run in {workdir}: {path} does not exist; give a run's --workdir")
   try:
-    return from_json(text)
-  except json.JSONDecodeError as error:
-    raise UsageError(f"{path} is damaged ({error}); restore it or take another --workdir") from None
+    values = untrusted.parse_json(text, str(path))
+  except UsageError as error:
+    raise UsageError(f"{error}, or take another --workdir") from None
+  untrusted.check_model(values.get("model"), str(path))
+  return from_dict(values)
 
 
 def to_json(config: Config) -> str:
@@ -155,7 +160,9 @@ def differences(new: Config, old: Config) -> list[str]:
   ]
 
 
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def _build(cls: type, values: Any, where: str) -> Any:
+  if not isinstance(values, Mapping):
+    raise UsageError(f"{where} must hold {cls.__name__.lower()} settings, got {str(values)[:80]!r}")
   fields = {field.name: field for field in dataclasses.fields(cls)}
   unknown = sorted(set(values) - set(fields))
   if unknown:
@@ -181,8 +188,33 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
       value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
     elif isinstance(value, list):
       value = tuple(value)
+    # `_build` has checked other settings, and `_check_augment` has better errors for its own.
+    settings = cls is Augment or dataclasses.is_dataclass(field.type)
+    if not settings and not _fits(value, field.type):
+      raise UsageError(f"{where}.{name} must be {_named(field.type)}, got {str(value)[:80]!r}")
     arguments[name] = value
   return cls(**arguments)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  """Whether a value is of a field's type. Numbers of a tuple are counted by `_check`, not here."""
+  if isinstance(kind, types.UnionType):
+    return any(_fits(value, one) for one in typing.get_args(kind))
+  kind = typing.get_origin(kind) or kind
+  if kind in (int, float):
+    return isinstance(value, kind | int) and not isinstance(value, bool)
+  if kind is tuple:
+    # One number where several belong has a better error in `_check`.
+    values = value if isinstance(value, tuple) else (value,)
+    return all(_fits(v, float) and abs(v) < math.inf for v in values)
+  return isinstance(value, kind)
+
+
+def _named(kind: Any) -> str:
+  names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+  names |= {tuple: "finite numbers", Mapping: "settings", types.NoneType: "nothing"}
+  kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+  return " or ".join(names.get(typing.get_origin(one) or one, str(one)) for one in kinds)
 
 
 def _check(config: Config) -> None:

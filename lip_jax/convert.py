@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax import nnx
+from flax.typing import Dtype
 
-from lip_jax import export
+from lip_jax import class_names, export
 from lip_jax.cost import count_parameters
 from lip_jax.errors import UsageError
 from lip_jax.models import list_models
@@ -94,24 +97,56 @@ def _from_torch(
       f"{out} looks like a file, but what becomes of the file {source} is a folder; name a folder"
     )
   export.check_free(out, overwrite=overwrite)
-  state_dict = read_torch_checkpoint(source)
-  classes = _num_classes(state_dict, source) if num_classes is None else num_classes
-  network = export.abstract_model(name, options, num_classes=classes)
-  load_torch_weights(network, state_dict)
+  network, rounded, config = read(source, name, options, num_classes)
+  classes = config.pop("num_classes")
   export.save(
     out,
     network,
     name=name,
     options=options,
     num_classes=classes,
-    extra={"preprocess": PREPROCESS},
+    extra=config,
     overwrite=overwrite,
   )
-  rounded = any(array.dtype == np.float64 for array in state_dict.values())
   return (
     f"{source} -> {out}: {name}, {classes} classes, {count_parameters(network):,} parameters"
     f"{' (rounded from float64 to float32)' if rounded else ''}"
   )
+
+
+def read(
+  source: str | Path,
+  name: str,
+  options: Mapping[str, Any],
+  num_classes: int | None,
+  dtype: Dtype = jnp.float32,
+) -> tuple[nnx.Module, bool, dict[str, Any]]:
+  """The network of a file of PyTorch weights.
+
+  Args:
+    source: the file.
+    name: of the network.
+    options: of the network.
+    num_classes: number of logits; None: what the classifier in the file has.
+    dtype: of the computation.
+
+  Returns:
+    The network; whether weights were rounded from float64; and "num_classes", "preprocess" and, of
+    1,000 classes and where TFDS has their names, "class_names".
+
+  Raises:
+    UsageError: as `convert`.
+  """
+  source = Path(source)
+  state_dict = read_torch_checkpoint(source)
+  classes = _num_classes(state_dict, source) if num_classes is None else num_classes
+  network = export.abstract_model(name, options, num_classes=classes, dtype=dtype)
+  load_torch_weights(network, state_dict)
+  config = {"num_classes": classes, "preprocess": PREPROCESS}
+  names = class_names.of_imagenet() if classes == 1000 else None
+  if names is not None:
+    config["class_names"] = names
+  return network, any(array.dtype == np.float64 for array in state_dict.values()), config
 
 
 def _to_torch(source: Path, out: Path, overwrite: bool) -> str:

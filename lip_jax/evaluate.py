@@ -4,9 +4,12 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +19,15 @@ import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
-from lip_jax import augment, sharding, train_state, visualize
+from lip_jax import augment, class_names, loading, sharding, train_state, visualize
+from lip_jax import config as config_lib
 from lip_jax.checkpoint import Checkpoints
 from lip_jax.config import Config, Data
 from lip_jax.data import pipeline
 from lip_jax.data.source import RecordStream, Source, open_split
+from lip_jax.errors import UsageError
 from lip_jax.train_state import TrainState, Tree
+from lip_jax.workdir import absolute
 
 Batch = Mapping[str, jax.Array]
 EvalStep = Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]
@@ -122,26 +128,32 @@ def evaluate(
   }
 
 
+class Job(NamedTuple):
+  """An evaluation that is not a training run's."""
+
+  data: Data
+  eval_batch_size: int
+
+
 class Evaluator:
   """Validation of train states of one run.
 
   Args:
-    config: of the run.
+    config: of the run, or what `Evaluator` needs of one.
     source: its validation split.
     graph: of its model.
     mesh: to evaluate on.
   """
 
   def __init__(
-    self, config: Config, source: Source | RecordStream, graph: nnx.GraphDef, mesh: Mesh
+    self, config: Config | Job, source: Source | RecordStream, graph: nnx.GraphDef, mesh: Mesh
   ):
     self._config = config
     self._source = source
     self._graph = graph
     self._mesh = mesh
     whole = sharding.replicated(mesh)
-    whole = sharding.replicated(mesh)
-    self._step = jax.jit(
+    self._step: Any = jax.jit(
       functools.partial(eval_step, graph=graph, data=config.data), out_shardings=whole
     )
 
@@ -164,6 +176,23 @@ class Evaluator:
     Raises:
       UnreadableImagesError: images of the split cannot be read; names those of all processes.
     """
+    params, batch_stats = self._weights(state.params, state.batch_stats)
+    return self.evaluate(params, batch_stats, stop)
+
+  def compile(self, params: Tree, batch_stats: Tree) -> None:
+    """Compiles the step, so that what follows is evaluation alone."""
+    with contextlib.closing(self._batches()) as batches:
+      batch = sharding.put_batch(next(batches), self._mesh)
+    votes = sharding.Votes(self._mesh)(False)
+    self._step = self._step.lower(params, batch_stats, batch, votes).compile()
+
+  def evaluate(
+    self,
+    params: Tree,
+    batch_stats: Tree,
+    stop: Callable[[], bool] = lambda: False,
+  ) -> dict[str, float] | None:
+    """As a call, of parameters and batch statistics as the model has them."""
     progress = tqdm.tqdm(
       desc="validation",
       total=math.ceil(len(self._source) / self._config.eval_batch_size),
@@ -179,7 +208,6 @@ class Evaluator:
           yield batch
 
       try:
-        params, batch_stats = self._weights(state.params, state.batch_stats)
         results = evaluate(self._step, params, batch_stats, counted(), self._mesh, stop)
       except pipeline.UnreadableImagesError as error:
         faults = error.faults
@@ -230,13 +258,38 @@ class Evaluator:
     )
 
 
+def evaluate_model(
+  model: nnx.Module, source: Source | RecordStream, job: Config | Job, mesh: Mesh
+) -> dict[str, float]:
+  """Exact "loss", "top1", "top5", "count" over a split, and "images_per_second" without compiling.
+
+  Args:
+    model: in evaluation mode.
+    source: the split.
+    job: how its images are prepared, and how many are taken at once.
+    mesh: to evaluate on.
+
+  Raises:
+    UnreadableImagesError: images of the split cannot be read.
+  """
+  params, batch_stats = jax.device_put(
+    jax.device_get(train_state.split(model)), sharding.replicated(mesh)
+  )
+  evaluator = Evaluator(job, source, nnx.graphdef(model), mesh)
+  evaluator.compile(params, batch_stats)
+  start = time.perf_counter()
+  results = evaluator.evaluate(params, batch_stats)
+  assert results is not None  # nothing cancels it
+  return {**results, "images_per_second": results["count"] / (time.perf_counter() - start)}
+
+
 def evaluate_checkpoint(
   config: Config, workdir: str | Path, which: str = "best"
 ) -> tuple[int, dict[str, float]]:
   """(step, validation metrics) of a checkpoint of the run in `workdir`.
 
   Args:
-    config: of the run.
+    config: of the run, whose data, batch size and dtype may be others than in training.
     workdir: directory of the run.
     which: "best", "latest" or a step number.
 
@@ -247,10 +300,72 @@ def evaluate_checkpoint(
   sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh.size)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(which)
-    source = open_split(config.data.dataset, config.data.validation_split, config.data.data_dir)
-    params, batch_stats = checkpoints.restore_weights(step, sharding.replicated(mesh))
-  graph = train_state.graph_of(**train_state.model_options(config, source.num_classes))
-  state = TrainState(jnp.asarray(step), params, batch_stats, ())
-  results = Evaluator(config, source, graph, mesh)(state)
-  assert results is not None  # nobody asks to stop
-  return step, results
+    checkpoint = checkpoints.path(step)
+  source = open_split(config.data.dataset, config.data.validation_split, config.data.data_dir)
+  model, classes = loading.load_checkpoint(checkpoint, config.model, jnp.dtype(config.dtype))
+  names = class_names.of_run(absolute(workdir), config, classes)
+  class_names.check(classes, names, source.class_names, source.name)
+  return step, evaluate_model(model, source, config, mesh)
+
+
+def evaluate_loaded(
+  model: nnx.Module,
+  config: Mapping[str, Any],
+  *,
+  dataset: str | None = None,
+  data_dir: str | None = None,
+  split: str | None = None,
+  batch_size: int | None = None,
+  crops: int | None = None,
+) -> dict[str, Any]:
+  """Evaluates what `lip_jax.load` gives, on all devices.
+
+  Args:
+    model: the network.
+    config: what came with it.
+    dataset: as for `open_split`; None: that of the training run which the network is of.
+    data_dir: directory of the data sets.
+    split: None: "validation", or that of the training run.
+    batch_size: images at once, made a multiple of the devices; None: the training run's, or 128.
+    crops: of which logits are averaged, 1, 5 or 10; None: the training run's, or 1.
+
+  Returns:
+    "top1", "top5" (fractions), "loss", "count", "images_per_second" and "data", its name.
+
+  Raises:
+    UsageError: there is no data set, its classes are not the network's, or images are unreadable.
+  """
+  source = config["source"]
+  run = config_lib.load(source["path"]) if source["kind"] == "training run" else None
+  if dataset is None and run is None:
+    raise UsageError(
+      f"{source['path']} does not say what data it is for; give --data, such as --data imagenet2012"
+    )
+  own = run.data if run is not None and dataset in (None, run.data.dataset) else None
+  prepared = config["preprocess"]
+  if prepared is None:
+    raise UsageError(
+      f"{source['path']} does not say how images are prepared: its config.json lacks preprocess; "
+      "export or convert it again"
+    )
+  data = Data(
+    dataset=own.dataset if own else str(dataset),
+    data_dir=data_dir or (own.data_dir if own else None),
+    train_split="train",
+    validation_split=split or (own.validation_split if own else "validation"),
+    image_size=prepared["image_size"],
+    crop_scale=None,
+    eval_resize=prepared["resize"],
+    flip=False,
+    mean=tuple(prepared["mean"]),
+    std=tuple(prepared["std"]),
+    num_threads=run.data.num_threads if run else min(os.cpu_count() or 1, 32),
+    eval_crops=crops or (run.data.eval_crops if run else 1),
+  )
+  images = open_split(data.dataset, data.validation_split, data.data_dir)
+  class_names.check(config["num_classes"], config["class_names"], images.class_names, images.name)
+  mesh = sharding.make_mesh()
+  batch_size = batch_size or (run.eval_batch_size if run else 128)
+  batch_size = math.ceil(batch_size / mesh.size) * mesh.size
+  results = evaluate_model(model, images, Job(data, batch_size), mesh)
+  return {**results, "data": images.name}

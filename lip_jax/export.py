@@ -23,13 +23,16 @@ from flax import nnx
 from flax.typing import Dtype
 
 import lip_jax
-from lip_jax import models
+from lip_jax import models, untrusted
 from lip_jax.errors import UsageError
 
 FORMAT = 1
 
-_WEIGHTS = "model.safetensors"
-_CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+# Parameters and statistics are in one of these, as safetensors and NumPy call them.
+_FLOATS = ("f16", "bf16", "f32", "f64", "float16", "bfloat16", "float32", "float64")
+_MAX_FAULTS = 20  # named in an error
 
 
 def save(
@@ -52,7 +55,8 @@ def save(
     num_classes: number of logits.
     extra: further entries of `config.json`. "preprocess" says how images are prepared: the shorter
       side is resized to "resize" pixels, the central "image_size" pixels are cut out, and "mean"
-      and "std", three numbers for RGB in [0, 255], are subtracted and divided by.
+      and "std", three numbers for RGB in [0, 255], are subtracted and divided by. "class_names"
+      has a name for each class, in the order of the logits; "source" says where it is from.
     overwrite: replace a folder that holds an exported network and nothing else.
 
   Raises:
@@ -68,11 +72,13 @@ def save(
     "num_classes": num_classes,
     **(extra or {}),
   }
+  untrusted.check_preprocess(config.get("preprocess"), "extra")
+  untrusted.check_class_names(config.get("class_names"), num_classes, "extra")
   text = json.dumps(config, indent=2) + "\n"
-  variables = _variables(model)
+  variables = flat_variables(model)
   faults = _faults(
     {key: variable.shape for key, variable in variables.items()},
-    _variables(abstract_model(name, options, num_classes=num_classes)),
+    flat_variables(abstract_model(name, options, num_classes=num_classes)),
   )
   if faults:
     raise UsageError(
@@ -82,44 +88,76 @@ def save(
   arrays = {key: np.asarray(variable.get_value(), order="C") for key, variable in variables.items()}
   with replacing(path) as folder:
     folder.mkdir()
-    safetensors.numpy.save_file(arrays, folder / _WEIGHTS)
-    (folder / _CONFIG).write_text(text, encoding="utf-8")
+    safetensors.numpy.save_file(arrays, folder / WEIGHTS)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def load(path: str | Path, *, dtype: Dtype = jnp.float32) -> tuple[nnx.Module, dict[str, Any]]:
+def load(
+  path: str | Path, *, dtype: Dtype = jnp.float32, links: bool = False
+) -> tuple[nnx.Module, dict[str, Any]]:
   """The network of an exported folder in evaluation mode, and what its `config.json` holds.
 
   Args:
-    path: a folder that `save` wrote.
+    path: a folder that `save` wrote, or anybody: nothing in it is trusted.
     dtype: of the computation; parameters and statistics become float32 (float64 for float64).
+    links: whether its files may be links to files elsewhere, as in the cache of a hub.
 
   Raises:
     UsageError: there is no such folder, or it holds something else; weights that are missing, left
       over or of another shape, all of them in one message.
   """
   path = Path(path)
-  config = _read_config(path)
-  options = dict(config["model"])
-  name = options.pop("name")
-  model = abstract_model(name, options, num_classes=config["num_classes"], dtype=dtype)
-  variables = _variables(model)
+  config = _read_config(path, links)
+  model = untrusted.build(config["model"], config["num_classes"], dtype, str(path / CONFIG))
+  variables = flat_variables(model)
   try:
-    with safetensors.safe_open(path / _WEIGHTS, framework="numpy") as tensors:
-      shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-      faults = _faults(shapes, variables)
-      if faults:
-        raise UsageError(
-          f"{path / _WEIGHTS} does not fit {name} as {_CONFIG} describes it "
-          f"({len(faults)} faults; export it again): {'; '.join(faults)}"
-        )
+    if not (path / WEIGHTS).is_file():
+      raise FileNotFoundError("there is no such file")
+    with safetensors.safe_open(path / WEIGHTS, framework="numpy") as tensors:
+      slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+      check_weights(
+        {key: tuple(part.get_shape()) for key, part in slices.items()},
+        {key: part.get_dtype() for key, part in slices.items()},
+        variables,
+        f"{path / WEIGHTS} does not fit {config['model']['name']} as {CONFIG} describes it",
+      )
       for key, variable in variables.items():
         variable.set_value(jnp.asarray(tensors.get_tensor(key), variable.dtype))
   except (OSError, safetensors.SafetensorError) as error:
     raise UsageError(
-      f"cannot read {path / _WEIGHTS}: it is missing or damaged ({error}); copy or export it again"
+      f"cannot read {path / WEIGHTS}: it is missing or damaged ({error}); copy or export it again"
     ) from error
   model.eval()
   return model, config
+
+
+def check_weights(
+  shapes: Mapping[str, tuple[int, ...]],
+  dtypes: Mapping[str, str],
+  variables: Mapping[str, nnx.Variable],
+  what: str,
+) -> None:
+  """Compares what a file announces with what a network has, before any of it is read.
+
+  Args:
+    shapes: of the file's arrays, by name.
+    dtypes: of the same, in safetensors' letters or NumPy's names.
+    variables: of the network, from `flat_variables`.
+    what: the beginning of the error.
+
+  Raises:
+    UsageError: arrays are missing, left over, of another shape or no floating-point numbers.
+  """
+  faults = _faults(shapes, variables)
+  faults += [
+    f"{key} is of {dtype}, expected floating point"
+    for key, dtype in dtypes.items()
+    if dtype.lower() not in _FLOATS
+  ]
+  if faults:
+    named = "; ".join(faults[:_MAX_FAULTS])
+    more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+    raise UsageError(f"{what} ({len(faults)} faults): {named}{more}")
 
 
 def abstract_model(
@@ -136,10 +174,36 @@ def abstract_model(
   return models.abstract_model(name, num_classes=num_classes, dtype=dtype, **options)
 
 
+def flat_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+  """Parameters and batch statistics under their paths, dots between the parts."""
+  state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+  return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
 def is_exported(path: str | Path) -> bool:
   """Whether `path` is a folder that `save` wrote."""
   path = Path(path)
-  return (path / _WEIGHTS).is_file() and "format" in _json(path / _CONFIG)
+  return (path / WEIGHTS).is_file() and "format" in _json(path / CONFIG)
+
+
+def find_run(path: str | Path) -> tuple[Path, str | None] | None:
+  """The directory of the training run that `path` is part of, and its step if it is a checkpoint.
+
+  Args:
+    path: RUN, RUN/checkpoints, RUN/checkpoints/STEP, or anything else.
+
+  Returns:
+    None for anything else.
+  """
+  path = Path(path).resolve()
+  if path.name == "checkpoints":
+    return path.parent, None
+  if path.name.isdecimal() and path.parent.name == "checkpoints":
+    return path.parent.parent, path.name
+  config = _json(path / CONFIG)
+  if (path / "checkpoints").is_dir() or (config and "format" not in config):
+    return path, None
+  return None
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -148,7 +212,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     return
   if not is_exported(path):
     raise UsageError(f"{path} exists and is not an exported network; choose another folder")
-  others = sorted({entry.name for entry in path.iterdir()} - {_WEIGHTS, _CONFIG})
+  others = sorted({entry.name for entry in path.iterdir()} - {WEIGHTS, CONFIG})
   if others:
     raise UsageError(
       f"{path} holds more than an exported network ({', '.join(others[:8])}), which would be lost; "
@@ -192,67 +256,50 @@ def replacing(path: Path) -> Iterator[Path]:
         leftover.unlink()
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, links: bool) -> dict[str, Any]:
   """`config.json` of an exported folder, checked."""
   if not path.exists():
-    raise UsageError(f"there is no folder {path}; give one that holds {_CONFIG} and {_WEIGHTS}")
+    raise UsageError(f"there is no folder {path}; give one that holds {CONFIG} and {WEIGHTS}")
   if not path.is_dir():
     raise UsageError(
       f"{path} is a file, not an exported folder; for a file of PyTorch weights, first run: "
       f"lip-jax convert {path} FOLDER --model NAME"
     )
-  _refuse_training_run(path)
-  if not (path / _CONFIG).is_file():
-    raise UsageError(f"{path} is not an exported network: it has no {_CONFIG}; give another folder")
-  config = _json(path / _CONFIG)
-  found = config.get("format")
-  if not isinstance(found, int):
-    raise UsageError(f"{path / _CONFIG} is damaged; copy or export the folder again")
-  if found != FORMAT:
-    raise UsageError(
-      f"{path} has format {found}, this version of lip_jax reads {FORMAT}; install the version "
-      f"that wrote it ({config.get('lip_jax', 'unknown')}) or a later one"
-    )
-  model = config.get("model")
-  if not isinstance(model, dict) or "name" not in model:
-    raise UsageError(f"{path / _CONFIG} lacks the model's name; copy or export the folder again")
-  if not isinstance(config.get("num_classes"), int):
-    raise UsageError(f"{path / _CONFIG} lacks num_classes; copy or export the folder again")
-  return config
-
-
-def _refuse_training_run(path: Path) -> None:
-  """Raises UsageError for a run's directory, its checkpoints, or one of them."""
-  path = path.resolve()
-  run, which = None, ""
-  if path.name == "checkpoints":
-    run = path.parent
-  elif path.name.isdecimal() and path.parent.name == "checkpoints":
-    run, which = path.parent.parent, f" --checkpoint={path.name}"
-  else:
-    config = _json(path / _CONFIG)
-    if (path / "checkpoints").is_dir() or (config and "format" not in config):
-      run = path
-  if run is not None:
+  found = find_run(path)
+  if found is not None:
+    run, step = found
     raise UsageError(
       f"{path} belongs to a training run and is not an exported network; evaluate it with: "
-      f"python train.py --mode=eval --workdir={run}{which}"
+      f"python train.py --mode=eval --workdir={run}" + (f" --checkpoint={step}" if step else "")
     )
+  where = str(path / CONFIG)
+  if not links:
+    untrusted.check_links(path)
+  if not (path / CONFIG).is_file():
+    raise UsageError(f"{path} is not an exported network: it has no {CONFIG}; give another folder")
+  config = untrusted.read_json(path / CONFIG)
+  version = config.get("format")
+  if type(version) is not int:
+    raise UsageError(f"{where} is damaged (it has no format); copy or export the folder again")
+  if version != FORMAT:
+    writer = config.get("lip_jax")
+    raise UsageError(
+      f"{path} has format {version}, this version of lip_jax reads {FORMAT}; install the version "
+      f"that wrote it ({writer if isinstance(writer, str) else 'unknown'}) or a later one"
+    )
+  untrusted.check_model(config.get("model"), where)
+  classes = untrusted.check_num_classes(config.get("num_classes"), where)
+  untrusted.check_preprocess(config.get("preprocess"), where)
+  untrusted.check_class_names(config.get("class_names"), classes, where)
+  return config
 
 
 def _json(path: Path) -> dict[str, Any]:
   """The object in a JSON file; empty if there is none."""
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+    return untrusted.read_json(path)
+  except UsageError:
     return {}
-  return values if isinstance(values, dict) else {}
-
-
-def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-  """Parameters and batch statistics under their paths, dots between the parts."""
-  state = nnx.state(model, (nnx.Param, nnx.BatchStat))
-  return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def _faults(

@@ -10,6 +10,7 @@ unpickler makes descriptions of tensors, and arrays come of them only when it is
 import collections
 import io
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +27,10 @@ _LEGACY_PROTOCOL = 1001
 
 # What training scripts put around the state_dict.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+# Bytes that any archive may unpack to, and how often its size on top of it.
+_MAX_UNPACKED = 2**26
+_MAX_RATIO = 20
 
 _DTYPES = {
   "torch.DoubleStorage": np.dtype(np.float64),
@@ -132,6 +137,7 @@ def _read_npz(file: BinaryIO, path: Path) -> dict[str, np.ndarray]:
 def _read_zip(file: BinaryIO, path: Path) -> dict[str, np.ndarray]:
   with zipfile.ZipFile(file) as archive:
     names = archive.namelist()
+    _check_sizes(archive, path)
     if names and all(name.endswith(".npy") for name in names):
       return _read_npz(file, path)
     # One folder around everything, named after the file that was first written.
@@ -143,7 +149,7 @@ def _read_zip(file: BinaryIO, path: Path) -> dict[str, np.ndarray]:
       )
     root = roots[0]
     byteorder = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
-    content = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), path).load()
+    content = _unpickle(io.BytesIO(archive.read(f"{root}data.pkl")), path)
     tensors = _state_dict(content, path)
     storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
     raw = {key: archive.read(f"{root}data/{key}") for key in storages}
@@ -151,22 +157,22 @@ def _read_zip(file: BinaryIO, path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_legacy(file: BinaryIO, path: Path) -> dict[str, np.ndarray]:
-  if _Unpickler(file, path).load() != _LEGACY_MAGIC:
+  if _unpickle(file, path) != _LEGACY_MAGIC:
     raise UsageError(
       f"{path} is a pickle, but not one of torch.save; in PyTorch, save the weights with "
       "torch.save(model.state_dict(), FILE)"
     )
-  protocol = _Unpickler(file, path).load()
+  protocol = _unpickle(file, path)
   if protocol != _LEGACY_PROTOCOL:
     raise ValueError(f"format version {protocol!r}, expected {_LEGACY_PROTOCOL}")
-  _Unpickler(file, path).load()  # the machine that wrote it; the bytes are little-endian anyway
-  unpickler = _Unpickler(file, path)
-  tensors = _state_dict(unpickler.load(), path)
+  _unpickle(file, path)  # the machine that wrote it; the bytes are little-endian anyway
+  storages: dict[str, _Storage] = {}
+  tensors = _state_dict(_unpickle(file, path, storages), path)
   needed = {tensor.storage.key for tensor in tensors.values()}
   size = path.stat().st_size
   raw = {}
-  for key in _Unpickler(file, path).load():
-    storage = unpickler.storages[key]
+  for key in _unpickle(file, path):
+    storage = storages[key]
     if int.from_bytes(file.read(8), "little") != storage.numel:
       raise ValueError(f"the length of storage {key} is not the announced {storage.numel}")
     if file.tell() + storage.nbytes > size:
@@ -245,13 +251,34 @@ _ALLOWED: dict[str, Any] = {
 }
 
 
+def _unpickle(file: BinaryIO, path: Path, storages: dict[str, _Storage] | None = None) -> Any:
+  """What the pickle at this place of a file holds; gathers the storages that it refers to."""
+  start = file.tell()
+  for opcode, argument, place in pickletools.genops(file):
+    # A few bytes could have the unpickler make a table for 4 billion objects.
+    if "PUT" in opcode.name and int(argument or 0) > (place or 0) - start:
+      raise ValueError(f"object number {argument} in a pickle of fewer bytes")
+  file.seek(start)
+  return _Unpickler(file, path, {} if storages is None else storages).load()
+
+
+def _check_sizes(archive: zipfile.ZipFile, path: Path) -> None:
+  """Raises UsageError if an archive would unpack to far more than weights can be packed to."""
+  size = sum(info.file_size for info in archive.infolist())
+  if size > _MAX_UNPACKED + _MAX_RATIO * path.stat().st_size:
+    raise UsageError(
+      f"{path} is refused: it would unpack to {size:,} bytes, {size // path.stat().st_size:,} "
+      "times its size; weights can hardly be packed at all"
+    )
+
+
 class _Unpickler(pickle.Unpickler):
   """Unpickles tensors as `_Tensor` and refuses every name that is not in `_ALLOWED`."""
 
-  def __init__(self, file: BinaryIO, path: Path):
+  def __init__(self, file: BinaryIO, path: Path, storages: dict[str, _Storage]):
     super().__init__(file, encoding="utf-8")  # of text that Python 2 wrote
     self.path = path
-    self.storages: dict[str, _Storage] = {}
+    self.storages = storages
 
   def find_class(self, module: str, name: str) -> Any:
     full_name = f"{module}.{name}"

@@ -14,8 +14,8 @@ import optax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
+from lip_jax import class_names, sharding
 from lip_jax import config as config_lib
-from lip_jax import sharding
 from lip_jax.checkpoint import Checkpoints, has_checkpoints, restore_path
 from lip_jax.config import Config
 from lip_jax.data import pipeline
@@ -51,9 +51,9 @@ class Result:
 def train(config: Config, workdir: str | Path, *, start_from: str | Path | None = None) -> Result:
   """Trains, or goes on where the run in `workdir` stopped.
 
-  Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
-  `importance.png`. SIGTERM and SIGINT save a checkpoint and end the call; after them, or after any
-  crash, the same call continues with the batch that would have come next.
+  Writes `config.json`, `classes.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the
+  end, `importance.png`. SIGTERM and SIGINT save a checkpoint and end the call; after them, or after
+  any crash, the same call continues with the batch that would have come next.
 
   Args:
     config: what to train.
@@ -71,6 +71,8 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
   _check_batch_norm_groups(config)
   # Data
   source = open_split(config.data.dataset, config.data.train_split, config.data.data_dir)
+  if jax.process_index() == 0:
+    class_names.write(directory, source.class_names)
   steps_per_epoch = len(source) / config.global_batch_size
   total_steps = max(1, round(config.num_epochs * steps_per_epoch))
   eval_steps = max(1, round(config.eval_every_epochs * steps_per_epoch))

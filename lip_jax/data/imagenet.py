@@ -25,6 +25,24 @@ def synsets() -> list[str]:
   return _lines("labels.txt")
 
 
+def class_names() -> list[str]:
+  """Names for people, such as "tench, Tinca tinca", in the order of the labels; all different."""
+  # TFDS keeps them with a data set of another kind, whose labels are a part of ImageNet's.
+  from tensorflow_datasets.datasets.siscore import labels
+
+  return list(labels.IMAGENET_LABELS_LIST)
+
+
+def readable(names: Sequence[str]) -> list[str]:
+  """`names` with names for people in place of synsets, if these are ImageNet's; else as given.
+
+  Args:
+    names: of a data set's classes, all of ImageNet's or some of them, in any order.
+  """
+  by_synset = dict(zip(synsets(), class_names(), strict=True))
+  return [by_synset[name] for name in names] if set(names) <= set(by_synset) else list(names)
+
+
 def validation_labels() -> list[str]:
   """The class names of the 50,000 validation images, in the order of the images' numbers."""
   return _lines("validation_labels.txt")

@@ -1,21 +1,32 @@
-"""The authors' network, compiled as a user's process compiles it."""
+"""The authors' network from a file of theirs, compiled as a user's process compiles it."""
 
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 
 CODE = f"""
-import json, sys
+import collections, json, sys, tempfile
 sys.path.insert(0, {str(TESTS)!r})
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from fixture_weights import image, weight
 import lip_jax
+from lip_jax.convert import convert
 
 spec = json.load(open({str(TESTS / "data" / "reference.json")!r}))["models"]["lip_resnet50"]
-model = nnx.eval_shape(lambda: lip_jax.create_model("lip_resnet50", rngs=nnx.Rngs(0)))
-lip_jax.load_torch_weights(model, {{k: weight(k, tuple(s)) for k, s in spec["state_dict"].items()}})
-model.eval()
+weights = {{k: weight(k, tuple(s)) for k, s in spec["state_dict"].items()}}
+with tempfile.TemporaryDirectory() as folder:
+  try:  # as the authors' files are, where PyTorch is installed to write one
+    import torch
+    file = folder + "/lip_resnet50.pth"
+    tensors = collections.OrderedDict((k, torch.tensor(v)) for k, v in weights.items())
+    torch.save(tensors, file)
+  except ImportError:
+    file = folder + "/lip_resnet50.npz"
+    np.savez(file, **weights)
+  convert(file, folder + "/out", model="lip_resnet50")
+  model, config = lip_jax.load(folder + "/out")
+assert config["class_names"][0] == "tench, Tinca tinca"
 graph, state = nnx.split(model)
 size = spec["eval"]["size"]
 x = image(spec["eval"]["image"], (spec["eval"]["batch"], 3, size, size)).transpose(0, 2, 3, 1)

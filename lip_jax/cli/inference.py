@@ -1,0 +1,186 @@
+"""`lip-jax evaluate` and `lip-jax predict`: what a network is worth, and what it sees."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lip_jax.cli.arguments import option, positive
+from lip_jax.cli.output import progress, table
+from lip_jax.errors import UsageError
+
+_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
+_DRAWN = 16  # images in a picture of importance maps, at most
+
+
+def add_commands(commands: Any) -> None:
+  """Adds `evaluate` and `predict` to the subparsers `commands`."""
+  network = argparse.ArgumentParser(add_help=False)
+  network.add_argument(
+    "path",
+    metavar="PATH",
+    help="training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
+    "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model",
+  )
+  network.add_argument("--model", metavar="NAME", help="for a file of weights: of which model")
+  network.add_argument(
+    "--option",
+    action="append",
+    default=[],
+    type=option,
+    metavar="KEY=VALUE",
+    help="for a file of weights: an option of the model; may be repeated",
+  )
+  network.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    help="of the computation (default: a training run's own, else float32)",
+  )
+  network.add_argument("--json", action="store_true", help="every digit, for machines")
+
+  text = "evaluate a network: exact top-1, top-5 and loss over all images of a split"
+  evaluate = commands.add_parser("evaluate", help=text, description=text, parents=[network])
+  evaluate.add_argument(
+    "--data",
+    metavar="DATASET",
+    help="TFDS name such as imagenet2012, or folder:DIR (default: that of the training run)",
+  )
+  evaluate.add_argument(
+    "--data-dir",
+    metavar="DIR",
+    help="directory of the data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+  )
+  evaluate.add_argument("--split", help="(default: validation, or that of the training run)")
+  evaluate.add_argument(
+    "--batch-size",
+    type=positive,
+    metavar="N",
+    help="images at once on all devices; results do not depend on it (default: 128)",
+  )
+  evaluate.add_argument(
+    "--crops",
+    type=int,
+    choices=(1, 5, 10),
+    help="of which logits are averaged: centre, with corners, with mirrored (default: 1)",
+  )
+  evaluate.set_defaults(run=_evaluate)
+
+  text = "print the most probable classes of images; exit status 1 if any cannot be read"
+  predict = commands.add_parser("predict", help=text, description=text, parents=[network])
+  predict.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or other file")
+  predict.add_argument("--top", type=positive, default=5, metavar="N", help="(default: 5)")
+  predict.add_argument(
+    "--importance",
+    metavar="OUT.png",
+    help=f"draw what each LIP layer finds important in the images, of the first {_DRAWN}",
+  )
+  predict.set_defaults(run=_predict)
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+  from lip_jax import loading
+
+  if Path(args.path).is_file() and args.path.endswith(_SUFFIXES):
+    if args.model is None:
+      from lip_jax import list_models
+
+      raise UsageError(
+        f"which network are the weights in {args.path} of? Give --model, one of "
+        f"{', '.join(list_models())}"
+      )
+    return loading.load_file(args.path, args.model, dict(args.option), dtype=args.dtype)
+  if args.model is not None or args.option:
+    raise UsageError(
+      f"{args.path} says itself what network it is, if it is there; leave out --model and "
+      f"--option, which are for files of weights ({', '.join(_SUFFIXES)})"
+    )
+  return loading.load(args.path, dtype=args.dtype)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+  try:
+    from lip_jax.evaluate import evaluate_loaded
+  except ImportError as error:
+    raise UsageError(f"evaluation needs lip-jax[train] ({error}); install it") from error
+
+  progress("loading the network")
+  try:
+    model, config = _load(args)
+    progress("compiling")
+    results = evaluate_loaded(
+      model,
+      config,
+      dataset=args.data,
+      data_dir=args.data_dir,
+      split=args.split,
+      batch_size=args.batch_size,
+      crops=args.crops,
+    )
+  finally:
+    progress("")
+  if args.json:
+    values = {key: config[key] for key in ("model", "source")}
+    print(json.dumps({**results, **values}, indent=2))
+    return
+  print(f"top-1: {100 * results['top1']:.2f}%")
+  print(f"top-5: {100 * results['top5']:.2f}%")
+  print(f"loss: {results['loss']:.4f}")
+  print(f"{results['count']} images of {results['data']}, {results['images_per_second']:.1f}/s")
+  print(f"network: {config['model']['name']}, {_named(config['source'])}")
+
+
+def _named(source: dict[str, Any]) -> str:
+  text = f"{source['kind']} {source['path']}"
+  text += "" if source["revision"] is None else f" at {source['revision']}"
+  return text if source["step"] is None else f"{text}, step {source['step']}"
+
+
+def _predict(args: argparse.Namespace) -> int:
+  import numpy as np
+
+  from lip_jax import predict
+
+  model, config = _load(args)
+  images = list(predict.read(args.images, config))
+  readable = [image for image in images if image.pixels is not None]
+  pixels = np.array([image.pixels for image in readable])
+  predictions = predict.predict(model, config, pixels, args.top) if readable else []
+  found = iter(predictions)
+  values: list[dict[str, Any]] = []
+  for image in images:
+    if image.error is not None:
+      values.append({"image": image.path, "error": image.error})
+      print(f"error: cannot read {image.path}: {image.error}", file=sys.stderr)
+      continue
+    best = next(found)
+    values.append({"image": image.path, "classes": [one._asdict() for one in best]})
+    if not args.json:
+      print(image.path)
+      print(table([(f"  {100 * one.probability:.2f}%", one.name) for one in best], right=(0,)))
+  if args.json:
+    print(json.dumps(values, indent=2))
+  if args.importance and readable:
+    _draw(model, config, pixels[:_DRAWN], args.importance)
+  return 0 if len(readable) == len(images) else 1
+
+
+def _draw(model: Any, config: dict[str, Any], pixels: Any, out: str) -> None:
+  from lip_jax import predict, visualize
+
+  try:
+    drawn = visualize.draw_importance(
+      model, pixels, lambda images: predict.normalize(images, config), out
+    )
+  except (OSError, ValueError) as error:
+    raise UsageError(
+      f"cannot write {out} ({error}); name a .png in a folder that exists"
+    ) from error
+  except ImportError as error:
+    raise UsageError(f"pictures need lip-jax[train] ({error}); install it") from error
+  if not drawn:
+    raise UsageError(
+      f"{config['model']['name']} has no LIP layer, so there is no importance to draw; leave out "
+      "--importance"
+    )
+  print(f"importance maps: {out}", file=sys.stderr)

@@ -1,0 +1,67 @@
+"""A run's directory and an image folder, as small as they can be, without training."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from fixture_weights import weight
+from PIL import Image
+
+from lip_jax import class_names, export, optim, sharding, train_state
+from lip_jax import config as config_lib
+from lip_jax.checkpoint import Checkpoints
+from lip_jax.train_state import TrainState
+
+NAME = "lip_resnet_small"
+OPTIONS = {"width": 2, "logit_width": 4, "bn_group_size": 4}
+CLASSES = ["ant", "bee", "cow"]
+SIZE = 32  # pixels
+_CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
+
+
+def make_model(salt=""):
+  """A network with arbitrary weights, without the time that initialisation takes."""
+  model = export.abstract_model(NAME, OPTIONS, num_classes=len(CLASSES))
+  for key, variable in export.flat_variables(model).items():
+    name = salt + key.replace("var", "running_var")
+    variable.set_value(jnp.asarray(weight(name, variable.shape), variable.dtype))
+  return model
+
+
+def write_images(folder):
+  """Ten validation images of three classes, and one for training."""
+  rng = np.random.default_rng(0)
+  for split, counts in (("train", (1, 1, 1)), ("validation", (5, 3, 2))):
+    for name, count in zip(CLASSES, counts, strict=True):
+      (folder / split / name).mkdir(parents=True)
+      for index in range(count):
+        pixels = rng.integers(0, 256, (SIZE, SIZE + 4, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+
+
+def write_run(workdir, images, metrics):
+  """What training leaves behind, on all devices.
+
+  Args:
+    workdir: to create.
+    images: folder of the data set.
+    metrics: validation results by step, each of which becomes a checkpoint; None: not evaluated.
+  """
+  values = runpy.run_path(str(_CONFIG))["get_config"]().to_dict()
+  values["model"].update(name=NAME, **OPTIONS)
+  values["data"].update(dataset=f"folder:{images}", image_size=SIZE)
+  values["eval_batch_size"] = 8
+  config = config_lib.from_dict(values)
+  workdir.mkdir(parents=True)
+  (workdir / "config.json").write_text(config_lib.to_json(config))
+  class_names.write(workdir, CLASSES)
+  optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
+  with Checkpoints(workdir) as checkpoints:
+    for step, result in metrics.items():
+      params, batch_stats = train_state.split(make_model(str(step)))
+      state = TrainState(jnp.int32(step), params, batch_stats, optimizer.init(params))
+      state = jax.device_put(state, sharding.replicated(sharding.make_mesh()))
+      checkpoints.save(state, {"position": 0}, step=step, metrics=result)
