@@ -91,7 +91,7 @@ def _section(page: Page, file: str, section: str | None) -> str:
       lines.append(line)
   if not any(lines):
     raise PluginError(f"{page.file.src_uri} includes {file}#{section}, which is not there")
-  return LINK.sub(lambda match: f"]({_moved(match[1], page)})", "\n".join(lines).strip())
+  return LINK.sub(lambda match: f"]({_moved(match[1], page)})", "\n".join(lines).strip("\n"))
 
 
 def _moved(target: str, page: Page) -> str:

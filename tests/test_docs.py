@@ -64,6 +64,7 @@ def test_formulas_and_what_pages_include_are_there(site):
   assert "arithmatex" not in site["concepts.html"]
   assert "make train" in site["index.html"]
   assert "bit-identical" in site["quick_start.html"]
+  assert "<code>python train.py --config=configs/cluttered" in site["quick_start.html"]
   assert "table4_lip_densenet121" in site["paper_tables.html"]
 
 
