@@ -43,6 +43,7 @@ def load(
       central "image_size" pixels are cut out, and "mean" and "std", three numbers for RGB in
       [0, 255], are subtracted and divided by; None where it is not known;
     - "class_names": in the order of the logits; None where they are not known;
+    - "data": "dataset", "data_dir" and "validation_split" of a training run; else None;
     - "source": "kind" ("training run", "exported folder" or "hub"), "path", "step" of the training
       and "revision" on the hub, each None where there is none.
 
@@ -206,6 +207,7 @@ def config_of_run(run: Path, config: Any, num_classes: int, step: int) -> dict[s
       "std": list(data.std),
     },
     "class_names": class_names.of_run(run, config, num_classes),
+    "data": {key: getattr(data, key) for key in ("dataset", "data_dir", "validation_split")},
   }
   return _config(values, _source("training run", str(run), step=step))
 
@@ -230,7 +232,7 @@ def _config_of_export(
 
 
 def _config(values: Mapping[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-  keys = ("model", "num_classes", "preprocess", "class_names")
+  keys = ("model", "num_classes", "preprocess", "class_names", "data")
   return {**{key: values.get(key) for key in keys}, "source": source}
 
 
