@@ -303,8 +303,7 @@ class Checkpoints:
             False,
           )
       if fault:
-        gc.collect()  # asyncio tells of errors that nobody fetched when they are thrown away
-        time.sleep(0.05)  # TensorStore does of other arrays of the same checkpoint
+        _settle_failed_load()
     # One process that cannot read its part must not leave the others waiting for it.
     faults = [each for each in sharding.gather(fault) if each is not None]
     for text, is_damage in faults:
@@ -455,6 +454,12 @@ def _best(metrics: dict[int, dict[str, float] | None]) -> int | None:
   return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
+def _settle_failed_load() -> None:
+  """To be called while it is `quiet`, so that libraries' further errors are not told later."""
+  gc.collect()  # asyncio tells of errors that nobody fetched when they are thrown away
+  time.sleep(0.05)  # TensorStore does of other arrays of the same checkpoint
+
+
 def weight_shapes(path: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
   """What parameters and batch statistics a checkpoint announces, before any is read.
 
@@ -468,21 +473,26 @@ def weight_shapes(path: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     UsageError: the checkpoint is damaged, or its arrays are cut in another way than Orbax does,
       which could make little data fill all memory.
   """
-  try:
-    with _context():
-      trees = ocp.checkpointables_metadata(path).metadata[_STATE]
-    found = {}
-    for part in _WEIGHTS:
-      leaves = jax.tree_util.tree_flatten_with_path(trees[part])[0]
-      found[part] = {
-        jax.tree_util.keystr(keys, simple=True, separator="."): jax.ShapeDtypeStruct(
-          _bounded(leaf), leaf.dtype
-        )
-        for keys, leaf in leaves
+  with quiet("absl", "asyncio"):
+    try:
+      with _context():
+        trees = ocp.checkpointables_metadata(path).metadata[_STATE]
+      return {
+        part: {
+          jax.tree_util.keystr(keys, simple=True, separator="."): jax.ShapeDtypeStruct(
+            _bounded(leaf), leaf.dtype
+          )
+          for keys, leaf in jax.tree_util.tree_flatten_with_path(trees[part])[0]
+        }
+        for part in _WEIGHTS
       }
-    return found
-  except Exception as error:  # Orbax raises whatever its storage layers do
-    raise _unreadable(path, error) from error
+    except Exception as error:  # Orbax raises whatever its storage layers do
+      reason = records.reason(error)
+      _settle_failed_load()
+  raise UsageError(
+    f"cannot load the weights in {path}: they are damaged or something else ({reason}); take "
+    "another checkpoint, or copy it again"
+  )
 
 
 def _bounded(leaf: Any) -> tuple[int, ...]:
@@ -493,11 +503,3 @@ def _bounded(leaf: Any) -> tuple[int, ...]:
   ):
     raise ValueError(f"an array of shape {leaf.shape} is stored in parts of {chunk}")
   return tuple(leaf.shape)
-
-
-def _unreadable(path: Path, error: Exception) -> UsageError:
-  lines = str(error).splitlines() or [""]
-  return UsageError(
-    f"cannot load the weights in {path}: they are damaged or something else "
-    f"({type(error).__name__}: {lines[0][:200]}); take another checkpoint, or copy it again"
-  )
