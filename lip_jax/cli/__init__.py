@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from lip_jax import __version__
-from lip_jax.cli import convert, data, tables
+from lip_jax.cli import convert, data, export, tables
 from lip_jax.errors import UsageError
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
 # that --help and mistakes are answered at once.
-_COMMANDS = (tables, convert, data)
+_COMMANDS = (tables, convert, export, data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
