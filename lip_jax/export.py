@@ -88,7 +88,8 @@ def save(
   arrays = {key: np.asarray(variable.get_value(), order="C") for key, variable in variables.items()}
   with replacing(path) as folder:
     folder.mkdir()
-    safetensors.numpy.save_file(arrays, folder / WEIGHTS)
+    # Not save_file, which lets nobody else read the file.
+    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 

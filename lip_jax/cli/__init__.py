@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from lip_jax import __version__
-from lip_jax.cli import convert, data, doctor, inference, tables, visualize
+from lip_jax.cli import convert, data, doctor, export, inference, tables, visualize
 from lip_jax.errors import UsageError
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
 # that --help and mistakes are answered at once.
-_COMMANDS = (inference, visualize, tables, convert, data, doctor)
+_COMMANDS = (inference, visualize, tables, convert, export, data, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
