@@ -19,7 +19,7 @@ class Training:
   """Starts train.py on the data set `cluttered_digits/tiny`: 64 + 20 images of 48 px.
 
   Attributes:
-    QUICK: XLA_FLAGS for tests in which it does not matter what is computed.
+    QUICK: XLA_FLAGS for little effort in compiling, of all processes unless a test says otherwise.
     environment: of the processes.
   """
 
@@ -30,7 +30,7 @@ class Training:
     self.environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "",  # one device, unless a test says otherwise
+      "XLA_FLAGS": self.QUICK,  # and one device, unless a test says otherwise
       "JAX_COMPILATION_CACHE_DIR": str(cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -50,6 +50,8 @@ class Training:
     settings = {
       "data.dataset": "cluttered_digits/tiny",
       "data.data_dir": self.data_dir,
+      "data.image_size": 32,  # scaled, to be quick
+      "data.eval_resize": 32,
       "num_epochs": 4,
       "global_batch_size": 8,
       "eval_batch_size": 8,

@@ -89,7 +89,7 @@ def test_evaluation_of_a_checkpoint(training, uninterrupted, devices):
     "--checkpoint=latest",
     f"--data_dir={training.data_dir}",
     f"--workdir={workdir}",
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    XLA_FLAGS=f"{training.QUICK} --xla_force_host_platform_device_count={devices}",
   )
   assert done.returncode == 0, done.stdout + done.stderr
   expected = metrics_of(workdir)[-1]
@@ -98,7 +98,7 @@ def test_evaluation_of_a_checkpoint(training, uninterrupted, devices):
   assert "over 20 images" in done.stdout
 
 
-def test_no_tensorflow_in_the_training_process(training, tmp_path):
+def test_no_tensorflow_in_the_training_process(training, tmp_path, monkeypatch):
   code = (
     "import runpy, sys\n"
     "try:\n"
@@ -109,6 +109,8 @@ def test_no_tensorflow_in_the_training_process(training, tmp_path):
     "assert 'tensorflow' not in sys.modules\n"
     "print('no tensorflow')\n"
   )
+  # This one is compiled as users' are.
+  monkeypatch.setitem(training.environment, "XLA_FLAGS", "")
   flags = training.train_flags(tmp_path / "run", "--config.num_epochs=0.25")
   script = training.command()[-1]
   done = training.run_code(f"import sys; sys.argv = {[script, *flags]!r}\n{code}")
