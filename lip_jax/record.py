@@ -31,7 +31,6 @@ _PASSING = (
   "Out of memory",
 )
 
-
 # Clients of buckets; an object that is not there is a FileNotFoundError to all of them.
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests")
 
