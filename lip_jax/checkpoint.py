@@ -11,13 +11,12 @@ The only module that imports Orbax. What lies in a checkpoint, `<workdir>/checkp
 import dataclasses
 import gc
 import logging
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from lip_jax import record as records
@@ -27,6 +26,7 @@ from lip_jax.fingerprint import fingerprint
 from lip_jax.quiet import quiet
 from lip_jax.record import DamagedError, Record
 from lip_jax.train_state import TrainState, Tree
+from lip_jax.workdir import PathLike, absolute
 
 log = logging.getLogger("lip_jax")
 
@@ -43,18 +43,18 @@ class Restored:
   state: TrainState
   iterator: dict[str, Any]
   metrics: dict[str, float] | None  # validation results of this state, if it was evaluated
-  path: Path
+  path: epath.Path
 
 
-def has_checkpoints(workdir: Path) -> bool:
+def has_checkpoints(workdir: PathLike) -> bool:
   """Whether the run in `workdir` has saved anything yet."""
   return step_directories.any_in(_directory(workdir))
 
 
 class Checkpoints:
-  """The checkpoints of one run, in `<workdir>/checkpoints/<step>`.
+  """The checkpoints of one run, in `<workdir>/checkpoints/<step>`, on a disk or in a bucket.
 
-  A checkpoint appears under its name only when it is complete. Use as a context manager: leaving it
+  A checkpoint is one of them only when it is complete. Use as a context manager: leaving it
   waits for the save that is under way.
 
   On several processes all of them call `save`, `restore`, `restore_latest` and leave the context at
@@ -69,7 +69,7 @@ class Checkpoints:
     UsageError: the directory cannot be written, or, read only, does not exist.
   """
 
-  def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
+  def __init__(self, workdir: PathLike, *, keep: int = 2, read_only: bool = False):
     self.directory = _directory(workdir)
     self._keep = keep
     self._read_only = read_only
@@ -77,13 +77,11 @@ class Checkpoints:
     self._saving: tuple[int, Record, ocp.AsyncResponse[None]] | None = None
     if read_only and not self.directory.is_dir():
       raise UsageError(
-        f"no checkpoints under {Path(workdir).resolve()}; give the --workdir of a training run"
+        f"no checkpoints under {absolute(workdir)}; give the --workdir of a training run"
       )
     if not read_only and jax.process_index() == 0:
       try:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.directory).close()
-        step_directories.clear_remains(self.directory)
+        step_directories.prepare(self.directory)
       except OSError as error:
         raise UsageError(
           f"cannot write checkpoints to {self.directory}: {error}; name a writable --workdir"
@@ -102,8 +100,15 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """Steps that have a checkpoint, ascending."""
-    return step_directories.steps_in(self.directory)
+    """Steps that have a checkpoint, ascending.
+
+    Raises:
+      UsageError: the directory cannot be read.
+    """
+    try:
+      return step_directories.steps_in(self.directory)
+    except OSError as error:
+      raise UsageError(f"cannot read {self.directory}: {error}") from error
 
   @property
   def latest_step(self) -> int | None:
@@ -138,7 +143,7 @@ class Checkpoints:
       )
     return step
 
-  def path(self, step: int) -> Path:
+  def path(self, step: int) -> epath.Path:
     """Directory of one checkpoint."""
     return self.directory / str(step)
 
@@ -218,6 +223,7 @@ class Checkpoints:
       UsageError: all are damaged, or one cannot be read for a reason that may pass.
     """
     self._finish_save()
+    sharding.gather(None)  # the first process has put the directory in order
     views = sharding.gather(self.steps)
     if views.count(views[0]) != len(views):
       raise UsageError(
@@ -339,15 +345,15 @@ class Checkpoints:
     self._records[step] = record
     if jax.process_index() != 0:
       return
-    # Of one whose record cannot be read nothing is known: it stays, and takes no other's place.
-    scores = {step: self.metrics(step) for step in self.steps}
-    known = [step for step in scores if step in self._records]
-    kept = {*known[-self._keep :], _best(scores)}
     try:
+      # Of one whose record cannot be read nothing is known: it stays, and takes no other's place.
+      scores = {step: self.metrics(step) for step in self.steps}
+      known = [step for step in scores if step in self._records]
+      kept = {*known[-self._keep :], _best(scores)}
       for old in set(known) - kept:
         step_directories.delete(self.path(old))
       step_directories.clear_remains(self.directory)  # of the one that this has replaced
-    except OSError as error:
+    except (OSError, UsageError) as error:
       log.warning("cannot delete an old checkpoint: %s", error)
 
   def _damaged(self, step: int, error: DamagedError) -> str:
@@ -365,8 +371,13 @@ class Checkpoints:
         log.warning("cannot remove what the failed save of step %d has left: %s", step, error)
 
   def _failure(self, step: int, fault: str) -> str:
-    last = self.latest_step
-    good = "there is none before it" if last is None else f"the last good one is {self.path(last)}"
+    try:
+      last = self.latest_step
+      good = "there is none before it"
+      if last is not None:
+        good = f"the last good one is {self.path(last)}"
+    except UsageError:  # what is in the way of one may be in that of the other
+      good = "those before it are untouched"
     return (
       f"cannot write the checkpoint {self.path(step)}: {fault}; {good}. Mend that and give the "
       "same command again, which goes on from there"
@@ -390,21 +401,21 @@ class Checkpoints:
       raise UsageError(f"{faults[0]}; move it away yourself")
 
 
-def restore_path(path: str | Path, like: TrainState) -> Restored:
+def restore_path(path: PathLike, like: TrainState) -> Restored:
   """Loads the checkpoint in the directory `<workdir>/checkpoints/<step>`.
 
   Raises:
     UsageError: there is none, or it is damaged.
   """
-  path = Path(path).resolve()
-  if not path.name.isdecimal() or path.parent.name != "checkpoints" or not path.is_dir():
-    raise UsageError(f"{path} is no checkpoint; name a directory RUN/checkpoints/STEP")
-  with Checkpoints(path.parent.parent, read_only=True) as checkpoints:
-    return checkpoints.restore(checkpoints.resolve(path.name), like)
+  place = absolute(path)
+  if not place.name.isdecimal() or place.parent.name != "checkpoints" or not place.is_dir():
+    raise UsageError(f"{place} is no checkpoint; name a directory RUN/checkpoints/STEP")
+  with Checkpoints(place.parent.parent, read_only=True) as checkpoints:
+    return checkpoints.restore(checkpoints.resolve(place.name), like)
 
 
-def _directory(workdir: str | Path) -> Path:
-  return Path(workdir).resolve() / "checkpoints"  # Orbax takes absolute paths only
+def _directory(workdir: PathLike) -> epath.Path:
+  return absolute(workdir) / "checkpoints"  # Orbax takes absolute paths only
 
 
 class _RecordHandler(ocp.handlers.JsonHandler):
@@ -420,7 +431,7 @@ def _context() -> ocp.Context:
   return context
 
 
-def _load_alone(path: Path, like: Any) -> Any:
+def _load_alone(path: epath.Path, like: Any) -> Any:
   """Orbax's load, in which a process waits for no other: some may fail, and say so later."""
   context = _context()
   process = ocp.multihost.process_index()
@@ -431,7 +442,7 @@ def _load_alone(path: Path, like: Any) -> Any:
     return ocp.load_checkpointables(path, {_STATE: like})[_STATE]
 
 
-def _refuse_earlier_format(path: Path) -> None:
+def _refuse_earlier_format(path: epath.Path) -> None:
   """Raises UsageError if a checkpoint is of the time when there were no records."""
   if "iterator" in (ocp.checkpointables_metadata(path).custom_metadata or {}):
     raise UsageError(

@@ -44,7 +44,7 @@ class Result:
   step: int  # updates made
   finished: bool  # False: stopped by a signal; the same call goes on
   metrics: dict[str, float]  # of the validation split: top1, top5 (fractions), loss, count
-  checkpoint: Path | None  # directory of the state; None: stopped before there was one
+  checkpoint: epath.Path | None  # directory of the state; None: stopped before there was one
   importance_picture: epath.Path | None
 
 
@@ -283,7 +283,7 @@ def _check_batch_norm_groups(config: Config) -> None:
 
 
 def _diverged(
-  step: int, values: Mapping[str, float], schedule: optax.Schedule, last_good: Path | None
+  step: int, values: Mapping[str, float], schedule: optax.Schedule, last_good: epath.Path | None
 ) -> str:
   """What happened, and how to go on with a run that is no longer finite."""
   back = (

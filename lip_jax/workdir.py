@@ -40,6 +40,7 @@ def absolute(path: PathLike) -> epath.Path:
   if importlib.util.find_spec("gcsfs") is None:
     raise UsageError(f"{text} is in a bucket: pip install 'lip-jax[gcs]' to use it")
   os.environ.setdefault("EPATH_USE_TF", "false")  # else an installed TensorFlow would read it
+  _remember_no_listings()
   return epath.Path(text.rstrip("/"))
 
 
@@ -56,7 +57,7 @@ def read_text(path: epath.Path) -> str | None:
   except Exception as error:  # a bucket's clients have errors of their own
     if in_bucket(path):
       _check_credentials(path)
-    raise UsageError(f"cannot read {path}: {_reason(path, error)}") from error
+    raise UsageError(f"cannot read {path}: {reason(path, error)}") from error
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -94,8 +95,15 @@ def check_access(directory: PathLike) -> epath.Path:
     finally:
       probe.unlink()
   except Exception as error:  # a bucket's clients have errors of their own
-    raise UsageError(f"cannot use {path}: {_reason(path, error)}") from error
+    raise UsageError(f"cannot use {path}: {reason(path, error)}") from error
   return path
+
+
+def _remember_no_listings() -> None:
+  """Other processes, and TensorStore in this one, change a bucket without gcsfs's knowledge."""
+  import fsspec.config
+
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
 def _check_credentials(path: epath.Path) -> None:
@@ -115,8 +123,8 @@ def _check_credentials(path: epath.Path) -> None:
     ) from None
 
 
-def _reason(path: epath.Path, error: Exception) -> str:
-  """What stands in the way, and what to do."""
+def reason(path: epath.Path, error: Exception) -> str:
+  """What stood in the way of using a path, and what to do, in one line."""
   said = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
   if not in_bucket(path):
     name = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else said

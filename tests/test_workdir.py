@@ -10,21 +10,11 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from fixture_bucket import local_bucket
 
 from lip_jax import config as config_lib
 from lip_jax import workdir as workdir_lib
 from lip_jax.errors import UsageError
 from lip_jax.metrics import MetricsWriter
-
-
-@pytest.fixture(scope="module")
-def bucket():
-  for module in ("gcsfs", "gcp_storage_emulator"):
-    if importlib.util.find_spec(module) is None:  # gcsfs may be imported only after its variables
-      pytest.skip(f"{module} is not installed")
-  with local_bucket() as url:
-    yield url
 
 
 def lines(workdir):
