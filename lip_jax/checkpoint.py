@@ -1,6 +1,6 @@
 """Checkpoints of a run: asynchronous, atomic, verified, the latest few and the best.
 
-The only module that imports Orbax. What lies in a checkpoint, `<workdir>/checkpoints/<step>`:
+What lies in a checkpoint, `<workdir>/checkpoints/<step>`:
 
 - `state/`: the arrays. Orbax and TensorStore do not notice every changed byte in them.
 - `record/record.json`: the state of the input pipeline, the validation results, and a fingerprint
@@ -9,18 +9,15 @@ The only module that imports Orbax. What lies in a checkpoint, `<workdir>/checkp
 """
 
 import dataclasses
-import gc
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
+from lip_jax import orbax_io, sharding, step_directories
 from lip_jax import record as records
-from lip_jax import sharding, step_directories
 from lip_jax.errors import UsageError
 from lip_jax.fingerprint import fingerprint
 from lip_jax.quiet import quiet
@@ -30,10 +27,7 @@ from lip_jax.workdir import PathLike, absolute
 
 log = logging.getLogger("lip_jax")
 
-_STATE = "state"
-_RECORD, _RECORD_FILE = "record", "record.json"
 _BEST = "top1"
-_WEIGHTS = ("params", "batch_stats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Checkpoints:
     self._keep = keep
     self._read_only = read_only
     self._records: dict[int, Record] = {}
-    self._saving: tuple[int, Record, ocp.AsyncResponse[None]] | None = None
+    self._saving: tuple[int, Record, orbax_io.Saving] | None = None
     if read_only and not self.directory.is_dir():
       raise UsageError(
         f"no checkpoints under {absolute(workdir)}; give the --workdir of a training run"
@@ -94,7 +88,7 @@ class Checkpoints:
     if error is None:
       self._finish_save()
     elif self._saving is not None:  # what ended the run is not to be hidden by a further error
-      fault = _outcome(self._saving[2])
+      fault = orbax_io.outcome(self._saving[2])
       if fault:
         log.error("%s", self._failure(self._saving[0], fault))
 
@@ -186,14 +180,11 @@ class Checkpoints:
     try:
       if jax.process_index() == 0:
         step_directories.set_aside(self.path(step))
-      with _context():
-        response = ocp.save_checkpointables_async(
-          self.path(step), {_STATE: state, _RECORD: record.to_json()}
-        )
+      saving = orbax_io.start_saving(self.path(step), state, record.to_json())
     except Exception as error:  # Orbax raises whatever its storage layers do
       self._give_up(step)
       raise UsageError(self._failure(step, records.reason(error))) from error
-    self._saving = (step, record, response)
+    self._saving = (step, record, saving)
 
   def restore(self, step: int, like: TrainState) -> Restored:
     """Loads one checkpoint.
@@ -261,7 +252,9 @@ class Checkpoints:
     """
     loaded = self._load(
       step,
-      lambda record: {part: records.tree_of(record.leaves[part], placement) for part in _WEIGHTS},
+      lambda record: {
+        part: records.tree_of(record.leaves[part], placement) for part in orbax_io.WEIGHTS
+      },
     )
     if isinstance(loaded, DamagedError):
       raise UsageError(self._damaged(step, loaded))
@@ -296,7 +289,7 @@ class Checkpoints:
       try:
         step_directories.check_readable(self.path(step))
         record = self._record(step)
-        loaded = _load_alone(self.path(step), like_of(record))
+        loaded = orbax_io.load_alone(self.path(step), like_of(record))
       except UsageError as error:
         fault = (str(error), False)
       except Exception as error:  # Orbax raises whatever its storage layers do
@@ -309,7 +302,7 @@ class Checkpoints:
             False,
           )
       if fault:
-        _settle_failed_load()
+        orbax_io.settle_failed_load()
     # One process that cannot read its part must not leave the others waiting for it.
     faults = [each for each in sharding.gather(fault) if each is not None]
     for text, is_damage in faults:
@@ -325,9 +318,9 @@ class Checkpoints:
   def _record(self, step: int) -> Record:
     if step not in self._records:
       try:
-        stored = (self.path(step) / _RECORD / _RECORD_FILE).read_bytes()
+        stored = (self.path(step) / orbax_io.RECORD / orbax_io.RECORD_FILE).read_bytes()
       except FileNotFoundError:
-        _refuse_earlier_format(self.path(step))
+        orbax_io.refuse_earlier_format(self.path(step))
         raise
       self._records[step] = records.from_json(stored, step)
     return self._records[step]
@@ -338,7 +331,7 @@ class Checkpoints:
       return
     step, record, response = self._saving
     self._saving = None
-    faults = [fault for fault in sharding.gather(_outcome(response)) if fault]
+    faults = [fault for fault in sharding.gather(orbax_io.outcome(response)) if fault]
     if faults:
       self._give_up(step)
       raise UsageError(self._failure(step, faults[0]))
@@ -418,99 +411,6 @@ def _directory(workdir: PathLike) -> epath.Path:
   return absolute(workdir) / "checkpoints"  # Orbax takes absolute paths only
 
 
-class _RecordHandler(ocp.handlers.JsonHandler):
-  def __init__(self):
-    super().__init__(_RECORD_FILE)
-
-
-def _context() -> ocp.Context:
-  context = ocp.Context()
-  registry = ocp.handlers.local_registry()
-  registry.add(_RecordHandler, checkpointable_name=_RECORD)
-  context.checkpointables.registry = registry
-  return context
-
-
-def _load_alone(path: epath.Path, like: Any) -> Any:
-  """Orbax's load, in which a process waits for no other: some may fail, and say so later."""
-  context = _context()
-  process = ocp.multihost.process_index()
-  context.multiprocessing.primary_host = process
-  context.multiprocessing.active_processes = {process}
-  context.pytree.loading.partial_load = True  # `like` may be some parts of the state
-  with context:
-    return ocp.load_checkpointables(path, {_STATE: like})[_STATE]
-
-
-def _refuse_earlier_format(path: epath.Path) -> None:
-  """Raises UsageError if a checkpoint is of the time when there were no records."""
-  if "iterator" in (ocp.checkpointables_metadata(path).custom_metadata or {}):
-    raise UsageError(
-      f"the checkpoint {path} was written by an earlier version of lip_jax, in a format that "
-      "cannot be verified; go on with that version, or start again in a new --workdir"
-    )
-
-
-def _outcome(response: ocp.AsyncResponse[None]) -> str | None:
-  """Waits for a save; what went wrong, if anything."""
-  try:
-    response.result()
-  except Exception as error:
-    return records.reason(error)
-  return None
-
-
 def _best(metrics: dict[int, dict[str, float] | None]) -> int | None:
   scores = {step: values[_BEST] for step, values in metrics.items() if values}
   return max(scores, key=lambda step: (scores[step], step), default=None)
-
-
-def _settle_failed_load() -> None:
-  """To be called while it is `quiet`, so that libraries' further errors are not told later."""
-  gc.collect()  # asyncio tells of errors that nobody fetched when they are thrown away
-  time.sleep(0.05)  # TensorStore does of other arrays of the same checkpoint
-
-
-def weight_shapes(path: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  """What parameters and batch statistics a checkpoint announces, before any is read.
-
-  Args:
-    path: from `Checkpoints.path`.
-
-  Returns:
-    {"params": ..., "batch_stats": ...}, each by the path in the network, dots between the parts.
-
-  Raises:
-    UsageError: the checkpoint is damaged, or its arrays are cut in another way than Orbax does,
-      which could make little data fill all memory.
-  """
-  with quiet("absl", "asyncio"):
-    try:
-      with _context():
-        trees = ocp.checkpointables_metadata(path).metadata[_STATE]
-      return {
-        part: {
-          jax.tree_util.keystr(keys, simple=True, separator="."): jax.ShapeDtypeStruct(
-            _bounded(leaf), leaf.dtype
-          )
-          for keys, leaf in jax.tree_util.tree_flatten_with_path(trees[part])[0]
-        }
-        for part in _WEIGHTS
-      }
-    except Exception as error:  # Orbax raises whatever its storage layers do
-      reason = records.reason(error)
-      _settle_failed_load()
-  raise UsageError(
-    f"cannot load the weights in {path}: they are damaged or something else ({reason}); take "
-    "another checkpoint, or copy it again"
-  )
-
-
-def _bounded(leaf: Any) -> tuple[int, ...]:
-  """Shape of an array, none of whose chunks is larger than the whole."""
-  chunk = leaf.storage_metadata.chunk_shape
-  if len(chunk) != len(leaf.shape) or any(
-    part > max(whole, 1) for part, whole in zip(chunk, leaf.shape, strict=True)
-  ):
-    raise ValueError(f"an array of shape {leaf.shape} is stored in parts of {chunk}")
-  return tuple(leaf.shape)

@@ -162,10 +162,10 @@ def load_checkpoint(
   Raises:
     UsageError: the checkpoint is damaged, or of another network.
   """
-  from lip_jax import train_state
-  from lip_jax.checkpoint import Checkpoints, weight_shapes
+  from lip_jax import orbax_io, train_state
+  from lip_jax.checkpoint import Checkpoints
 
-  announced = weight_shapes(checkpoint)
+  announced = orbax_io.weight_shapes(checkpoint)
   # Statistics have an axis of batch-norm groups in front.
   arrays = announced["params"] | {
     name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
