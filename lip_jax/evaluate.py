@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,31 @@ def eval_step(
     "count": mask.sum(),
     "vote": votes.max(),
   }
+
+
+def jitted_step(config: Config, graph: nnx.GraphDef, mesh: Mesh) -> Any:
+  """`eval_step` of a run, jitted, with results on every device."""
+  return jax.jit(
+    functools.partial(eval_step, graph=graph, data=config.data),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+
+def arguments(config: Config, state: TrainState, mesh: Mesh) -> tuple[Tree, Tree, Any, Any]:
+  """Shapes, dtypes and placement of the arguments of `eval_step`, to compile it without data."""
+  rows, size = config.eval_batch_size, config.data.image_size
+  crops = min(config.data.eval_crops, 5)  # mirrored on the device
+  place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
+  batch = {
+    "image": place((rows, *([crops] if crops > 1 else []), size, size, 3), jnp.uint8),
+    "label": place((rows,), jnp.int32),
+    "mask": place((rows,), jnp.float32),
+  }
+  weights = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+    (state.params, jax.eval_shape(train_state.averaged, state.batch_stats)),
+  )
+  return *weights, batch, place((mesh.size,), jnp.int32)
 
 
 def evaluate(
@@ -140,10 +166,7 @@ class Evaluator:
     self._graph = graph
     self._mesh = mesh
     whole = sharding.replicated(mesh)
-    whole = sharding.replicated(mesh)
-    self._step = jax.jit(
-      functools.partial(eval_step, graph=graph, data=config.data), out_shardings=whole
-    )
+    self._step = jitted_step(config, graph, mesh)
 
     def weights(params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
       # Gathered before they are averaged: in the same order on any number of devices.
