@@ -69,9 +69,9 @@ def collectives(text: str) -> list[Collective]:
   return sorted(found, key=lambda one: (-one.bytes, one.kind, one.dtype))
 
 
-def total_bytes(found: Sequence[Collective], kind: str | None = None) -> int:
-  """Bytes of all collectives, or of those of one kind."""
-  return sum(one.bytes for one in found if kind in (None, one.kind))
+def total_bytes(found: Sequence[Collective]) -> int:
+  """Bytes of all of them."""
+  return sum(one.bytes for one in found)
 
 
 def _executed(text: str) -> list[tuple[int, _Instruction]]:

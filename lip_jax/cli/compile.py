@@ -89,6 +89,8 @@ def _compile(args: argparse.Namespace) -> None:
 def _prepare_process() -> None:
   """Keeps this process, which computes nothing, away from TPUs of this machine and their users."""
   os.environ["JAX_PLATFORMS"] = "cpu"
+  # libtpu ends the process over flags for other devices. Its own are in LIBTPU_INIT_ARGS.
+  os.environ.pop("XLA_FLAGS", None)
   # No lock on chips that are not used, and no questions about them to the metadata server of a
   # cloud machine; then libtpu wants to be told what it would have asked for.
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
