@@ -41,7 +41,7 @@ BATCHES = {
 
 # What each option costs and saves, on one slice.
 EXAMPLE = ("lip_resnet50", "v5e", 8)
-OPTIONS = (
+OPTIONS: tuple[dict[str, str], ...] = (
   {},
   {"gradient_dtype": "bfloat16"},
   {"fsdp": "8"},

@@ -206,8 +206,9 @@ def roofline(figures: Figures, chip: Chip) -> Roofline:
 
 def figures(compiled: jax.stages.Compiled) -> Figures:
   """Figures of any compiled program."""
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  assert memory is not None  # neither TPU nor CPU nor GPU leaves it out
+  memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+  if not (memory and cost and text):
+    raise ValueError("the compiler of this platform tells nothing of its programs")
   return Figures(
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes,
@@ -216,7 +217,7 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
     aliased=memory.alias_size_in_bytes,
     flops=cost.get("flops", math.nan),
     bytes_accessed=cost.get("bytes accessed", math.nan),
-    collectives=tuple(collectives(compiled.as_text())),
+    collectives=tuple(collectives(text)),
   )
 
 

@@ -33,14 +33,14 @@ _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 class Collective(NamedTuple):
   """All communication of one kind and one type of data in a program.
 
-  `count` operations a call of the program, of `bytes` bytes in all. An operation's are those that
+  So many operations a call of the program, of so many bytes in all. An operation's are those that
   the whole array has on one device: what goes into an all-reduce, a reduce-scatter or another, and
   what comes out of an all-gather.
   """
 
   kind: str
   dtype: str  # as XLA writes it, such as f32
-  count: int
+  operations: int
   bytes: int
 
 

@@ -258,4 +258,4 @@ def test_for_tpus():
     reduced, vote = each["steps"]["train"]["collectives"]
     assert (reduced["kind"], reduced["dtype"]) == ("all-reduce", "f32")
     assert reduced["bytes"] == pytest.approx(gradients, rel=0.05)
-    assert vote == {"kind": "all-reduce", "dtype": "s32", "count": 1, "bytes": 4}
+    assert vote == {"kind": "all-reduce", "dtype": "s32", "operations": 1, "bytes": 4}

@@ -214,7 +214,7 @@ def _traffic(step: str, one: "Figures") -> str:
     return f"Collectives of a chip, {step}: none"
   rows = [("kind", "type", "operations", "bytes")]
   rows += [
-    (each.kind, each.dtype, f"{each.count:,}", f"{each.bytes:,}") for each in one.collectives
+    (each.kind, each.dtype, f"{each.operations:,}", f"{each.bytes:,}") for each in one.collectives
   ]
   return (
     f"Collectives of a chip, {step} (bytes that go into one; of all-gather those that come out):\n"
