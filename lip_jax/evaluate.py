@@ -77,6 +77,31 @@ def eval_step(
   }
 
 
+def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> Any:
+  """`eval_step`, jitted, with results on every device."""
+  return jax.jit(
+    functools.partial(eval_step, graph=graph, data=data),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+
+def arguments(config: Config, state: TrainState, mesh: Mesh) -> tuple[Tree, Tree, Any, Any]:
+  """Shapes, dtypes and placement of the arguments of `eval_step`, to compile it without data."""
+  rows, size = config.eval_batch_size, config.data.image_size
+  crops = min(config.data.eval_crops, 5)  # mirrored on the device
+  place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
+  batch = {
+    "image": place((rows, *([crops] if crops > 1 else []), size, size, 3), jnp.uint8),
+    "label": place((rows,), jnp.int32),
+    "mask": place((rows,), jnp.float32),
+  }
+  weights = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+    (state.params, jax.eval_shape(train_state.averaged, state.batch_stats)),
+  )
+  return *weights, batch, place((mesh.size,), jnp.int32)
+
+
 def evaluate(
   step: EvalStep,
   params: Tree,
@@ -152,10 +177,8 @@ class Evaluator:
     self._source = source
     self._graph = graph
     self._mesh = mesh
+    self._step: Any = jitted_step(config.data, graph, mesh)
     whole = sharding.replicated(mesh)
-    self._step: Any = jax.jit(
-      functools.partial(eval_step, graph=graph, data=config.data), out_shardings=whole
-    )
 
     def weights(params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
       # Gathered before they are averaged: in the same order on any number of devices.
