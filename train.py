@@ -145,11 +145,12 @@ def _train(workdir: str) -> None:
     raise UsageError("--config is missing; for example --config=configs/cluttered_digits.py")
   run = config.from_dict(_CONFIG.value.to_dict())
   result = trainer.train(run, workdir, start_from=_START_FROM.value)
-  if jax.process_index() > 0:
-    return
   if not result.finished:
+    # On every process: what keeps the run running on a host has only this to go by.
     place = f"from {result.checkpoint}" if result.checkpoint else "from the start"
     print(f"stopped at step {result.step}; the same command goes on {place}")
+    return
+  if jax.process_index() > 0:
     return
   _report(result.metrics)
   print(f"checkpoint: {result.checkpoint}")

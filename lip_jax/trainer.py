@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lip_jax.interrupt import StopRequest
 from lip_jax.metrics import MetricsWriter, Throughput
 from lip_jax.train_step import Program
 from lip_jax.watchdog import Watchdog
-from lip_jax.workdir import check_access, write_text
+from lip_jax.workdir import check_access, lock, write_text
 
 log = logging.getLogger("lip_jax")
 
@@ -66,8 +67,14 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     NonFiniteLossError: training has diverged.
   """
   directory = check_access(workdir)
-  _claim_workdir(config, directory)
+  _check_shared(directory)
+  first = jax.process_index() == 0
+  with lock(directory) if first else contextlib.nullcontext():
+    return _train(config, directory, start_from)
 
+
+def _train(config: Config, directory: epath.Path, start_from: str | Path | None) -> Result:
+  _claim_workdir(config, directory)
   _check_batch_norm_groups(config)
   # Data
   source = open_split(config.data.dataset, config.data.train_split, config.data.data_dir)
@@ -94,6 +101,8 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
   evaluator = Evaluator(config, validation, program.graph, program.mesh)
 
   with (
+    # Around it all: the last save, too, is not to be cut short.
+    StopRequest(preemption_notice=jax.default_backend() == "tpu") as stop,
     _compilation_cache(directory),
     Watchdog(seconds=config.watchdog_seconds) as watchdog,
     loader,
@@ -132,14 +141,13 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
 
     # Loop
     with (
-      StopRequest(preemption_notice=jax.default_backend() == "tpu") as stop,
       MetricsWriter(
         directory, total_steps=total_steps, start_step=step, active=jax.process_index() == 0
       ) as writer,
       sharding.Prefetch(loader, program.mesh, position=loader.position) as feed,
     ):
       votes = sharding.Votes(program.mesh)
-      stopping = False
+      stopping = any(sharding.gather(stop.requested))  # before there is anything to compile
       pending: tuple[int, Mapping[str, jax.Array], Any] | None = None
       saved = step
       clock = Throughput(config.global_batch_size)
@@ -193,8 +201,11 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           with clock.paused():
             try:
               results = evaluator(state, stop=stop_evaluation)
-            except UsageError:  # unreadable images: the steps so far must not be lost with them
-              if step > saved:
+            except UsageError as error:  # the steps so far must not be lost with it
+              # Unreadable images stop all processes; another error may be of this one alone, and
+              # saving needs all.
+              together = isinstance(error, pipeline.UnreadableImagesError)
+              if step > saved and (together or jax.process_count() == 1):
                 save()
               raise
           evaluated = results is not None
@@ -258,6 +269,24 @@ def _compilation_cache(workdir: epath.Path) -> Iterator[None]:
   finally:
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+def _check_shared(workdir: epath.Path) -> None:
+  """Raises UsageError, on all processes, if the workdir is not the same directory for all."""
+  if jax.process_count() == 1:
+    return
+  mark = workdir / f".lip_jax_{sharding.gather(uuid.uuid4().hex)[0]}"
+  if jax.process_index() == 0:
+    write_text(mark, mark.name)
+  sharding.gather(None)
+  seen = sharding.gather(mark.exists())
+  if jax.process_index() == 0:
+    mark.unlink()
+  if not all(seen):
+    raise UsageError(
+      f"{workdir} of process 0 is another directory than that of process {seen.index(False)}; "
+      "--workdir has to be one that all hosts share, on a shared file system or gs://BUCKET/RUN"
+    )
 
 
 def _claim_workdir(config: Config, workdir: epath.Path) -> None:

@@ -130,3 +130,13 @@ def test_without_credentials_a_bucket_is_not_tried(bucket, monkeypatch):
   monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent")
   with pytest.raises(UsageError, match="no Google credentials found; on a Cloud VM"):
     workdir_lib.check_access("gs://bucket/run")
+
+
+def test_a_directory_is_for_one_run_at_a_time(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir_lib, "_LOCK_SECONDS", 0.3)
+  path = workdir_lib.absolute(tmp_path)
+  holder = f"is in use by process {os.getpid()} on .*; end that first"
+  with workdir_lib.lock(path), pytest.raises(UsageError, match=holder), workdir_lib.lock(path):
+    pass
+  with workdir_lib.lock(path):
+    pass

@@ -82,7 +82,9 @@ def test_a_network_without_lip_ends_without_a_picture(training, tmp_path):
 
 def test_workdir_that_cannot_be_written(training, tmp_path):
   (tmp_path / "file").touch()
-  assert_one_line(training.train(tmp_path / "file" / "run"), str(tmp_path / "file"), "can be written")
+  assert_one_line(
+    training.train(tmp_path / "file" / "run"), str(tmp_path / "file"), "can be written"
+  )
 
 
 def test_evaluation_of_what_is_not_there(training, tmp_path):
