@@ -31,8 +31,9 @@ SHAPES = {
 }
 DIMENSIONS = {"v5e": 2, "v6e": 2, "v4": 3, "v5p": 3}
 
-# Images on a chip: the greatest power of two, up to 256, that leaves a tenth of the memory. More
-# would make steps of 8 chips on so large that the learning rate has to be tuned anew.
+# Images on a chip: the greatest power of two, up to 256, that is to leave a tenth of the memory,
+# as the table shows; --greater tries the next one. Beyond 256, steps of a few chips would be so
+# large that the learning rate has to be tuned anew.
 BATCHES = {
   "lip_resnet50": {"v5e": 256, "v6e": 256, "v4": 256, "v5p": 256},
   "lip_resnet101": {"v5e": 128, "v6e": 256, "v4": 256, "v5p": 256},

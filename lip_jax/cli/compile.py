@@ -172,7 +172,7 @@ def _report(config: "Config", topology: "Topology", figures: dict[str, "Figures"
     "measured.\ndocs/tpu.md explains them.",
   ]
   if config.dtype == "float32":
-    notes.append("On TPUs --config.dtype=bfloat16 is recommended: about half the memory and bytes.")
+    notes.append("On TPUs --config.dtype=bfloat16 is recommended: activations take half the bytes.")
   return "\n\n".join(notes)
 
 
