@@ -14,7 +14,7 @@ import optax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from lip_jax import class_names, sharding
+from lip_jax import class_names, fine_tuning, sharding, visualize
 from lip_jax import config as config_lib
 from lip_jax.checkpoint import Checkpoints, has_checkpoints, restore_path
 from lip_jax.config import Config
@@ -48,7 +48,13 @@ class Result:
   importance_picture: epath.Path | None
 
 
-def train(config: Config, workdir: str | Path, *, start_from: str | Path | None = None) -> Result:
+def train(
+  config: Config,
+  workdir: str | Path,
+  *,
+  start_from: str | Path | None = None,
+  weights: str | Path | None = None,
+) -> Result:
   """Trains, or goes on where the run in `workdir` stopped.
 
   Writes `config.json`, `classes.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the
@@ -60,11 +66,20 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     workdir: directory of the run, created if need be.
     start_from: directory of another run's checkpoint, `<its workdir>/checkpoints/<step>`. A run
       that has none of its own yet goes on from there, for example with a lower learning rate.
+    weights: what `lip_jax.load` takes. A run that has no checkpoint of its own yet starts at step 0
+      with the weights of that network, to fine-tune them; its classifier starts afresh where the
+      data have other classes.
 
   Raises:
-    UsageError: a configuration that cannot run, or a workdir that holds another run.
+    UsageError: a configuration that cannot run, a workdir that holds another run, or weights of
+      another network.
     NonFiniteLossError: training has diverged.
   """
+  if start_from is not None and weights is not None:
+    raise UsageError(
+      f"start_from={start_from} and weights={weights} are given: a run goes on from a checkpoint, "
+      "or starts from the weights of a network; leave one of them out"
+    )
   directory = check_access(workdir)
   _claim_workdir(config, directory)
 
@@ -76,6 +91,7 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
   steps_per_epoch = len(source) / config.global_batch_size
   total_steps = max(1, round(config.num_epochs * steps_per_epoch))
   eval_steps = max(1, round(config.eval_every_epochs * steps_per_epoch))
+  draw_steps = max(1, round(config.importance_every_epochs * steps_per_epoch))
   loader = pipeline.train_loader(
     source,
     image_size=config.data.image_size,
@@ -109,6 +125,8 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     if restored is None:
       watchdog.doing("making the first state")
       state, step, last_good = program.init(), 0, None
+      if weights is not None:
+        state = fine_tuning.start_from(weights, state, config, source.class_names)
     else:
       state, last_good = restored.state, restored.path
       step = int(state.step)
@@ -176,6 +194,13 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         writer.flush()
         checkpoints.save(state, iterator, step=step, metrics=results)
 
+      def draw_importance() -> None:
+        """Puts the importance maps into TensorBoard."""
+        watchdog.doing(f"drawing the importance maps of step {step}")
+        figure = evaluator.importance_figure(state, config.importance_images)
+        if figure is not None:
+          writer.write_image(step, "importance", visualize.figure_to_array(figure))
+
       def stop_evaluation() -> bool:
         """Asked before each batch of an evaluation."""
         watchdog.doing(f"evaluation batch {next(batch_numbers)}")
@@ -197,6 +222,9 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
               if step > saved:
                 save()
               raise
+            # Since the evaluation before, a multiple of draw_steps has been passed.
+            if results and config.importance_every_epochs and step % draw_steps < eval_steps:
+              draw_importance()
           evaluated = results is not None
           stopping |= results is None
           if results is not None:
@@ -219,13 +247,12 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
 
     watchdog.doing("the end of the run")
     finished = step == total_steps and results is not None
-    picture: epath.Path | None = directory / "importance.png"
-    if not (
-      finished
-      and config.importance_images
-      and evaluator.draw_importance(state, config.importance_images, directory / "importance.png")
-    ):
-      picture = None
+    picture: epath.Path | None = None
+    if finished and config.importance_images:
+      figure = evaluator.importance_figure(state, config.importance_images)
+      if figure is not None:
+        picture = directory / "importance.png"
+        visualize.save_figure(figure, picture)
     return Result(step, finished, results or {}, last_good, picture)
 
 
