@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from lip_jax.data.source import RecordStream, Source, open_split
 from lip_jax.errors import UsageError
 from lip_jax.train_state import TrainState, Tree
 from lip_jax.workdir import absolute
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 Batch = Mapping[str, jax.Array]
 EvalStep = Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]
@@ -240,23 +243,22 @@ class Evaluator:
       raise pipeline.UnreadableImagesError(self._source, faults)
     return results
 
-  def draw_importance(self, state: TrainState, count: int, path: Path) -> bool:
-    """Draws the importance maps of the first validation images into a PNG file.
+  def importance_figure(self, state: TrainState, count: int) -> "Figure | None":
+    """Draws the importance maps of the first validation images.
 
     All processes have to call it; the first one draws.
 
     Args:
       state: of the model.
       count: number of images; at most those of one batch are taken.
-      path: file to write.
 
     Returns:
-      False if the model has no LIP layer, and nothing was drawn.
+      None on other processes, and if the model has no LIP layer.
     """
     # On the host, as one process cannot compute with what lies on the devices of others.
     params, batch_stats = jax.device_get(self._weights(state.params, state.batch_stats))
     if jax.process_index() != 0:
-      return False
+      return None
     with contextlib.closing(self._batches()) as batches:
       batch = next(batches)
     images = batch["image"][batch["mask"] > 0][:count]
@@ -264,8 +266,8 @@ class Evaluator:
       images = images[:, 0]  # the central crop
     model = train_state.merge(self._graph, params, batch_stats)
     model.eval()
-    return visualize.draw_importance(
-      model, images, lambda x: augment.normalize(jnp.asarray(x), self._config.data), path
+    return visualize.importance_figure(
+      model, images, lambda x: augment.normalize(jnp.asarray(x), self._config.data)
     )
 
   def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:

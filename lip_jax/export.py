@@ -135,7 +135,7 @@ def load(
 def check_weights(
   shapes: Mapping[str, tuple[int, ...]],
   dtypes: Mapping[str, str],
-  variables: Mapping[str, nnx.Variable],
+  variables: Mapping[str, Any],
   what: str,
 ) -> None:
   """Compares what a file announces with what a network has, before any of it is read.
@@ -143,7 +143,7 @@ def check_weights(
   Args:
     shapes: of the file's arrays, by name.
     dtypes: of the same, in safetensors' letters or NumPy's names.
-    variables: of the network, from `flat_variables`.
+    variables: of the network, from `flat_variables`, or anything else with a shape.
     what: the beginning of the error.
 
   Raises:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import tensorboardX
 import tqdm
 
@@ -157,6 +158,11 @@ class MetricsWriter:
     if self._mirror and (prefix == "validation" or self._mirror.due()):
       self._board.flush()
       self._mirror.start()
+
+  def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Records a picture of one step, uint8 [H, W, 3], for TensorBoard alone."""
+    if self._active:
+      self._board.add_image(name, image, step, dataformats="HWC")
 
 
 def _truncate(path: Path, last_step: int) -> None:

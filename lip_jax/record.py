@@ -123,8 +123,9 @@ def check_same_leaves(record: Record, like: TrainState, path: epath.Path) -> Non
       if there.get(name) != here.get(name):
         raise UsageError(
           f"the checkpoint {path} is of another model or optimizer than this configuration's: "
-          f"{name} is {there.get(name, 'absent')} in it, and here {here.get(name, 'absent')}; give "
-          "the configuration that it was saved with"
+          f"{name} is {there.get(name, 'absent')} in it, and here {here.get(name, 'absent')} (the "
+          "first axis of batch_stats are the batch-norm groups of a step: global_batch_size / "
+          "model.bn_group_size); give the configuration that it was saved with"
         )
 
 

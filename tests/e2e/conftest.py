@@ -1,6 +1,5 @@
 """Real processes: train.py on a small data set, as a user starts it."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fixture_digits import prepare_digits
 
 from lip_jax.data.cluttered_digits import ClutteredDigits
 
@@ -37,10 +37,7 @@ class Training:
 
   def prepare(self, name: str, builder: type[ClutteredDigits] = ClutteredDigits) -> None:
     """Writes the data set `cluttered_digits/<name>`."""
-    config = dataclasses.replace(
-      ClutteredDigits.BUILDER_CONFIGS[0], name=name, num_train=64, num_validation=20
-    )
-    builder(config=config, data_dir=self.data_dir).download_and_prepare(file_format="array_record")
+    prepare_digits(self.data_dir, name, builder)
 
   def command(self, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *flags]

@@ -5,8 +5,10 @@ import signal
 
 import pytest
 from compare_runs import assert_same_run, metrics_of
+from tensorboardX.proto.event_pb2 import Event
 
 from lip_jax.checkpoint import Checkpoints
+from lip_jax.data import tfrecord
 
 STEPS = 32
 
@@ -15,7 +17,9 @@ STEPS = 32
 def uninterrupted(training, tmp_path_factory):
   """A run from start to end, with an importance picture: (workdir, finished process)."""
   workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-  done = training.train(workdir, "--config.importance_images=3")
+  done = training.train(
+    workdir, "--config.importance_images=3", "--config.importance_every_epochs=4"
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   return workdir, done
 
@@ -43,6 +47,23 @@ def test_a_run_reports_and_leaves_what_the_readme_promises(uninterrupted):
   assert json.loads((workdir / "config.json").read_text())["data"]["dataset"] == (
     "cluttered_digits/tiny"
   )
+
+
+def test_importance_maps_are_in_tensorboard_when_they_are_due(uninterrupted):
+  """At the end of four epochs, and not with the evaluation after two."""
+  workdir, _ = uninterrupted
+  events = [
+    Event.FromString(record)
+    for path in (workdir / "tensorboard").glob("events.*")
+    for record in tfrecord.read_records(str(path))
+  ]
+  pictures = [
+    (event.step, value.tag, value.image.encoded_image_string[:4])
+    for event in events
+    for value in event.summary.value
+    if value.HasField("image")
+  ]
+  assert pictures == [(STEPS, "importance", b"\x89PNG")]
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 15), (signal.SIGINT, 6)])
