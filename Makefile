@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Plain CPU runs must not look for a TPU that an installed libtpu promises.
 export JAX_PLATFORMS ?= cpu
+# Material for MkDocs otherwise prints news of other projects at each start.
+export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help train test compare lint ci clean
+.PHONY: help train test compare lint docs docs-serve ci clean
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 train: $(VENV)/.train  ## Train the embedded job (about 5 minutes on 2 cores) into runs/cluttered_digits.
 	$(BIN)/python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
@@ -25,10 +27,16 @@ lint: $(VENV)/.lint  ## Check formatting, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-ci: lint test  ## What continuous integration runs.
+docs: $(VENV)/.docs  ## Build the docs site into site/; warnings are errors.
+	$(BIN)/mkdocs --quiet build --strict
+
+docs-serve: $(VENV)/.docs  ## Show the docs site at http://127.0.0.1:8000, anew after each change.
+	$(BIN)/mkdocs serve --strict
+
+ci: lint docs test  ## What continuous integration runs.
 
 clean:  ## Remove the virtual environment and caches; keeps runs/.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
 # A stamp per extra: installed again when the project's requirements change.
 $(VENV)/.%: pyproject.toml constraints.txt

@@ -253,9 +253,8 @@ def _check(config: Config) -> None:
   for name, (value, valid) in choices.items():
     if value not in valid:
       raise UsageError(f"config.{name} must be one of {', '.join(valid)}, got {value!r}")
-  for name in ("importance_images", "importance_every_epochs"):
-    if not 0 <= getattr(config, name) < math.inf:
-      raise UsageError(f"config.{name} must be at least 0, got {getattr(config, name)}")
+  if config.importance_images < 0:
+    raise UsageError(f"config.importance_images must be at least 0, got {config.importance_images}")
   if not 0 <= config.label_smoothing < 1:
     raise UsageError(f"config.label_smoothing must be in [0, 1), got {config.label_smoothing}")
   # While the newest is replaced or damaged, one has to be left.
