@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 # Plain CPU runs must not look for a TPU that an installed libtpu promises.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help train test compare lint ci clean
+.PHONY: help train test compare small_objects lint ci clean
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 train: $(VENV)/.train  ## Train the embedded job (about 5 minutes on 2 cores) into runs/cluttered_digits.
 	$(BIN)/python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
@@ -19,6 +19,9 @@ test: $(VENV)/.test  ## Run all tests.
 
 compare: $(VENV)/.train  ## Train the embedded job with each pooling, three seeds each (twelve trainings).
 	$(BIN)/python benchmarks/compare_pools.py --workdir=runs/compare_pools
+
+small_objects: $(VENV)/.train  ## Accuracy by pooling as objects get smaller and clutter denser (21 trainings).
+	$(BIN)/python benchmarks/small_objects.py --workdir=runs/small_objects
 
 lint: $(VENV)/.lint  ## Check formatting, lint and types.
 	$(BIN)/ruff format --check .

@@ -290,7 +290,7 @@ def table(results: Sequence[Result], conditions: Sequence[Condition]) -> str:
   names = [name for name in NETWORKS if any(r["network"] == name for r in results)]
   blocks = [
     [
-      "| network | parameters | multiply-adds (M) | all conditions | each seed |",
+      "| network | parameters | multiply-adds (M) | top-1 over all conditions (%) | each seed |",
       "|---|---|---|---|---|",
     ]
   ]
