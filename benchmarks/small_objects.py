@@ -12,7 +12,6 @@ command goes on where it stopped; what is finished is not done again.
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -25,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 import tqdm
 
 from lip_jax import config as config_lib
-from lip_jax import evaluate, optim, sharding, train_state, trainer
+from lip_jax import evaluate, sharding, train_state, trainer
 from lip_jax.checkpoint import Checkpoints, has_checkpoints
 from lip_jax.cost import count_parameters, multiply_adds
 from lip_jax.data import pipeline
@@ -185,16 +183,12 @@ def evaluate_conditions(
     images: of each condition; None: all.
   """
   mesh = sharding.make_mesh()
-  options = train_state.model_options(config, num_classes=10)
-  optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
-  init = functools.partial(train_state.init, optimizer, config.seed, **options)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     last = checkpoints.resolve("latest")
-    state = checkpoints.restore(last, train_state.abstract(init, mesh)).state
-  step = jax.jit(
-    functools.partial(evaluate.eval_step, graph=train_state.graph_of(**options), data=config.data),
-    out_shardings=sharding.replicated(mesh),
-  )
+    params, batch_stats = checkpoints.restore_weights(last, sharding.replicated(mesh))
+  options = train_state.model_options(config, num_classes=10)
+  step = evaluate.jitted_step(config.data, train_state.graph_of(**options), mesh)
+  batch_stats = train_state.averaged(batch_stats)
   found = {}
   for condition in tqdm.tqdm(
     conditions_of(config), desc="conditions", leave=False, disable=not sys.stderr.isatty()
@@ -207,7 +201,9 @@ def evaluate_conditions(
       global_batch_size=config.eval_batch_size,
       num_threads=config.data.num_threads,
     )
-    found[condition.split] = evaluate.evaluate(step, state.params, state.batch_stats, batches, mesh)
+    results = evaluate.evaluate(step, params, batch_stats, batches, mesh)
+    assert results is not None  # nobody asks to stop
+    found[condition.split] = results
   return found
 
 
