@@ -1,5 +1,6 @@
 """The first state of a run that fine-tunes a network which is there already."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def start_from(
   taken = {
     key: array for key, array in arrays.items() if same_classes or not key.startswith(_CLASSIFIERS)
   }
-  own = _flat(state.params) | {
+  own: dict[str, Any] = _flat(state.params) | {
     key: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)  # without the batch-norm groups
     for key, array in _flat(state.batch_stats).items()
   }
@@ -58,8 +59,8 @@ def start_from(
     "is theirs, too" if same_classes else f"is a new one, of {len(classes)} classes",
   )
   _compare_preparation(path, found["preprocess"], config)
-  return state.replace(
-    params=_filled(state.params, taken), batch_stats=_filled(state.batch_stats, taken)
+  return dataclasses.replace(
+    state, params=_filled(state.params, taken), batch_stats=_filled(state.batch_stats, taken)
   )
 
 
