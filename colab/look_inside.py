@@ -98,6 +98,8 @@ print(f"{results['count']} images of {results['data']}, {results['images_per_sec
 # pixels count four times as much as the mean, blue ones a quarter.
 
 # %%
+import PIL.Image
+
 from lip_jax import visualize
 from lip_jax.visualize import compare
 
@@ -107,7 +109,7 @@ images = compare.first_images([network], data, 20 if SMALL else 200)
 
 figure = visualize.importance_figure(model, images.pixels[:8], network.normalize)
 visualize.save_figure(figure, "importance.png")
-figure
+PIL.Image.open("importance.png")
 
 # %% [markdown]
 # ## Where it finds the evidence
@@ -121,7 +123,7 @@ shown = images.pixels[:3]
 column = compare.column(network, shown)
 figure = visualize.comparison_figure(shown, [column], images.titles[:3])
 visualize.save_figure(figure, "evidence.png")
-figure
+PIL.Image.open("evidence.png")
 
 # %% [markdown]
 # ## Are these the pixels that count?
@@ -158,7 +160,7 @@ figure = visualize.curves_figure(
   ]
 )
 visualize.save_figure(figure, "tests.png")
-figure
+PIL.Image.open("tests.png")
 
 # %% [markdown]
 # The same from a terminal, for any number of networks: `lip-jax evaluate`, `lip-jax predict`,

@@ -236,7 +236,7 @@ figure = visualize.importance_figure(
   networks["neighbours"], (64 * (new_images[:8] + 2)).astype(np.uint8), lambda x: x / 64 - 2
 )
 visualize.save_figure(figure, "neighbours.png")
-figure
+PIL.Image.open("neighbours.png")
 
 # %% [markdown]
 # One run of a few hundred steps says little about which pooling is better: train for longer, and

@@ -43,7 +43,7 @@ def start_from(
   taken = {
     key: array for key, array in arrays.items() if same_classes or not key.startswith(_CLASSIFIERS)
   }
-  own = _flat(state.params) | {
+  own: dict[str, Any] = _flat(state.params) | {
     key: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)  # without the batch-norm groups
     for key, array in _flat(state.batch_stats).items()
   }
