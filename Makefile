@@ -7,20 +7,23 @@ export JAX_PLATFORMS ?= cpu
 # Material for MkDocs otherwise prints news of other projects at each start.
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help train test compare lint docs docs-serve ci clean
+.PHONY: help train test compare small_objects lint docs docs-serve ci clean
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 train: $(VENV)/.train  ## Train the embedded job (about 5 minutes on 2 cores) into runs/cluttered_digits.
 	$(BIN)/python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
 
 test: $(VENV)/.test  ## Run all tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=8
 
 compare: $(VENV)/.train  ## Train the embedded job with each pooling, three seeds each (twelve trainings).
 	$(BIN)/python benchmarks/compare_pools.py --workdir=runs/compare_pools
+
+small_objects: $(VENV)/.train  ## Accuracy by pooling as objects get smaller and clutter denser (21 trainings).
+	$(BIN)/python benchmarks/small_objects.py --workdir=runs/small_objects
 
 lint: $(VENV)/.lint  ## Check formatting, lint and types.
 	$(BIN)/ruff format --check .

@@ -50,6 +50,12 @@ _START_FROM = flags.DEFINE_string(
   None,
   "Checkpoint of another run, RUN/checkpoints/STEP, that a new run goes on from.",
 )
+_WEIGHTS = flags.DEFINE_string(
+  "weights",
+  None,
+  "Network that a new run starts from, to fine-tune it: a run, an exported folder or "
+  "hf://ORGANISATION/NAME. Its classifier is replaced if the data have other classes.",
+)
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "For --mode=eval: TFDS directory, if it is not the one that was trained from."
 )
@@ -144,12 +150,13 @@ def _train(workdir: str) -> None:
   if _CONFIG.value is None:
     raise UsageError("--config is missing; for example --config=configs/cluttered_digits.py")
   run = config.from_dict(_CONFIG.value.to_dict())
-  result = trainer.train(run, workdir, start_from=_START_FROM.value)
-  if jax.process_index() > 0:
-    return
+  result = trainer.train(run, workdir, start_from=_START_FROM.value, weights=_WEIGHTS.value)
   if not result.finished:
+    # On every process: what keeps the run running on a host has only this to go by.
     place = f"from {result.checkpoint}" if result.checkpoint else "from the start"
     print(f"stopped at step {result.step}; the same command goes on {place}")
+    return
+  if jax.process_index() > 0:
     return
   _report(result.metrics)
   print(f"checkpoint: {result.checkpoint}")

@@ -76,4 +76,5 @@ def get_config() -> ConfigDict:
   config.keep_checkpoints = 2
   config.watchdog_seconds = 300.0  # a step that takes longer is reported, and where it hangs
   config.importance_images = 8
+  config.importance_every_epochs = 0.0  # how often they are drawn for TensorBoard; 0: never
   return config

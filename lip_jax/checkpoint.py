@@ -1,6 +1,6 @@
 """Checkpoints of a run: asynchronous, atomic, verified, the latest few and the best.
 
-The only module that imports Orbax. What lies in a checkpoint, `<workdir>/checkpoints/<step>`:
+What lies in a checkpoint, `<workdir>/checkpoints/<step>`:
 
 - `state/`: the arrays. Orbax and TensorStore do not notice every changed byte in them.
 - `record/record.json`: the state of the input pipeline, the validation results, and a fingerprint
@@ -9,31 +9,25 @@ The only module that imports Orbax. What lies in a checkpoint, `<workdir>/checkp
 """
 
 import dataclasses
-import gc
 import logging
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
+from etils import epath
 
+from lip_jax import orbax_io, sharding, step_directories
 from lip_jax import record as records
-from lip_jax import sharding, step_directories
 from lip_jax.errors import UsageError
 from lip_jax.fingerprint import fingerprint
 from lip_jax.quiet import quiet
 from lip_jax.record import DamagedError, Record
 from lip_jax.train_state import TrainState, Tree
+from lip_jax.workdir import PathLike, absolute
 
 log = logging.getLogger("lip_jax")
 
-_STATE = "state"
-_RECORD, _RECORD_FILE = "record", "record.json"
 _BEST = "top1"
-_WEIGHTS = ("params", "batch_stats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +37,18 @@ class Restored:
   state: TrainState
   iterator: dict[str, Any]
   metrics: dict[str, float] | None  # validation results of this state, if it was evaluated
-  path: Path
+  path: epath.Path
 
 
-def has_checkpoints(workdir: Path) -> bool:
+def has_checkpoints(workdir: PathLike) -> bool:
   """Whether the run in `workdir` has saved anything yet."""
   return step_directories.any_in(_directory(workdir))
 
 
 class Checkpoints:
-  """The checkpoints of one run, in `<workdir>/checkpoints/<step>`.
+  """The checkpoints of one run, in `<workdir>/checkpoints/<step>`, on a disk or in a bucket.
 
-  A checkpoint appears under its name only when it is complete. Use as a context manager: leaving it
+  A checkpoint is one of them only when it is complete. Use as a context manager: leaving it
   waits for the save that is under way.
 
   On several processes all of them call `save`, `restore`, `restore_latest` and leave the context at
@@ -69,21 +63,19 @@ class Checkpoints:
     UsageError: the directory cannot be written, or, read only, does not exist.
   """
 
-  def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
+  def __init__(self, workdir: PathLike, *, keep: int = 2, read_only: bool = False):
     self.directory = _directory(workdir)
     self._keep = keep
     self._read_only = read_only
     self._records: dict[int, Record] = {}
-    self._saving: tuple[int, Record, ocp.AsyncResponse[None]] | None = None
+    self._saving: tuple[int, Record, orbax_io.Saving] | None = None
     if read_only and not self.directory.is_dir():
       raise UsageError(
-        f"no checkpoints under {Path(workdir).resolve()}; give the --workdir of a training run"
+        f"no checkpoints under {absolute(workdir)}; give the --workdir of a training run"
       )
     if not read_only and jax.process_index() == 0:
       try:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.directory).close()
-        step_directories.clear_remains(self.directory)
+        step_directories.prepare(self.directory)
       except OSError as error:
         raise UsageError(
           f"cannot write checkpoints to {self.directory}: {error}; name a writable --workdir"
@@ -96,14 +88,21 @@ class Checkpoints:
     if error is None:
       self._finish_save()
     elif self._saving is not None:  # what ended the run is not to be hidden by a further error
-      fault = _outcome(self._saving[2])
+      fault = orbax_io.outcome(self._saving[2])
       if fault:
         log.error("%s", self._failure(self._saving[0], fault))
 
   @property
   def steps(self) -> list[int]:
-    """Steps that have a checkpoint, ascending."""
-    return step_directories.steps_in(self.directory)
+    """Steps that have a checkpoint, ascending.
+
+    Raises:
+      UsageError: the directory cannot be read.
+    """
+    try:
+      return step_directories.steps_in(self.directory)
+    except OSError as error:
+      raise UsageError(f"cannot read {self.directory}: {error}") from error
 
   @property
   def latest_step(self) -> int | None:
@@ -138,7 +137,7 @@ class Checkpoints:
       )
     return step
 
-  def path(self, step: int) -> Path:
+  def path(self, step: int) -> epath.Path:
     """Directory of one checkpoint."""
     return self.directory / str(step)
 
@@ -181,14 +180,11 @@ class Checkpoints:
     try:
       if jax.process_index() == 0:
         step_directories.set_aside(self.path(step))
-      with _context():
-        response = ocp.save_checkpointables_async(
-          self.path(step), {_STATE: state, _RECORD: record.to_json()}
-        )
+      saving = orbax_io.start_saving(self.path(step), state, record.to_json())
     except Exception as error:  # Orbax raises whatever its storage layers do
       self._give_up(step)
       raise UsageError(self._failure(step, records.reason(error))) from error
-    self._saving = (step, record, response)
+    self._saving = (step, record, saving)
 
   def restore(self, step: int, like: TrainState) -> Restored:
     """Loads one checkpoint.
@@ -218,6 +214,7 @@ class Checkpoints:
       UsageError: all are damaged, or one cannot be read for a reason that may pass.
     """
     self._finish_save()
+    sharding.gather(None)  # the first process has put the directory in order
     views = sharding.gather(self.steps)
     if views.count(views[0]) != len(views):
       raise UsageError(
@@ -255,7 +252,9 @@ class Checkpoints:
     """
     loaded = self._load(
       step,
-      lambda record: {part: records.tree_of(record.leaves[part], placement) for part in _WEIGHTS},
+      lambda record: {
+        part: records.tree_of(record.leaves[part], placement) for part in orbax_io.WEIGHTS
+      },
     )
     if isinstance(loaded, DamagedError):
       raise UsageError(self._damaged(step, loaded))
@@ -290,7 +289,7 @@ class Checkpoints:
       try:
         step_directories.check_readable(self.path(step))
         record = self._record(step)
-        loaded = _load_alone(self.path(step), like_of(record))
+        loaded = orbax_io.load_alone(self.path(step), like_of(record))
       except UsageError as error:
         fault = (str(error), False)
       except Exception as error:  # Orbax raises whatever its storage layers do
@@ -303,8 +302,7 @@ class Checkpoints:
             False,
           )
       if fault:
-        gc.collect()  # asyncio tells of errors that nobody fetched when they are thrown away
-        time.sleep(0.05)  # TensorStore does of other arrays of the same checkpoint
+        orbax_io.settle_failed_load()
     # One process that cannot read its part must not leave the others waiting for it.
     faults = [each for each in sharding.gather(fault) if each is not None]
     for text, is_damage in faults:
@@ -320,9 +318,9 @@ class Checkpoints:
   def _record(self, step: int) -> Record:
     if step not in self._records:
       try:
-        stored = (self.path(step) / _RECORD / _RECORD_FILE).read_bytes()
+        stored = (self.path(step) / orbax_io.RECORD / orbax_io.RECORD_FILE).read_bytes()
       except FileNotFoundError:
-        _refuse_earlier_format(self.path(step))
+        orbax_io.refuse_earlier_format(self.path(step))
         raise
       self._records[step] = records.from_json(stored, step)
     return self._records[step]
@@ -333,22 +331,22 @@ class Checkpoints:
       return
     step, record, response = self._saving
     self._saving = None
-    faults = [fault for fault in sharding.gather(_outcome(response)) if fault]
+    faults = [fault for fault in sharding.gather(orbax_io.outcome(response)) if fault]
     if faults:
       self._give_up(step)
       raise UsageError(self._failure(step, faults[0]))
     self._records[step] = record
     if jax.process_index() != 0:
       return
-    # Of one whose record cannot be read nothing is known: it stays, and takes no other's place.
-    scores = {step: self.metrics(step) for step in self.steps}
-    known = [step for step in scores if step in self._records]
-    kept = {*known[-self._keep :], _best(scores)}
     try:
+      # Of one whose record cannot be read nothing is known: it stays, and takes no other's place.
+      scores = {step: self.metrics(step) for step in self.steps}
+      known = [step for step in scores if step in self._records]
+      kept = {*known[-self._keep :], _best(scores)}
       for old in set(known) - kept:
         step_directories.delete(self.path(old))
       step_directories.clear_remains(self.directory)  # of the one that this has replaced
-    except OSError as error:
+    except (OSError, UsageError) as error:
       log.warning("cannot delete an old checkpoint: %s", error)
 
   def _damaged(self, step: int, error: DamagedError) -> str:
@@ -366,8 +364,13 @@ class Checkpoints:
         log.warning("cannot remove what the failed save of step %d has left: %s", step, error)
 
   def _failure(self, step: int, fault: str) -> str:
-    last = self.latest_step
-    good = "there is none before it" if last is None else f"the last good one is {self.path(last)}"
+    try:
+      last = self.latest_step
+      good = "there is none before it"
+      if last is not None:
+        good = f"the last good one is {self.path(last)}"
+    except UsageError:  # what is in the way of one may be in that of the other
+      good = "those before it are untouched"
     return (
       f"cannot write the checkpoint {self.path(step)}: {fault}; {good}. Mend that and give the "
       "same command again, which goes on from there"
@@ -391,113 +394,23 @@ class Checkpoints:
       raise UsageError(f"{faults[0]}; move it away yourself")
 
 
-def restore_path(path: str | Path, like: TrainState) -> Restored:
+def restore_path(path: PathLike, like: TrainState) -> Restored:
   """Loads the checkpoint in the directory `<workdir>/checkpoints/<step>`.
 
   Raises:
     UsageError: there is none, or it is damaged.
   """
-  path = Path(path).resolve()
-  if not path.name.isdecimal() or path.parent.name != "checkpoints" or not path.is_dir():
-    raise UsageError(f"{path} is no checkpoint; name a directory RUN/checkpoints/STEP")
-  with Checkpoints(path.parent.parent, read_only=True) as checkpoints:
-    return checkpoints.restore(checkpoints.resolve(path.name), like)
+  place = absolute(path)
+  if not place.name.isdecimal() or place.parent.name != "checkpoints" or not place.is_dir():
+    raise UsageError(f"{place} is no checkpoint; name a directory RUN/checkpoints/STEP")
+  with Checkpoints(place.parent.parent, read_only=True) as checkpoints:
+    return checkpoints.restore(checkpoints.resolve(place.name), like)
 
 
-def _directory(workdir: str | Path) -> Path:
-  return Path(workdir).resolve() / "checkpoints"  # Orbax takes absolute paths only
-
-
-class _RecordHandler(ocp.handlers.JsonHandler):
-  def __init__(self):
-    super().__init__(_RECORD_FILE)
-
-
-def _context() -> ocp.Context:
-  context = ocp.Context()
-  registry = ocp.handlers.local_registry()
-  registry.add(_RecordHandler, checkpointable_name=_RECORD)
-  context.checkpointables.registry = registry
-  return context
-
-
-def _load_alone(path: Path, like: Any) -> Any:
-  """Orbax's load, in which a process waits for no other: some may fail, and say so later."""
-  context = _context()
-  process = ocp.multihost.process_index()
-  context.multiprocessing.primary_host = process
-  context.multiprocessing.active_processes = {process}
-  context.pytree.loading.partial_load = True  # `like` may be some parts of the state
-  with context:
-    return ocp.load_checkpointables(path, {_STATE: like})[_STATE]
-
-
-def _refuse_earlier_format(path: Path) -> None:
-  """Raises UsageError if a checkpoint is of the time when there were no records."""
-  if "iterator" in (ocp.checkpointables_metadata(path).custom_metadata or {}):
-    raise UsageError(
-      f"the checkpoint {path} was written by an earlier version of lip_jax, in a format that "
-      "cannot be verified; go on with that version, or start again in a new --workdir"
-    )
-
-
-def _outcome(response: ocp.AsyncResponse[None]) -> str | None:
-  """Waits for a save; what went wrong, if anything."""
-  try:
-    response.result()
-  except Exception as error:
-    return records.reason(error)
-  return None
+def _directory(workdir: PathLike) -> epath.Path:
+  return absolute(workdir) / "checkpoints"  # Orbax takes absolute paths only
 
 
 def _best(metrics: dict[int, dict[str, float] | None]) -> int | None:
   scores = {step: values[_BEST] for step, values in metrics.items() if values}
   return max(scores, key=lambda step: (scores[step], step), default=None)
-
-
-def weight_shapes(path: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  """What parameters and batch statistics a checkpoint announces, before any is read.
-
-  Args:
-    path: from `Checkpoints.path`.
-
-  Returns:
-    {"params": ..., "batch_stats": ...}, each by the path in the network, dots between the parts.
-
-  Raises:
-    UsageError: the checkpoint is damaged, or its arrays are cut in another way than Orbax does,
-      which could make little data fill all memory.
-  """
-  try:
-    with _context():
-      trees = ocp.checkpointables_metadata(path).metadata[_STATE]
-    found = {}
-    for part in _WEIGHTS:
-      leaves = jax.tree_util.tree_flatten_with_path(trees[part])[0]
-      found[part] = {
-        jax.tree_util.keystr(keys, simple=True, separator="."): jax.ShapeDtypeStruct(
-          _bounded(leaf), leaf.dtype
-        )
-        for keys, leaf in leaves
-      }
-    return found
-  except Exception as error:  # Orbax raises whatever its storage layers do
-    raise _unreadable(path, error) from error
-
-
-def _bounded(leaf: Any) -> tuple[int, ...]:
-  """Shape of an array, none of whose chunks is larger than the whole."""
-  chunk = leaf.storage_metadata.chunk_shape
-  if len(chunk) != len(leaf.shape) or any(
-    part > max(whole, 1) for part, whole in zip(chunk, leaf.shape, strict=True)
-  ):
-    raise ValueError(f"an array of shape {leaf.shape} is stored in parts of {chunk}")
-  return tuple(leaf.shape)
-
-
-def _unreadable(path: Path, error: Exception) -> UsageError:
-  lines = str(error).splitlines() or [""]
-  return UsageError(
-    f"cannot load the weights in {path}: they are damaged or something else "
-    f"({type(error).__name__}: {lines[0][:200]}); take another checkpoint, or copy it again"
-  )

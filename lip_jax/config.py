@@ -85,6 +85,9 @@ class Config:
   checkpoint_every_steps: int
   keep_checkpoints: int  # latest ones kept, beside the best
   importance_images: int  # validation images in the importance picture drawn at the end; 0: none
+  importance_every_epochs: float = (
+    0.0  # the same picture for TensorBoard, with evaluations; 0: none
+  )
   fsdp: int = 1  # devices that share one copy of parameters and optimizer state; 1: whole on each
   accumulation_steps: int = 1  # parts of a device's images that are computed one after the other
   remat: bool = False  # keep activations between blocks only: less memory, a forward pass more
@@ -104,6 +107,7 @@ _MAY_CHANGE = (
   "checkpoint_every_steps",
   "keep_checkpoints",
   "importance_images",
+  "importance_every_epochs",
   "fsdp",
   "accumulation_steps",
   "remat",
@@ -232,6 +236,15 @@ def _check(config: Config) -> None:
   ):
     if not 0 < getattr(config, name) < math.inf:
       raise UsageError(f"config.{name} must be positive, got {getattr(config, name)}")
+  if not 0 <= config.importance_every_epochs < math.inf:
+    raise UsageError(
+      f"config.importance_every_epochs must be at least 0, got {config.importance_every_epochs}"
+    )
+  if config.importance_every_epochs and not config.importance_images:
+    raise UsageError(
+      f"config.importance_every_epochs={config.importance_every_epochs} draws no images: "
+      "config.importance_images is 0; set both or neither"
+    )
   choices = {
     "dtype": (config.dtype, ("float32", "bfloat16")),
     "gradient_dtype": (config.gradient_dtype, ("float32", "bfloat16")),
@@ -240,6 +253,8 @@ def _check(config: Config) -> None:
   for name, (value, valid) in choices.items():
     if value not in valid:
       raise UsageError(f"config.{name} must be one of {', '.join(valid)}, got {value!r}")
+  if config.importance_images < 0:
+    raise UsageError(f"config.importance_images must be at least 0, got {config.importance_images}")
   if not 0 <= config.label_smoothing < 1:
     raise UsageError(f"config.label_smoothing must be in [0, 1), got {config.label_smoothing}")
   # While the newest is replaced or damaged, one has to be left.

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from lip_jax.data.source import RecordStream, Source, open_split
 from lip_jax.errors import UsageError
 from lip_jax.train_state import TrainState, Tree
 from lip_jax.workdir import absolute
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 Batch = Mapping[str, jax.Array]
 EvalStep = Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]
@@ -75,6 +78,31 @@ def eval_step(
     "count": mask.sum(),
     "vote": votes.max(),
   }
+
+
+def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> Any:
+  """`eval_step`, jitted, with results on every device."""
+  return jax.jit(
+    functools.partial(eval_step, graph=graph, data=data),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+
+def arguments(config: Config, state: TrainState, mesh: Mesh) -> tuple[Tree, Tree, Any, Any]:
+  """Shapes, dtypes and placement of the arguments of `eval_step`, to compile it without data."""
+  rows, size = config.eval_batch_size, config.data.image_size
+  crops = min(config.data.eval_crops, 5)  # mirrored on the device
+  place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
+  batch = {
+    "image": place((rows, *([crops] if crops > 1 else []), size, size, 3), jnp.uint8),
+    "label": place((rows,), jnp.int32),
+    "mask": place((rows,), jnp.float32),
+  }
+  weights = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+    (state.params, jax.eval_shape(train_state.averaged, state.batch_stats)),
+  )
+  return *weights, batch, place((mesh.size,), jnp.int32)
 
 
 def evaluate(
@@ -152,10 +180,8 @@ class Evaluator:
     self._source = source
     self._graph = graph
     self._mesh = mesh
+    self._step: Any = jitted_step(config.data, graph, mesh)
     whole = sharding.replicated(mesh)
-    self._step: Any = jax.jit(
-      functools.partial(eval_step, graph=graph, data=config.data), out_shardings=whole
-    )
 
     def weights(params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
       # Gathered before they are averaged: in the same order on any number of devices.
@@ -217,23 +243,22 @@ class Evaluator:
       raise pipeline.UnreadableImagesError(self._source, faults)
     return results
 
-  def draw_importance(self, state: TrainState, count: int, path: Path) -> bool:
-    """Draws the importance maps of the first validation images into a PNG file.
+  def importance_figure(self, state: TrainState, count: int) -> "Figure | None":
+    """Draws the importance maps of the first validation images.
 
     All processes have to call it; the first one draws.
 
     Args:
       state: of the model.
       count: number of images; at most those of one batch are taken.
-      path: file to write.
 
     Returns:
-      False if the model has no LIP layer, and nothing was drawn.
+      None on other processes, and if the model has no LIP layer.
     """
     # On the host, as one process cannot compute with what lies on the devices of others.
     params, batch_stats = jax.device_get(self._weights(state.params, state.batch_stats))
     if jax.process_index() != 0:
-      return False
+      return None
     with contextlib.closing(self._batches()) as batches:
       batch = next(batches)
     images = batch["image"][batch["mask"] > 0][:count]
@@ -241,8 +266,8 @@ class Evaluator:
       images = images[:, 0]  # the central crop
     model = train_state.merge(self._graph, params, batch_stats)
     model.eval()
-    return visualize.draw_importance(
-      model, images, lambda x: augment.normalize(jnp.asarray(x), self._config.data), path
+    return visualize.importance_figure(
+      model, images, lambda x: augment.normalize(jnp.asarray(x), self._config.data)
     )
 
   def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:

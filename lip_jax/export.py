@@ -88,7 +88,8 @@ def save(
   arrays = {key: np.asarray(variable.get_value(), order="C") for key, variable in variables.items()}
   with replacing(path) as folder:
     folder.mkdir()
-    safetensors.numpy.save_file(arrays, folder / WEIGHTS)
+    # Not save_file, which lets nobody else read the file.
+    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -134,7 +135,7 @@ def load(
 def check_weights(
   shapes: Mapping[str, tuple[int, ...]],
   dtypes: Mapping[str, str],
-  variables: Mapping[str, nnx.Variable],
+  variables: Mapping[str, Any],
   what: str,
 ) -> None:
   """Compares what a file announces with what a network has, before any of it is read.
@@ -142,7 +143,7 @@ def check_weights(
   Args:
     shapes: of the file's arrays, by name.
     dtypes: of the same, in safetensors' letters or NumPy's names.
-    variables: of the network, from `flat_variables`.
+    variables: of the network, from `flat_variables`, or anything else with a shape.
     what: the beginning of the error.
 
   Raises:

@@ -150,7 +150,7 @@ def _check(options: Options) -> None:
   if options.process_id is not None and options.process_id < 0:
     raise UsageError(f"--process_id={options.process_id} has to be at least 0")
   for name in ("connect_timeout", "liveness_timeout"):
-    if getattr(options, name) <= 0:
+    if not getattr(options, name) > 0:
       raise UsageError(f"--{name}={getattr(options, name):g} has to be more than 0 seconds")
 
 

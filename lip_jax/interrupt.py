@@ -1,5 +1,6 @@
 """Ending a loop cleanly when the process is asked to stop: by a signal, or by the cloud."""
 
+import http.client
 import logging
 import os
 import signal
@@ -19,7 +20,8 @@ _RETRY_SECONDS = 30.0
 class StopRequest:
   """Turns the first SIGTERM or SIGINT, or a pre-emption notice, into `requested`.
 
-  A second signal acts as usual. Use as a context manager.
+  A second SIGINT acts as usual. Further SIGTERMs change nothing: schedulers, and scripts that pass
+  on what the process has got itself, send more than one. Use as a context manager.
 
   Args:
     preemption_notice: ask this machine's metadata server, as Cloud TPU VMs have one, whether the
@@ -35,14 +37,16 @@ class StopRequest:
   def __enter__(self) -> Self:
     if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
       for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._handle)
+        self._before[number] = signal.signal(number, self._handle) or signal.SIG_DFL
     if self._ask:
       threading.Thread(target=self._wait_for_notice, name="lip-preemption", daemon=True).start()
     return self
 
   def _handle(self, number: int, _frame: Any) -> None:
-    self._request(signal.Signals(number).name)
-    self._restore()
+    if not self.requested:
+      self._request(signal.Signals(number).name)
+    if before := self._before.pop(signal.SIGINT, None):
+      signal.signal(signal.SIGINT, before)
 
   def _request(self, reason: str) -> None:
     self.requested = True
@@ -59,12 +63,13 @@ class StopRequest:
   def _wait_for_notice(self) -> None:
     host = os.environ.get("GCE_METADATA_HOST", _METADATA_HOST)
     url = _PREEMPTED.format(host=host)  # the first answer comes at once
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is this machine's
     while not self._over.is_set():
       request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
       try:
-        with urllib.request.urlopen(request, timeout=2 * _ANSWER_SECONDS) as answer:
+        with opener.open(request, timeout=2 * _ANSWER_SECONDS) as answer:
           preempted = answer.read().strip() == b"TRUE"
-      except OSError as error:
+      except (OSError, http.client.HTTPException) as error:
         log.debug("no answer from the metadata server: %s", error)
         self._over.wait(_RETRY_SECONDS)
         continue

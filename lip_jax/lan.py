@@ -303,5 +303,6 @@ class LIP(LocalPool):
     if self.steps is None:
       return logits
     constant = self._logit_range[0] if self._logit_range else 0.0
-    averaging = self.steps[...] < self.average_steps
+    # In a train state there is one count for each batch-norm group, all the same.
+    averaging = self.steps[...].reshape(-1)[0] < self.average_steps
     return jnp.where(averaging, jnp.full_like(logits, constant), logits)

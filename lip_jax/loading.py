@@ -15,6 +15,9 @@ from lip_jax.errors import UsageError
 
 _HUB = "hf://"
 _HUB_ID = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+# Of an evaluation, kept with a network.
+RESULTS = ("data", "top1", "top5", "loss", "count")
+
 _CLASSIFIERS = ("fc.bias", "classifier.bias")
 
 
@@ -43,6 +46,9 @@ def load(
       central "image_size" pixels are cut out, and "mean" and "std", three numbers for RGB in
       [0, 255], are subtracted and divided by; None where it is not known;
     - "class_names": in the order of the logits; None where they are not known;
+    - "evaluation": "data" (its name), "top1", "top5", "loss" and "count", if it was evaluated; or
+      None;
+    - "data": "dataset", "data_dir" and "validation_split" of a training run; else None;
     - "source": "kind" ("training run", "exported folder" or "hub"), "path", "step" of the training
       and "revision" on the hub, each None where there is none.
 
@@ -135,11 +141,12 @@ def _load_run(
   with Checkpoints(run, read_only=True) as checkpoints:
     best = "latest" if checkpoints.best_step is None else "best"
     number = checkpoints.resolve(step or best)
+    metrics = checkpoints.metrics(number)
     checkpoint = checkpoints.path(number)
   model, classes = load_checkpoint(
     checkpoint, config.model, jnp.dtype(config.dtype if dtype is None else dtype)
   )
-  return model, config_of_run(run, config, classes, number)
+  return model, config_of_run(run, config, classes, number, metrics)
 
 
 def load_checkpoint(
@@ -155,10 +162,10 @@ def load_checkpoint(
   Raises:
     UsageError: the checkpoint is damaged, or of another network.
   """
-  from lip_jax import train_state
-  from lip_jax.checkpoint import Checkpoints, weight_shapes
+  from lip_jax import orbax_io, train_state
+  from lip_jax.checkpoint import Checkpoints
 
-  announced = weight_shapes(checkpoint)
+  announced = orbax_io.weight_shapes(checkpoint)
   # Statistics have an axis of batch-norm groups in front.
   arrays = announced["params"] | {
     name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
@@ -184,7 +191,9 @@ def load_checkpoint(
   return model, classes
 
 
-def config_of_run(run: Path, config: Any, num_classes: int, step: int) -> dict[str, Any]:
+def config_of_run(
+  run: Path, config: Any, num_classes: int, step: int, metrics: Mapping[str, Any] | None
+) -> dict[str, Any]:
   """What `load` says of a training run.
 
   Args:
@@ -192,6 +201,7 @@ def config_of_run(run: Path, config: Any, num_classes: int, step: int) -> dict[s
     config: its `lip_jax.config.Config`.
     num_classes: of its network.
     step: of the checkpoint.
+    metrics: validation results saved with it, if it was evaluated.
   """
   from lip_jax import class_names
 
@@ -206,6 +216,8 @@ def config_of_run(run: Path, config: Any, num_classes: int, step: int) -> dict[s
       "std": list(data.std),
     },
     "class_names": class_names.of_run(run, config, num_classes),
+    "data": {key: getattr(data, key) for key in ("dataset", "data_dir", "validation_split")},
+    "evaluation": metrics and dict(metrics, data=f"{data.dataset} {data.validation_split}"),
   }
   return _config(values, _source("training run", str(run), step=step))
 
@@ -230,7 +242,10 @@ def _config_of_export(
 
 
 def _config(values: Mapping[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-  keys = ("model", "num_classes", "preprocess", "class_names")
+  keys = ("model", "num_classes", "preprocess", "class_names", "data", "evaluation")
+  results = values.get("evaluation")
+  if not isinstance(results, Mapping) or not set(RESULTS) <= set(results):
+    values = {**values, "evaluation": None}
   return {**{key: values.get(key) for key in keys}, "source": source}
 
 

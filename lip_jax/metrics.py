@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import tensorboardX
 import tqdm
 
 from lip_jax import workdir as workdir_lib
+from lip_jax.errors import UsageError
 from lip_jax.mirror import Mirror
 
 log = logging.getLogger("lip_jax")
@@ -61,6 +63,7 @@ class MetricsWriter:
     if not active:
       return
     self._mirror: Mirror | None = None
+    self._workdir = workdir
     directory = Path(workdir)
     if workdir_lib.in_bucket(workdir):
       remote = workdir_lib.absolute(workdir)
@@ -69,7 +72,8 @@ class MetricsWriter:
       directory = self._mirror.local
       (directory / _FILE).write_text(before or "", encoding="utf-8")
     _truncate(directory / _FILE, start_step)
-    self._lines = (directory / _FILE).open("a", encoding="utf-8")
+    # Without a buffer, which would be left with what the disk has no room for.
+    self._lines = (directory / _FILE).open("ab", buffering=0)
     self._board = tensorboardX.SummaryWriter(
       str(directory / "tensorboard"),
       purge_step=start_step + 1,
@@ -86,13 +90,30 @@ class MetricsWriter:
   def __enter__(self) -> "MetricsWriter":
     return self
 
-  def __exit__(self, *_) -> None:
-    if self._active:
-      self._bar.close()
-      self._board.close()
+  def __exit__(self, error: type[BaseException] | None, *_) -> None:
+    if not self._active:
+      return
+    self._bar.close()
+    try:
+      if self._board_writes():  # else it would be waited for, for ever
+        self._board.close()
       self._lines.close()
+    except OSError as fault:
+      if error is None:
+        raise self._cannot_write(fault) from fault
+    finally:
       if self._mirror:
         self._mirror.close()
+
+  def _board_writes(self) -> bool:
+    """Whether TensorBoard's file is written to: its thread ends with an error of the disk."""
+    return self._board.file_writer.event_writer._worker.is_alive()
+
+  def _cannot_write(self, fault: OSError) -> UsageError:
+    return UsageError(
+      f"cannot write the metrics to {self._workdir}: {fault.strerror}; mend that and give the "
+      "same command again, which goes on from the last checkpoint"
+    )
 
   def flush(self) -> None:
     """Returns when all lines written so far are where they are to be kept.
@@ -101,7 +122,10 @@ class MetricsWriter:
     before it again.
     """
     if self._active:
-      self._board.flush()
+      try:
+        self._board.flush()
+      except OSError as fault:
+        raise self._cannot_write(fault) from fault
       if self._mirror:
         self._mirror.flush()
 
@@ -115,10 +139,14 @@ class MetricsWriter:
     if not self._active:
       return
     named = {f"{prefix}/{name}": value for name, value in values.items()}
-    self._lines.write(json.dumps({"step": step, **named}) + "\n")
-    self._lines.flush()
-    for name, value in named.items():
-      self._board.add_scalar(name, value, step)
+    try:
+      self._lines.write((json.dumps({"step": step, **named}) + "\n").encode())
+      for name, value in named.items():
+        if not self._board_writes():
+          raise OSError(None, "TensorBoard's file could not be written, see above")
+        self._board.add_scalar(name, value, step)
+    except OSError as fault:
+      raise self._cannot_write(fault) from fault
     text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     if self._bar.disable:
       log.info("step %d/%d  %s  %s", step, self._total, prefix, text)
@@ -130,6 +158,11 @@ class MetricsWriter:
     if self._mirror and (prefix == "validation" or self._mirror.due()):
       self._board.flush()
       self._mirror.start()
+
+  def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Records a picture of one step, uint8 [H, W, 3], for TensorBoard alone."""
+    if self._active:
+      self._board.add_image(name, image, step, dataformats="HWC")
 
 
 def _truncate(path: Path, last_step: int) -> None:

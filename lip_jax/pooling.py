@@ -138,7 +138,13 @@ def strided_pool(
     slice((k - 1) // 2 - p, (k - 1) // 2 - p + (out - 1) * s + 1, s)
     for k, s, p, out in zip(*geometry, geometry.output_size((x.shape[1], x.shape[2])), strict=True)
   )
-  return x[:, rows, columns]
+  # Not by indexing, which is a gather where the number of images is a symbol (`jax.export`).
+  return lax.slice(
+    x,
+    (0, rows.start, columns.start, 0),
+    (x.shape[0], rows.stop, columns.stop, x.shape[3]),
+    (1, rows.step, columns.step, 1),
+  )
 
 
 def exp_pool(

@@ -4,12 +4,12 @@ import dataclasses
 import errno
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from lip_jax.errors import UsageError
 from lip_jax.fingerprint import Leaf, fingerprint, leaves_of
@@ -26,9 +26,13 @@ _PASSING = (
   "ABORTED",
   "RESOURCE_EXHAUSTED",
   "Permission denied",
+  "Forbidden",
   "Input/output error",
   "Out of memory",
 )
+
+# Clients of buckets; an object that is not there is a FileNotFoundError to all of them.
+_CLIENTS = ("aiohttp", "gcsfs", "google", "requests")
 
 
 class DamagedError(Exception):
@@ -110,7 +114,7 @@ def from_json(stored: bytes, step: int) -> Record:
   return record
 
 
-def check_same_leaves(record: Record, like: TrainState, path: Path) -> None:
+def check_same_leaves(record: Record, like: TrainState, path: epath.Path) -> None:
   """Raises UsageError if a checkpoint holds other arrays than are wanted; names one of them."""
   for part, tree in parts(like).items():
     there = {_name(part, keys): _type(dtype, shape) for keys, dtype, shape in record.leaves[part]}
@@ -119,8 +123,9 @@ def check_same_leaves(record: Record, like: TrainState, path: Path) -> None:
       if there.get(name) != here.get(name):
         raise UsageError(
           f"the checkpoint {path} is of another model or optimizer than this configuration's: "
-          f"{name} is {there.get(name, 'absent')} in it, and here {here.get(name, 'absent')}; give "
-          "the configuration that it was saved with"
+          f"{name} is {there.get(name, 'absent')} in it, and here {here.get(name, 'absent')} (the "
+          "first axis of batch_stats are the batch-norm groups of a step: global_batch_size / "
+          "model.bn_group_size); give the configuration that it was saved with"
         )
 
 
@@ -156,6 +161,8 @@ def is_damage(error: BaseException) -> bool:
   if isinstance(error, BaseExceptionGroup):
     return all(map(is_damage, error.exceptions))
   if isinstance(error, MemoryError | TimeoutError | ConnectionError | PermissionError):
+    return False
+  if type(error).__module__.partition(".")[0] in _CLIENTS:
     return False
   if isinstance(error, OSError) and error.errno not in (
     None,

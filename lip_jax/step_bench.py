@@ -1,17 +1,20 @@
 """How large the state of a configured training is, and how fast its steps are, without any data."""
 
 import dataclasses
+import functools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from lip_jax import sharding
+from lip_jax import optim, sharding, train_state
 from lip_jax.config import Config
 from lip_jax.train_step import Program
 
 _CLASSES = 1000  # of the classifier, whose part of the work is small
+_STEPS_PER_EPOCH = 1e6  # of data that is not looked at
 _CPU_BATCH = 4  # images for each device, where a whole batch would take minutes
 
 
@@ -32,8 +35,27 @@ class StepRate:
 
 
 def state_bytes(config: Config) -> int:
-  """Bytes of a train state, which a checkpoint holds; nothing is computed."""
-  leaves = jax.tree.leaves(_program(config, jax.devices()).state)
+  """Bytes of a train state, which a checkpoint holds; nothing is computed, and no device asked.
+
+  Those of this machine may hang, and are only a part of the devices of a run on several hosts.
+  """
+  schedule = optim.learning_rate(
+    config.optim,
+    global_batch_size=config.global_batch_size,
+    steps_per_epoch=_STEPS_PER_EPOCH,
+    num_epochs=config.num_epochs,
+  )
+  num_groups = config.global_batch_size // (
+    config.model.get("bn_group_size") or config.global_batch_size
+  )
+  init = functools.partial(
+    train_state.init,
+    optim.sgd(config.optim, schedule),
+    config.seed,
+    num_groups,
+    **train_state.model_options(config, _CLASSES),
+  )
+  leaves = jax.tree.leaves(jax.eval_shape(init))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -58,9 +80,14 @@ def measure(
   if (model.get("bn_group_size") or 0) > batch_size:
     model["bn_group_size"] = batch_size
   config = dataclasses.replace(
-    config, model=model, global_batch_size=batch_size, eval_batch_size=batch_size
+    config,
+    model=model,
+    global_batch_size=batch_size,
+    eval_batch_size=batch_size,
+    fsdp=math.gcd(config.fsdp, len(devices)),
+    accumulation_steps=math.gcd(config.accumulation_steps, batch_size // len(devices)),
   )
-  program = _program(config, devices)
+  program = Program(config, num_classes=_CLASSES, steps_per_epoch=_STEPS_PER_EPOCH, devices=devices)
   state, votes = program.init(), sharding.Votes(program.mesh)(False)
   rng = np.random.default_rng(0)
   side = config.data.image_size
@@ -84,7 +111,3 @@ def measure(
     progress(f"training step {count}")
   rate = count * batch_size / (time.perf_counter() - start)
   return StepRate(rate, batch_size, len(devices), compiled)
-
-
-def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
-  return Program(config, num_classes=_CLASSES, steps_per_epoch=1e6, devices=devices)

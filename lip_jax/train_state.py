@@ -81,8 +81,15 @@ def placed(state: TrainState, mesh: Mesh, group_span: int) -> TrainState:
 
 
 def averaged(batch_stats: Tree) -> Tree:
-  """Batch statistics of the network: the average over the groups of a train state's."""
-  return jax.tree.map(lambda stat: stat.mean(axis=0), batch_stats)
+  """Batch statistics of the network: the average over the groups of a train state's.
+
+  Counts (`LIP.steps`) are the same for all groups.
+  """
+
+  def over_groups(stat):
+    return stat.mean(axis=0) if jnp.issubdtype(stat.dtype, jnp.floating) else stat[0]
+
+  return jax.tree.map(over_groups, batch_stats)
 
 
 def model_options(config: Config, num_classes: int) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import logging
 import math
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import optax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from lip_jax import class_names, sharding
+from lip_jax import class_names, fine_tuning, sharding, visualize
 from lip_jax import config as config_lib
 from lip_jax.checkpoint import Checkpoints, has_checkpoints, restore_path
 from lip_jax.config import Config
@@ -26,9 +28,12 @@ from lip_jax.interrupt import StopRequest
 from lip_jax.metrics import MetricsWriter, Throughput
 from lip_jax.train_step import Program
 from lip_jax.watchdog import Watchdog
-from lip_jax.workdir import check_access, write_text
+from lip_jax.workdir import check_access, lock, write_text
 
 log = logging.getLogger("lip_jax")
+
+# What a file system that hosts share may need to show a file of one to the others.
+_VISIBLE_SECONDS = 10
 
 _STEP_METRICS = ("loss", "top1", "grad_norm", "param_norm")  # in the order that they are shown
 
@@ -44,11 +49,17 @@ class Result:
   step: int  # updates made
   finished: bool  # False: stopped by a signal; the same call goes on
   metrics: dict[str, float]  # of the validation split: top1, top5 (fractions), loss, count
-  checkpoint: Path | None  # directory of the state; None: stopped before there was one
+  checkpoint: epath.Path | None  # directory of the state; None: stopped before there was one
   importance_picture: epath.Path | None
 
 
-def train(config: Config, workdir: str | Path, *, start_from: str | Path | None = None) -> Result:
+def train(
+  config: Config,
+  workdir: str | Path,
+  *,
+  start_from: str | Path | None = None,
+  weights: str | Path | None = None,
+) -> Result:
   """Trains, or goes on where the run in `workdir` stopped.
 
   Writes `config.json`, `classes.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the
@@ -60,22 +71,41 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     workdir: directory of the run, created if need be.
     start_from: directory of another run's checkpoint, `<its workdir>/checkpoints/<step>`. A run
       that has none of its own yet goes on from there, for example with a lower learning rate.
+    weights: what `lip_jax.load` takes. A run that has no checkpoint of its own yet starts at step 0
+      with the weights of that network, to fine-tune them; its classifier starts afresh where the
+      data have other classes.
 
   Raises:
-    UsageError: a configuration that cannot run, or a workdir that holds another run.
+    UsageError: a configuration that cannot run, a workdir that holds another run, or weights of
+      another network.
     NonFiniteLossError: training has diverged.
   """
+  if start_from is not None and weights is not None:
+    raise UsageError(
+      f"start_from={start_from} and weights={weights} are given: a run goes on from a checkpoint, "
+      "or starts from the weights of a network; leave one of them out"
+    )
   directory = check_access(workdir)
-  _claim_workdir(config, directory)
+  _check_shared(directory)
+  first = jax.process_index() == 0
+  with lock(directory) if first else contextlib.nullcontext():
+    return _train(config, directory, start_from, weights)
 
+
+def _train(
+  config: Config,
+  directory: epath.Path,
+  start_from: str | Path | None,
+  weights: str | Path | None,
+) -> Result:
+  _check_same_run(config, directory)
   _check_batch_norm_groups(config)
   # Data
   source = open_split(config.data.dataset, config.data.train_split, config.data.data_dir)
-  if jax.process_index() == 0:
-    class_names.write(directory, source.class_names)
   steps_per_epoch = len(source) / config.global_batch_size
   total_steps = max(1, round(config.num_epochs * steps_per_epoch))
   eval_steps = max(1, round(config.eval_every_epochs * steps_per_epoch))
+  draw_steps = max(1, round(config.importance_every_epochs * steps_per_epoch))
   loader = pipeline.train_loader(
     source,
     image_size=config.data.image_size,
@@ -92,8 +122,13 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
   # Mesh and model
   program = Program(config, num_classes=source.num_classes, steps_per_epoch=steps_per_epoch)
   evaluator = Evaluator(config, validation, program.graph, program.mesh)
+  if jax.process_index() == 0:
+    write_text(directory / "config.json", config_lib.to_json(config) + "\n")
+    class_names.write(directory, source.class_names)
 
   with (
+    # Around it all: the last save, too, is not to be cut short.
+    StopRequest(preemption_notice=jax.default_backend() == "tpu") as stop,
     _compilation_cache(directory),
     Watchdog(seconds=config.watchdog_seconds) as watchdog,
     loader,
@@ -109,6 +144,8 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
     if restored is None:
       watchdog.doing("making the first state")
       state, step, last_good = program.init(), 0, None
+      if weights is not None:
+        state = fine_tuning.start_from(weights, state, config, source.class_names)
     else:
       state, last_good = restored.state, restored.path
       step = int(state.step)
@@ -132,14 +169,13 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
 
     # Loop
     with (
-      StopRequest(preemption_notice=jax.default_backend() == "tpu") as stop,
       MetricsWriter(
         directory, total_steps=total_steps, start_step=step, active=jax.process_index() == 0
       ) as writer,
       sharding.Prefetch(loader, program.mesh, position=loader.position) as feed,
     ):
       votes = sharding.Votes(program.mesh)
-      stopping = False
+      stopping = any(sharding.gather(stop.requested))  # before there is anything to compile
       pending: tuple[int, Mapping[str, jax.Array], Any] | None = None
       saved = step
       clock = Throughput(config.global_batch_size)
@@ -176,6 +212,13 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
         writer.flush()
         checkpoints.save(state, iterator, step=step, metrics=results)
 
+      def draw_importance() -> None:
+        """Puts the importance maps into TensorBoard."""
+        watchdog.doing(f"drawing the importance maps of step {step}")
+        figure = evaluator.importance_figure(state, config.importance_images)
+        if figure is not None:
+          writer.write_image(step, "importance", visualize.figure_to_array(figure))
+
       def stop_evaluation() -> bool:
         """Asked before each batch of an evaluation."""
         watchdog.doing(f"evaluation batch {next(batch_numbers)}")
@@ -193,10 +236,16 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
           with clock.paused():
             try:
               results = evaluator(state, stop=stop_evaluation)
-            except UsageError:  # unreadable images: the steps so far must not be lost with them
-              if step > saved:
+            except UsageError as error:  # the steps so far must not be lost with it
+              # Unreadable images stop all processes; another error may be of this one alone, and
+              # saving needs all.
+              together = isinstance(error, pipeline.UnreadableImagesError)
+              if step > saved and (together or jax.process_count() == 1):
                 save()
               raise
+            # Since the evaluation before, a multiple of draw_steps has been passed.
+            if results and config.importance_every_epochs and step % draw_steps < eval_steps:
+              draw_importance()
           evaluated = results is not None
           stopping |= results is None
           if results is not None:
@@ -219,13 +268,12 @@ def train(config: Config, workdir: str | Path, *, start_from: str | Path | None 
 
     watchdog.doing("the end of the run")
     finished = step == total_steps and results is not None
-    picture: epath.Path | None = directory / "importance.png"
-    if not (
-      finished
-      and config.importance_images
-      and evaluator.draw_importance(state, config.importance_images, directory / "importance.png")
-    ):
-      picture = None
+    picture: epath.Path | None = None
+    if finished and config.importance_images:
+      figure = evaluator.importance_figure(state, config.importance_images)
+      if figure is not None:
+        picture = directory / "importance.png"
+        visualize.save_figure(figure, picture)
     return Result(step, finished, results or {}, last_good, picture)
 
 
@@ -260,17 +308,37 @@ def _compilation_cache(workdir: epath.Path) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def _claim_workdir(config: Config, workdir: epath.Path) -> None:
-  """Stores the configuration; refuses the workdir of another run."""
-  if has_checkpoints(workdir):
-    different = config_lib.differences(config, config_lib.load(workdir))
-    if different:
-      raise UsageError(
-        f"{workdir} holds a run with another configuration: {'; '.join(different)}. Take another "
-        "--workdir, or give the values that the run was started with"
-      )
+def _check_shared(workdir: epath.Path) -> None:
+  """Raises UsageError, on all processes, if the workdir is not the same directory for all."""
+  if jax.process_count() == 1:
+    return
+  mark = workdir / f".lip_jax_{sharding.gather(uuid.uuid4().hex)[0]}"
   if jax.process_index() == 0:
-    write_text(workdir / "config.json", config_lib.to_json(config) + "\n")
+    write_text(mark, mark.name)
+  sharding.gather(None)
+  deadline = time.monotonic() + _VISIBLE_SECONDS
+  while not (there := mark.exists()) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  seen = sharding.gather(there)
+  if jax.process_index() == 0:
+    mark.unlink()
+  if not all(seen):
+    raise UsageError(
+      f"{workdir} of process 0 is another directory than that of process {seen.index(False)}; "
+      "--workdir has to be one that all hosts share, on a shared file system or gs://BUCKET/RUN"
+    )
+
+
+def _check_same_run(config: Config, workdir: epath.Path) -> None:
+  """Raises UsageError if the workdir is that of another run."""
+  if not has_checkpoints(workdir):
+    return
+  different = config_lib.differences(config, config_lib.load(workdir))
+  if different:
+    raise UsageError(
+      f"{workdir} holds a run with another configuration: {'; '.join(different)}. Take another "
+      "--workdir, or give the values that the run was started with"
+    )
 
 
 def _check_batch_norm_groups(config: Config) -> None:
@@ -283,7 +351,7 @@ def _check_batch_norm_groups(config: Config) -> None:
 
 
 def _diverged(
-  step: int, values: Mapping[str, float], schedule: optax.Schedule, last_good: Path | None
+  step: int, values: Mapping[str, float], schedule: optax.Schedule, last_good: epath.Path | None
 ) -> str:
   """What happened, and how to go on with a run that is no longer finite."""
   back = (

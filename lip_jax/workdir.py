@@ -4,9 +4,14 @@ Objects of a bucket can neither be appended to nor renamed, and there are no dir
 written here is written as a whole.
 """
 
+import contextlib
+import fcntl
 import importlib.util
 import os
+import socket
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -16,6 +21,8 @@ from lip_jax.errors import UsageError
 PathLike = str | os.PathLike[str]
 
 _EMULATOR = "STORAGE_EMULATOR_HOST"  # of Google's clients and gcsfs; needs no credentials
+_LOCK = ".lock"
+_LOCK_SECONDS = 10
 
 
 def in_bucket(path: PathLike) -> bool:
@@ -40,6 +47,7 @@ def absolute(path: PathLike) -> epath.Path:
   if importlib.util.find_spec("gcsfs") is None:
     raise UsageError(f"{text} is in a bucket: pip install 'lip-jax[gcs]' to use it")
   os.environ.setdefault("EPATH_USE_TF", "false")  # else an installed TensorFlow would read it
+  _remember_no_listings()
   return epath.Path(text.rstrip("/"))
 
 
@@ -56,7 +64,7 @@ def read_text(path: epath.Path) -> str | None:
   except Exception as error:  # a bucket's clients have errors of their own
     if in_bucket(path):
       _check_credentials(path)
-    raise UsageError(f"cannot read {path}: {_reason(path, error)}") from error
+    raise UsageError(f"cannot read {path}: {reason(path, error)}") from error
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -94,8 +102,50 @@ def check_access(directory: PathLike) -> epath.Path:
     finally:
       probe.unlink()
   except Exception as error:  # a bucket's clients have errors of their own
-    raise UsageError(f"cannot use {path}: {_reason(path, error)}") from error
+    raise UsageError(f"cannot use {path}: {reason(path, error)}") from error
   return path
+
+
+def _remember_no_listings() -> None:
+  """Other processes, and TensorStore in this one, change a bucket without gcsfs's knowledge."""
+  import fsspec.config
+
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+@contextlib.contextmanager
+def lock(directory: epath.Path) -> Iterator[None]:
+  """Keeps a second run out of a directory for the time of a `with`.
+
+  The lock ends with the process, however that ends. In a bucket, and on a file system that has no
+  locks, there is none.
+
+  Raises:
+    UsageError: another process has it, and keeps it for some seconds; names that process.
+  """
+  if in_bucket(directory):
+    yield
+    return
+  with open(directory / _LOCK, "a+", encoding="utf-8") as file:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:  # perhaps of one that is about to end
+        if time.monotonic() > deadline:
+          file.seek(0)
+          holder = file.read(200).strip() or "another process"
+          raise UsageError(
+            f"{directory} is in use by {holder}; end that first, or take another --workdir"
+          ) from None
+        time.sleep(0.2)
+      except OSError:
+        break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
 
 
 def _check_credentials(path: epath.Path) -> None:
@@ -115,8 +165,8 @@ def _check_credentials(path: epath.Path) -> None:
     ) from None
 
 
-def _reason(path: epath.Path, error: Exception) -> str:
-  """What stands in the way, and what to do."""
+def reason(path: epath.Path, error: Exception) -> str:
+  """What stood in the way of using a path, and what to do, in one line."""
   said = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
   if not in_bucket(path):
     name = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else said

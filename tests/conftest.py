@@ -1,6 +1,8 @@
 """Eight fake CPU devices, quick compilation, and arrays of different rank do not mix silently."""
 
+import importlib.util
 import os
+from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -14,6 +16,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from fixture_bucket import local_bucket
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -23,3 +26,21 @@ def x64():
   """float64 for the time of a test."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="session")
+def bucket_service():
+  """URL of the one bucket of this process, and the variables that lead its clients to it."""
+  for module in ("gcsfs", "gcp_storage_emulator"):
+    if importlib.util.find_spec(module) is None:  # gcsfs may be imported only after its variables
+      pytest.skip(f"{module} is not installed")
+  with local_bucket() as service:
+    yield service
+
+
+@pytest.fixture
+def bucket(bucket_service):
+  """gs:// URL of a bucket that works in this test, and in its subprocesses."""
+  url, variables = bucket_service
+  with mock.patch.dict(os.environ, variables):
+    yield url

@@ -62,6 +62,7 @@ def write_run(workdir, images, metrics):
   with Checkpoints(workdir) as checkpoints:
     for step, result in metrics.items():
       params, batch_stats = train_state.split(make_model(str(step)))
+      batch_stats = jax.tree.map(lambda stat: jnp.stack([stat, stat]), batch_stats)  # two groups
       state = TrainState(jnp.int32(step), params, batch_stats, optimizer.init(params))
       state = jax.device_put(state, sharding.replicated(sharding.make_mesh()))
       checkpoints.save(state, {"position": 0}, step=step, metrics=result)

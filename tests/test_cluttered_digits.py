@@ -12,7 +12,7 @@ from lip_jax.data import cluttered_digits
 from lip_jax.data.cluttered_digits import SOURCES, Box, ClutteredDigits, draw_scene
 from lip_jax.data.preprocess import decode_jpeg
 
-CLASSIFY, DETECT = ClutteredDigits.BUILDER_CONFIGS
+CLASSIFY, DETECT, SIZES, SIZES_LARGE = ClutteredDigits.BUILDER_CONFIGS
 TINY = {
   "tiny_classify": dataclasses.replace(
     CLASSIFY, name="tiny_classify", num_train=24, num_validation=9

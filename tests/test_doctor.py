@@ -86,6 +86,10 @@ def test_devices_that_fail_or_hang_are_problems(tmp_path, monkeypatch):
   failing = examine("devices", data_dir=str(tmp_path))["devices"][0]
   assert failing.status == "problem"
   assert "nonesuch" in failing.text
+  # The rest does not ask them again: they might hang. Those of the run may be more than are here.
+  write_config(tmp_path / "run", fsdp=16)
+  found = examine("devices", "speed", workdir=str(tmp_path / "run"), data_dir=str(tmp_path))
+  assert found["speed"] == []
 
 
 def test_one_fault_leaves_the_other_checks_alone(tmp_path, monkeypatch):

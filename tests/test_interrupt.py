@@ -1,8 +1,11 @@
-"""Being asked to stop by the cloud; signals are tested on real trainings in tests/e2e."""
+"""Being asked to stop; on real trainings in tests/e2e."""
 
 import http.server
+import signal
 import threading
 import time
+
+import pytest
 
 from lip_jax.interrupt import StopRequest
 
@@ -44,3 +47,15 @@ def test_a_preemption_notice_is_a_request_to_stop(monkeypatch, caplog):
   path = "/computeMetadata/v1/instance/preempted"
   assert [p for p, _ in asked[:2]] == [path] * 2
   assert asked[2] == (f"{path}?wait_for_change=true&timeout_sec=300", "Google")
+
+
+def test_a_second_sigterm_changes_nothing_and_a_second_sigint_acts_as_usual():
+  before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+  with StopRequest() as stop:
+    for _ in range(3):
+      signal.raise_signal(signal.SIGTERM)  # else it would end this process
+    assert stop.requested
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -29,7 +29,7 @@ from lip_jax.errors import UsageError
 from lip_jax.torch_weights import to_torch_state_dict
 
 ROOT = Path(__file__).parents[1]
-KEYS = ["model", "num_classes", "preprocess", "class_names", "source"]
+KEYS = ["model", "num_classes", "preprocess", "class_names", "data", "evaluation", "source"]
 SMALL = {"image_size": SIZE, "resize": SIZE, "mean": [128.0] * 3, "std": [64.0] * 3}
 
 

@@ -1,7 +1,9 @@
 import json
+import resource
 
 import pytest
 
+from lip_jax.errors import UsageError
 from lip_jax.metrics import MetricsWriter, Throughput
 
 
@@ -26,6 +28,25 @@ def test_a_resumed_run_rewrites_what_came_after_its_checkpoint(tmp_path):
     {"step": 4, "validation/top1": 0.5, "validation/count": 10},
   ]
   assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+# Of TensorBoard's file, which is thrown away with what could not be written.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_an_error_of_one_line(tmp_path):
+  """As far as no file may grow beyond 4 kB."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def run():
+    with MetricsWriter(tmp_path, total_steps=9, start_step=0) as writer:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+      for step in range(1000):
+        writer.write(step, "train", {"loss": 0.5})
+
+  try:
+    with pytest.raises(UsageError, match=f"cannot write the metrics to {tmp_path}: File too large"):
+      run()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_only_one_process_writes(tmp_path):

@@ -10,21 +10,11 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from fixture_bucket import local_bucket
 
 from lip_jax import config as config_lib
 from lip_jax import workdir as workdir_lib
 from lip_jax.errors import UsageError
 from lip_jax.metrics import MetricsWriter
-
-
-@pytest.fixture(scope="module")
-def bucket():
-  for module in ("gcsfs", "gcp_storage_emulator"):
-    if importlib.util.find_spec(module) is None:  # gcsfs may be imported only after its variables
-      pytest.skip(f"{module} is not installed")
-  with local_bucket() as url:
-    yield url
 
 
 def lines(workdir):
@@ -140,3 +130,13 @@ def test_without_credentials_a_bucket_is_not_tried(bucket, monkeypatch):
   monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent")
   with pytest.raises(UsageError, match="no Google credentials found; on a Cloud VM"):
     workdir_lib.check_access("gs://bucket/run")
+
+
+def test_a_directory_is_for_one_run_at_a_time(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir_lib, "_LOCK_SECONDS", 0.3)
+  path = workdir_lib.absolute(tmp_path)
+  holder = f"is in use by process {os.getpid()} on .*; end that first"
+  with workdir_lib.lock(path), pytest.raises(UsageError, match=holder), workdir_lib.lock(path):
+    pass
+  with workdir_lib.lock(path):
+    pass

@@ -2,16 +2,17 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from lip_jax import __version__
-from lip_jax.cli import convert, data, doctor, inference, tables, visualize
+from lip_jax.cli import compile, convert, data, doctor, export, inference, tables, visualize
 from lip_jax.errors import UsageError
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
 # that --help and mistakes are answered at once.
-_COMMANDS = (inference, visualize, tables, convert, data, doctor)
+_COMMANDS = (inference, visualize, tables, convert, export, data, doctor, compile)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     was found; or 130 after Ctrl-C. Arguments that cannot be parsed end the process with 2.
   """
   parser = _parser()
-  args = parser.parse_args(argv)
+  argv = sys.argv[1:] if argv is None else argv
+  # What configurations are changed by is written as train.py has it, too.
+  args = parser.parse_args([re.sub(r"^--config\.", "--set=", arg) for arg in argv])
   try:
     status = args.run(args) or 0
     sys.stdout.flush()

@@ -12,6 +12,7 @@ before it and validation pictures only the rest, so that no writer and no source
 import colorsys
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -52,6 +53,23 @@ _CITATION = """
 """
 
 
+class Condition(NamedTuple):
+  """One size of the digit and one density of clutter.
+
+  Attributes:
+    digit_height: of the digit's ink, pixels.
+    fragments: pieces of clutter tried.
+  """
+
+  digit_height: int
+  fragments: int
+
+  @property
+  def split(self) -> str:
+    """Name of the split that shows it."""
+    return f"height{self.digit_height}_fragments{self.fragments}"
+
+
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ClutteredDigitsConfig(tfds.core.BuilderConfig):
   """What the images of one configuration look like, and how many there are.
@@ -67,6 +85,8 @@ class ClutteredDigitsConfig(tfds.core.BuilderConfig):
       light ink on a dark ground, which a small network learns several times faster.
     num_train: images in the train split.
     num_validation: images in the validation split.
+    conditions: each has a split of its own, of the validation split's digits.
+    num_condition: images in each of those splits.
   """
 
   canvas: int
@@ -76,6 +96,18 @@ class ClutteredDigitsConfig(tfds.core.BuilderConfig):
   light_grounds: bool
   num_train: int
   num_validation: int
+  conditions: tuple[Condition, ...] = ()
+  num_condition: int = 0
+
+  def at(self, condition: Condition) -> "ClutteredDigitsConfig":
+    """The look of the images of one condition."""
+    height, fragments = condition
+    look: dict[str, Any] = {
+      "name": f"{self.name}/{condition.split}",
+      "digit_height": (height, height),
+      "fragments": (fragments, fragments),
+    }
+    return dataclasses.replace(self, **look)
 
 
 class Box(NamedTuple):
@@ -123,6 +155,9 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
 
   `cluttered_digits/classify`: one digit in 48x48 pixels, 20,000 + 2,000 images, chance is 10 %.
   `cluttered_digits/detect`: two to six digits in 128x128 pixels, 2,000 + 500 images.
+  `cluttered_digits/sizes`: one digit in 28x28 pixels, 30,000 + 1,000 images of many sizes and
+  densities of clutter, and 1,000 of each of 16 conditions in splits such as "height8_fragments4".
+  `cluttered_digits/sizes_large`: the same in 64x64 pixels, 60,000 + 2,000, and 2,000 of each.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -150,6 +185,36 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
       num_train=2_000,
       num_validation=500,
     ),
+    ClutteredDigitsConfig(
+      name="sizes",
+      description="One whole digit in 28x28 pixels; size and clutter apart (benchmarks).",
+      canvas=28,
+      digits=(1, 1),
+      digit_height=(8, 18),
+      fragments=(0, 8),
+      light_grounds=False,
+      num_train=30_000,
+      num_validation=1_000,
+      conditions=tuple(
+        itertools.starmap(Condition, itertools.product((8, 11, 14, 18), (0, 2, 4, 8)))
+      ),
+      num_condition=1_000,
+    ),
+    ClutteredDigitsConfig(
+      name="sizes_large",
+      description="One whole digit in 64x64 pixels; size and clutter apart (benchmarks).",
+      canvas=64,
+      digits=(1, 1),
+      digit_height=(8, 32),
+      fragments=(0, 24),
+      light_grounds=False,
+      num_train=60_000,
+      num_validation=2_000,
+      conditions=tuple(
+        itertools.starmap(Condition, itertools.product((8, 12, 20, 32), (0, 6, 12, 24)))
+      ),
+      num_condition=2_000,
+    ),
   ]
   DEFAULT_BUILDER_CONFIG_NAME = "classify"
 
@@ -175,15 +240,25 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
     config = self.builder_config
-    return {
-      "train": self._generate_examples("train", config.num_train),
-      "validation": self._generate_examples("validation", config.num_validation),
+    examples = {
+      "train": self._generate_examples(config, "train", "train", config.num_train),
+      "validation": self._generate_examples(
+        config, "validation", "validation", config.num_validation
+      ),
     }
+    for condition in config.conditions:
+      examples[condition.split] = self._generate_examples(
+        config.at(condition), "validation", condition.split, config.num_condition
+      )
+    return examples
 
-  def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    canvas = self.builder_config.canvas
+  def _generate_examples(
+    self, config: ClutteredDigitsConfig, digits: str, split: str, count: int
+  ) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Images of the look `config` with the source digits of the split `digits`."""
+    canvas = config.canvas
     for k in range(count):
-      scene = draw_scene(self.builder_config, split, k)
+      scene = draw_scene(config, digits, k)
       yield (
         k,
         {

@@ -1,6 +1,5 @@
 """Real processes: train.py on a small data set, as a user starts it."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fixture_digits import prepare_digits
 
 from lip_jax.data.cluttered_digits import ClutteredDigits
 
@@ -19,7 +19,7 @@ class Training:
   """Starts train.py on the data set `cluttered_digits/tiny`: 64 + 20 images of 48 px.
 
   Attributes:
-    QUICK: XLA_FLAGS for tests in which it does not matter what is computed.
+    QUICK: XLA_FLAGS for little effort in compiling, of all processes unless a test says otherwise.
     environment: of the processes.
   """
 
@@ -30,17 +30,14 @@ class Training:
     self.environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "",  # one device, unless a test says otherwise
+      "XLA_FLAGS": self.QUICK,  # and one device, unless a test says otherwise
       "JAX_COMPILATION_CACHE_DIR": str(cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
   def prepare(self, name: str, builder: type[ClutteredDigits] = ClutteredDigits) -> None:
     """Writes the data set `cluttered_digits/<name>`."""
-    config = dataclasses.replace(
-      ClutteredDigits.BUILDER_CONFIGS[0], name=name, num_train=64, num_validation=20
-    )
-    builder(config=config, data_dir=self.data_dir).download_and_prepare(file_format="array_record")
+    prepare_digits(self.data_dir, name, builder)
 
   def command(self, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *flags]
@@ -50,6 +47,8 @@ class Training:
     settings = {
       "data.dataset": "cluttered_digits/tiny",
       "data.data_dir": self.data_dir,
+      "data.image_size": 32,  # scaled, to be quick
+      "data.eval_resize": 32,
       "num_epochs": 4,
       "global_batch_size": 8,
       "eval_batch_size": 8,

@@ -18,7 +18,6 @@ def test_a_row_shrunk_by_an_argument(training, tmp_path, capsys):
     f"--workdir={workdir}",
     f"--config.data.data_dir={training.data_dir}",
     "--config.data.dataset=cluttered_digits/tiny",
-    XLA_FLAGS=training.QUICK,
   )
   assert done.returncode == 0, done.stdout + done.stderr
   assert "step 4/4  validation" in done.stdout

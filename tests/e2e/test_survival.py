@@ -15,15 +15,13 @@ def get_config():
   config.model.name, config.model.pool = "resnet_small", "strided"
   config.model.width, config.model.stage_sizes = 8, (1, 1, 1, 1)
   del config.model.logit, config.model.logit_width
-  config.data.image_size = config.data.eval_resize = 32
   return config
 """
 
 
 @pytest.mark.slow
-def test_thirty_sigkills_and_the_same_run(training, tmp_path, monkeypatch):
+def test_thirty_sigkills_and_the_same_run(training, tmp_path):
   """At any moment: in start-up, between steps, and most often while a checkpoint is written."""
-  monkeypatch.setitem(training.environment, "XLA_FLAGS", training.QUICK)
   config = tmp_path / "tiny.py"
   original = Path(__file__).parents[2] / "configs" / "cluttered_digits.py"
   config.write_text(CONFIG.format(path=str(original)))

@@ -5,8 +5,10 @@ import signal
 
 import pytest
 from compare_runs import assert_same_run, metrics_of
+from tensorboardX.proto.event_pb2 import Event
 
 from lip_jax.checkpoint import Checkpoints
+from lip_jax.data import tfrecord
 
 STEPS = 32
 
@@ -15,7 +17,9 @@ STEPS = 32
 def uninterrupted(training, tmp_path_factory):
   """A run from start to end, with an importance picture: (workdir, finished process)."""
   workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-  done = training.train(workdir, "--config.importance_images=3")
+  done = training.train(
+    workdir, "--config.importance_images=3", "--config.importance_every_epochs=4"
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   return workdir, done
 
@@ -43,6 +47,23 @@ def test_a_run_reports_and_leaves_what_the_readme_promises(uninterrupted):
   assert json.loads((workdir / "config.json").read_text())["data"]["dataset"] == (
     "cluttered_digits/tiny"
   )
+
+
+def test_importance_maps_are_in_tensorboard_when_they_are_due(uninterrupted):
+  """At the end of four epochs, and not with the evaluation after two."""
+  workdir, _ = uninterrupted
+  events = [
+    Event.FromString(record)
+    for path in (workdir / "tensorboard").glob("events.*")
+    for record in tfrecord.read_records(str(path))
+  ]
+  pictures = [
+    (event.step, value.tag, value.image.encoded_image_string[:4])
+    for event in events
+    for value in event.summary.value
+    if value.HasField("image")
+  ]
+  assert pictures == [(STEPS, "importance", b"\x89PNG")]
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 15), (signal.SIGINT, 6)])
@@ -89,7 +110,7 @@ def test_evaluation_of_a_checkpoint(training, uninterrupted, devices):
     "--checkpoint=latest",
     f"--data_dir={training.data_dir}",
     f"--workdir={workdir}",
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    XLA_FLAGS=f"{training.QUICK} --xla_force_host_platform_device_count={devices}",
   )
   assert done.returncode == 0, done.stdout + done.stderr
   expected = metrics_of(workdir)[-1]
@@ -98,7 +119,7 @@ def test_evaluation_of_a_checkpoint(training, uninterrupted, devices):
   assert "over 20 images" in done.stdout
 
 
-def test_no_tensorflow_in_the_training_process(training, tmp_path):
+def test_no_tensorflow_in_the_training_process(training, tmp_path, monkeypatch):
   code = (
     "import runpy, sys\n"
     "try:\n"
@@ -109,6 +130,8 @@ def test_no_tensorflow_in_the_training_process(training, tmp_path):
     "assert 'tensorflow' not in sys.modules\n"
     "print('no tensorflow')\n"
   )
+  # This one is compiled as users' are.
+  monkeypatch.setitem(training.environment, "XLA_FLAGS", "")
   flags = training.train_flags(tmp_path / "run", "--config.num_epochs=0.25")
   script = training.command()[-1]
   done = training.run_code(f"import sys; sys.argv = {[script, *flags]!r}\n{code}")

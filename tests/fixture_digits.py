@@ -1,0 +1,16 @@
+"""The embedded data set with few images."""
+
+import dataclasses
+from pathlib import Path
+
+from lip_jax.data.cluttered_digits import ClutteredDigits
+
+
+def prepare_digits(
+  data_dir: Path, name: str, builder: type[ClutteredDigits] = ClutteredDigits
+) -> None:
+  """Writes `cluttered_digits/<name>`, 64 + 20 images of 48 px."""
+  config = dataclasses.replace(
+    ClutteredDigits.BUILDER_CONFIGS[0], name=name, num_train=64, num_validation=20
+  )
+  builder(config=config, data_dir=data_dir).download_and_prepare(file_format="array_record")
