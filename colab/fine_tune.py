@@ -63,6 +63,8 @@ FLOWERS = False
 # two CPU cores; nothing, if another of these notebooks has done it in this runtime).
 
 # %%
+import dataclasses
+
 from configs.cluttered_digits import get_config
 from lip_jax import config as config_lib
 from lip_jax import trainer
@@ -150,6 +152,7 @@ fine_tuned = trainer.train(new_run, "runs/fine_tuned", weights=START)
 # The same training, from nothing: is there anything in having learned before?
 
 # %%
+new_run = dataclasses.replace(new_run, importance_images=0)  # no picture
 from_scratch = trainer.train(new_run, "runs/from_scratch")
 
 print(f"fine-tuned:   {100 * fine_tuned.metrics['top1']:.2f} %")

@@ -220,8 +220,8 @@ for name, net in networks.items():
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+width = 1 if SMALL else 25
 for (name, values), style in zip(losses.items(), ("-", "--", ":"), strict=True):
-  width = min(25, len(values))
   axis.plot(np.convolve(values, np.full(width, 1 / width), "valid"), style, label=name)
 axis.set(xlabel="step", ylabel=f"training loss, mean of {width} steps")
 axis.spines[["top", "right"]].set_visible(False)

@@ -50,6 +50,7 @@ def test_differences_name_what_makes_another_run():
     (None, "label_smoothing", 1.0, "config.label_smoothing must be in"),
     (None, "seed", -1, "config.seed must be in"),
     (None, "keep_checkpoints", 1, "config.keep_checkpoints must be at least 2, got 1"),
+    (None, "importance_every_epochs", -1.0, "config.importance_every_epochs must be at least 0"),
     ("data", "eval_resize", 32, "config.data.eval_resize=32 must be at least .*image_size=48"),
     ("data", "crop_scale", (1.0, 0.5), "config.data.crop_scale must be .*got \\(1.0, 0.5\\)"),
     ("data", "crop_scale", 0.5, "config.data.crop_scale must be .*got 0.5"),

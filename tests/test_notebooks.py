@@ -89,6 +89,7 @@ def is_picture(path):
   return path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_lip_in_ten_minutes(execute):
   folder, printed, shown = execute("lip_in_ten_minutes")
   assert re.search(r"equal logits: the mean +4\.00\n", printed)
@@ -100,6 +101,7 @@ def test_lip_in_ten_minutes(execute):
   assert len(shown) == 2
 
 
+@pytest.mark.slow
 def test_look_inside(execute):
   folder, printed, shown = execute("look_inside")
   assert "20 images of cluttered_digits/classify validation" in printed
@@ -110,6 +112,7 @@ def test_look_inside(execute):
   assert len(shown) == 3
 
 
+@pytest.mark.slow
 def test_fine_tune(execute):
   _, printed, shown = execute("fine_tune")
   assert "the classifier is a new one, of 2 classes" in printed
@@ -119,6 +122,7 @@ def test_fine_tune(execute):
   assert len(shown) == 1
 
 
+@pytest.mark.slow
 def test_your_own_logit_module(execute):
   folder, printed, shown = execute("your_own_logit_module")
   assert "gradients agree with finite differences" in printed
