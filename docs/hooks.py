@@ -28,11 +28,12 @@ COMMAND = re.compile(r"^```console\n\$ lip-jax (?P<arguments>[^\n]*)\n```$", re.
 EVERY_COMMAND = "```console\n$ lip-jax COMMAND --help\n```"
 TABLES = "```console\n$ lip-jax tables\n```"
 NOTEBOOKS = "[colab](../colab/)"
-# Files beside docs/ that have a page of their own.
+# Files and folders beside docs/ that have a page of their own.
 PAGES = {
   "README.md": "index.md",
   "CHANGELOG.md": "changelog.md",
   "CONTRIBUTING.md": "contributing.md",
+  "colab/": "notebooks.md",
 }
 LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
@@ -69,7 +70,8 @@ def on_page_content(content: str, **_) -> str:
 def on_serve(server, config: MkDocsConfig, **_):
   """Watches the files that pages include."""
   for name in PAGES:
-    server.watch(str(ROOT / name))
+    if (ROOT / name).exists():
+      server.watch(str(ROOT / name))
   return server
 
 
