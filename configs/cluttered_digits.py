@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
   config.model = ConfigDict()
   config.model.name = "lip_resnet_small"
   config.model.pool = "lip"  # or strided, average, max
+  config.model.width = 16  # channels after the stem; doubles at each stage
   config.model.logit = "bottleneck"  # or projection
   config.model.logit_width = 16
   config.model.bn_group_size = 32  # 0: the whole batch

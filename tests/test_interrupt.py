@@ -49,6 +49,15 @@ def test_a_preemption_notice_is_a_request_to_stop(monkeypatch, caplog):
   assert asked[2] == (f"{path}?wait_for_change=true&timeout_sec=300", "Google")
 
 
+@pytest.fixture
+def usual_sigint():
+  """A shell's background processes, as these tests may be, ignore it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_sigint")
 def test_a_second_sigterm_changes_nothing_and_a_second_sigint_acts_as_usual():
   before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
   with StopRequest() as stop:

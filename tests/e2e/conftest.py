@@ -47,7 +47,8 @@ class Training:
     settings = {
       "data.dataset": "cluttered_digits/tiny",
       "data.data_dir": self.data_dir,
-      "data.image_size": 32,  # scaled, to be quick
+      "model.width": 4,  # to be quick, as is the size, to which images are scaled
+      "data.image_size": 32,
       "data.eval_resize": 32,
       "num_epochs": 4,
       "global_batch_size": 8,

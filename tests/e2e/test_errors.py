@@ -127,8 +127,8 @@ def damaged_digits():
     class Damaged(ClutteredDigits):
       name = "cluttered_digits"
 
-      def _generate_examples(self, split, count):
-        for k, example in super()._generate_examples(split, count):
+      def _generate_examples(self, config, digits, split, count):
+        for k, example in super()._generate_examples(config, digits, split, count):
           if split == "train" and k in (3, 40):
             example["image"] = example["image"][:200]
           if split == "validation" and k == 5 and self.builder_config.name.endswith("validation"):
