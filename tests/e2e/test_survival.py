@@ -1,12 +1,16 @@
-"""One run, killed 30 times, that ends as if nothing had been."""
+"""One run, killed often, that ends as if nothing had been.
+
+Ten times, or as often as the variable KILLS of the environment says: 30 take four minutes.
+"""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from compare_runs import assert_same_run, metrics_of
 
-KILLS = 30
+KILLS = int(os.environ.get("KILLS", "10"))
 CONFIG = """
 import runpy
 
@@ -20,7 +24,7 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_thirty_sigkills_and_the_same_run(training, tmp_path):
+def test_many_sigkills_and_the_same_run(training, tmp_path):
   """At any moment: in start-up, between steps, and most often while a checkpoint is written."""
   config = tmp_path / "tiny.py"
   original = Path(__file__).parents[2] / "configs" / "cluttered_digits.py"
@@ -29,7 +33,7 @@ def test_thirty_sigkills_and_the_same_run(training, tmp_path):
   def flags(workdir):
     _, *rest = training.train_flags(
       workdir,
-      "--config.num_epochs=32",
+      f"--config.num_epochs={KILLS + 2}",
       "--config.eval_every_epochs=8",
       "--config.checkpoint_every_steps=2",
     )
@@ -43,9 +47,9 @@ def test_thirty_sigkills_and_the_same_run(training, tmp_path):
   assert killed.returncode == 0, killed.stderr + workdir.with_suffix(".log").read_text()[-3000:]
   moments = json.loads(killed.stdout)
   assert sum(moments.values()) == KILLS
-  assert moments["write"] >= 8, moments
+  assert moments["write"] >= KILLS // 4, moments
   steps = [line["step"] for line in metrics_of(workdir)]
-  assert steps[-1] < 256  # the run was not over before
+  assert steps[-1] < 8 * (KILLS + 2)  # the run was not over before
 
   last = training.run(*flags(workdir))  # by the usual command
   assert last.returncode == 0, last.stdout + last.stderr
