@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 if TYPE_CHECKING:
@@ -203,6 +202,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _config_error(argv: Sequence[str], error: Exception) -> str:
   """What is wrong: a key that the configuration does not have, with those it has, or its file."""
+  from lip_jax.cli import configuration
+  from lip_jax.errors import UsageError
+
   files = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
   if not files:
     return "write --config=FILE, before any --config.KEY=VALUE"
@@ -217,13 +219,11 @@ def _config_error(argv: Sequence[str], error: Exception) -> str:
   for argument in argv:
     if not argument.startswith("--config."):
       continue
-    node = config
-    where = "config"
-    for key in argument.split("=", 1)[0].removeprefix("--config.").split("."):
-      if not isinstance(node, ConfigDict) or key not in node:
-        valid = ", ".join(node) if isinstance(node, ConfigDict) else "none"
-        return f"{argument.split('=')[0]}: {where} has no key {key!r}; valid keys: {valid}"
-      node, where = node[key], f"{where}.{key}"
+    flag = argument.split("=", 1)[0]
+    try:
+      configuration.check_key(config, flag.removeprefix("--config."))
+    except UsageError as wrong:
+      return f"{flag}: {wrong}"
   return f"cannot read the configuration {files[-1]!r}: {str(error).strip().splitlines()[-1]}"
 
 

@@ -4,7 +4,8 @@ All randomness comes from a key, and so from (seed, step): a resumed run draws w
 would have drawn, on any number of devices.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,10 +74,17 @@ def training_images(images: jax.Array, key: jax.Array, data: Data) -> jax.Array:
   return images
 
 
-def normalize(images: jax.Array, data: Data) -> jax.Array:
-  """RGB images [..., H, W, 3], 0 to 255 -> float32, by the mean and deviation of the data set."""
+def normalize(images: jax.Array, data: Data | Mapping[str, Any]) -> jax.Array:
+  """RGB images [..., H, W, 3], 0 to 255 -> float32, by the mean and deviation of the data set.
+
+  Args:
+    images: RGB.
+    data: of a training configuration; or what says the same of a loaded network, its config's
+      "preprocess".
+  """
+  values = (data.mean, data.std) if isinstance(data, Data) else (data["mean"], data["std"])
   shape = (1,) * (images.ndim - 1) + (3,)
-  mean, std = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (data.mean, data.std))
+  mean, std = (jnp.asarray(value, jnp.float32).reshape(shape) for value in values)
   return (images.astype(jnp.float32) - mean) / std
 
 

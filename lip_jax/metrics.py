@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tensorboardX
 import tqdm
+from etils import epath
 
 from lip_jax import workdir as workdir_lib
 from lip_jax.errors import UsageError
@@ -176,9 +177,7 @@ def _truncate(path: Path, last_step: int) -> None:
         kept.append(line + "\n")
     except json.JSONDecodeError:
       continue
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept), encoding="utf-8")
-  os.replace(temporary, path)
+  workdir_lib.write_text(epath.Path(path), "".join(kept))
 
 
 class Throughput:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from lip_jax import export, portable
+from lip_jax import portable
 from lip_jax.errors import UsageError
 
 _CONFIG = "config"
@@ -53,29 +53,15 @@ def save(
     raise UsageError(
       f"ONNX Runtime has no {network.config['dtype']} convolutions; write float32 or float16"
     )
-  try:
-    with portable.checking_device():
-      converted = onnx_graph.convert(network.function, network.symbolic_images)
-  except UsageError:
-    raise
-  except (ValueError, TypeError) as error:
-    reason = str(error).splitlines()[0]
-    raise UsageError(
-      f"the network cannot take images of {network.image_size} px: {reason}"
-    ) from error
+  with portable.tracing(network), portable.checking_device():
+    converted = onnx_graph.convert(network.function, network.symbolic_images)
   helper.set_model_props(converted, {_CONFIG: json.dumps(network.config)})
-  with export.replacing(path) as temporary:
-    temporary.write_bytes(converted.SerializeToString())
-    call, written = load(temporary)
-    difference, tolerance = portable.check(call, network.function, written, network.image_size)
-    size = temporary.stat().st_size
-  return portable.Report(
+  return portable.write_checked(
     path,
-    size,
-    difference,
-    tolerance,
+    network,
+    lambda temporary: temporary.write_bytes(converted.SerializeToString()),
+    load,
     f"onnxruntime {runtime.__version__}",
-    portable.describe_input(written),
   )
 
 

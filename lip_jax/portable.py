@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
+from lip_jax import augment, export
 from lip_jax.errors import UsageError
 
 FORMAT = 1
@@ -102,13 +103,9 @@ def prepare(model: nnx.Module, config: Mapping[str, Any], image_size: int | None
   network.eval()
 
   def function(images: jax.Array) -> jax.Array:
-    x = images.astype(jnp.float32)
-    if preprocess is not None:
-      mean, std = (
-        jnp.asarray(preprocess[key], jnp.float32).reshape(1, 1, 1, 3) for key in ("mean", "std")
-      )
-      x = (x - mean) / std
-    return network(x)
+    if preprocess is None:
+      return network(images.astype(jnp.float32))
+    return network(augment.normalize(images, preprocess))
 
   keys = ("model", "num_classes", "class_names", "source")
   return Network(
@@ -191,6 +188,47 @@ def check(
       "of the runtime"
     )
   return difference, tolerance
+
+
+@contextlib.contextmanager
+def tracing(network: Network) -> Iterator[None]:
+  """Context that turns a network into a program; what its image size makes fail is one line."""
+  try:
+    yield
+  except UsageError:
+    raise
+  except (ValueError, TypeError) as error:
+    reason = str(error).splitlines()[0]
+    raise UsageError(
+      f"the network cannot take images of {network.image_size} px: {reason}"
+    ) from error
+
+
+def write_checked(
+  path: Path,
+  network: Network,
+  write: Callable[[Path], object],
+  load: Callable[[Path], tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]],
+  runtime: str,
+) -> Report:
+  """Writes a file, which appears under its name only after it was read back and agrees.
+
+  Args:
+    path: of the file.
+    network: what it is to hold.
+    write: writes it to the path that it is given.
+    load: reads it; gives what `check` calls, and its config.
+    runtime: what runs it then, for the report.
+
+  Raises:
+    UsageError: the file cannot be written, or does not agree.
+  """
+  with export.replacing(path) as temporary:
+    write(temporary)
+    call, written = load(temporary)
+    difference, tolerance = check(call, network.function, written, network.image_size)
+    size = temporary.stat().st_size
+  return Report(path, size, difference, tolerance, runtime, describe_input(written))
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lip_jax import augment
 from lip_jax.errors import UsageError
 
 _BATCH = 16  # images at once
@@ -69,8 +70,7 @@ def normalize(pixels: np.ndarray, config: Mapping[str, Any]) -> jax.Array:
     pixels: of images.
     config: from `lip_jax.load`.
   """
-  mean, std = (np.asarray(config["preprocess"][key], np.float32) for key in ("mean", "std"))
-  return jnp.asarray((pixels.astype(np.float32) - mean) / std)
+  return augment.normalize(jnp.asarray(pixels), config["preprocess"])
 
 
 def predict(

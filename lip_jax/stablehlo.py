@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lip_jax import export, portable
+from lip_jax import portable
 from lip_jax.errors import UsageError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -60,32 +60,21 @@ def save(
   path = Path(path)
   portable.check_target(path, overwrite=overwrite)
   network = portable.prepare(model, config, image_size)
-  try:
+  with portable.tracing(network):
     exported = jax.export.export(jax.jit(network.function), platforms=PLATFORMS)(
       network.symbolic_images
     )
-  except (ValueError, TypeError) as error:
-    reason = str(error).splitlines()[0]
-    raise UsageError(
-      f"the network cannot take images of {network.image_size} px: {reason}"
-    ) from error
-  with export.replacing(path) as temporary:
+
+  def write(temporary: Path) -> None:
     with zipfile.ZipFile(temporary, "w") as archive:
       text = json.dumps(network.config, indent=2) + "\n"
       archive.writestr(zipfile.ZipInfo(_CONFIG, _TIME), text)
       archive.writestr(zipfile.ZipInfo(_NETWORK, _TIME), bytes(exported.serialize()))
-    call, written = load(temporary)
-    with portable.checking_device() as platform:
-      difference, tolerance = portable.check(call, network.function, written, network.image_size)
-    size = temporary.stat().st_size
-  return portable.Report(
-    path,
-    size,
-    difference,
-    tolerance,
-    f"jax {jax.__version__} on {platform}",
-    portable.describe_input(written),
-  )
+
+  with portable.checking_device() as platform:
+    return portable.write_checked(
+      path, network, write, load, f"jax {jax.__version__} on {platform}"
+    )
 
 
 def load(path: str | Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:

@@ -1,17 +1,17 @@
 """How large the state of a configured training is, and how fast its steps are, without any data."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 
-from lip_jax import optim, sharding, train_state
+from lip_jax import optim, sharding
 from lip_jax.config import Config
-from lip_jax.train_step import Program
+from lip_jax.train_step import Program, initializer
 
 _CLASSES = 1000  # of the classifier, whose part of the work is small
 _STEPS_PER_EPOCH = 1e6  # of data that is not looked at
@@ -39,22 +39,8 @@ def state_bytes(config: Config) -> int:
 
   Those of this machine may hang, and are only a part of the devices of a run on several hosts.
   """
-  schedule = optim.learning_rate(
-    config.optim,
-    global_batch_size=config.global_batch_size,
-    steps_per_epoch=_STEPS_PER_EPOCH,
-    num_epochs=config.num_epochs,
-  )
-  num_groups = config.global_batch_size // (
-    config.model.get("bn_group_size") or config.global_batch_size
-  )
-  init = functools.partial(
-    train_state.init,
-    optim.sgd(config.optim, schedule),
-    config.seed,
-    num_groups,
-    **train_state.model_options(config, _CLASSES),
-  )
+  optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
+  init = initializer(config, optimizer, _CLASSES)
   leaves = jax.tree.leaves(jax.eval_shape(init))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 

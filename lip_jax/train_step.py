@@ -64,9 +64,11 @@ class Program:
     devices = jax.devices() if devices is None else devices
     sharding.check_batch_size("global_batch_size", config.global_batch_size, len(devices))
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, len(devices))
-    group_size = config.model.get("bn_group_size") or config.global_batch_size
     self.group_span = sharding.group_span(
-      config.global_batch_size, config.accumulation_steps, group_size, len(devices)
+      config.global_batch_size,
+      config.accumulation_steps,
+      config.model.get("bn_group_size"),
+      len(devices),
     )
     self.mesh = sharding.make_mesh(devices, fsdp=config.fsdp, group_span=self.group_span)
     self._config = config
@@ -85,9 +87,7 @@ class Program:
       num_epochs=config.num_epochs,
     )
     optimizer = optim.sgd(config.optim, self.schedule)
-    init = functools.partial(
-      train_state.init, optimizer, config.seed, config.global_batch_size // group_size, **options
-    )
+    init = initializer(config, optimizer, num_classes)
     self.state = train_state.placed(jax.eval_shape(init), self.mesh, self.group_span)
     placement = jax.tree.map(lambda leaf: leaf.sharding, self.state)
     self.init: Callable[[], TrainState] = jax.jit(init, out_shardings=placement)
@@ -118,6 +118,20 @@ class Program:
       "label": place((rows,), jnp.int32),
     }
     return self.state, batch, place((self.mesh.size,), jnp.int32)
+
+
+def initializer(
+  config: Config, optimizer: optax.GradientTransformation, num_classes: int
+) -> Callable[[], TrainState]:
+  """What makes the train state of a run before its first step; it asks no device."""
+  group_size = config.model.get("bn_group_size") or config.global_batch_size
+  return functools.partial(
+    train_state.init,
+    optimizer,
+    config.seed,
+    config.global_batch_size // group_size,
+    **train_state.model_options(config, num_classes),
+  )
 
 
 def train_step(

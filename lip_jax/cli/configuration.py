@@ -24,13 +24,20 @@ def load(file: str, changes: Sequence[str] = ()) -> config_lib.Config:
   """
   path, _, argument = file.partition(":")
   if not Path(path).is_file():
-    raise UsageError(f"there is no configuration file {path!r}; see configs/")
+    raise UsageError(
+      f"cannot read --config={file}: there is no configuration file {path!r}; see configs/"
+    )
   try:
     values = runpy.run_path(path)["get_config"](*[argument] if argument else [])
   except Exception as error:  # a configuration file is code, which can raise anything
-    raise UsageError(f"cannot read the configuration {file!r}: {_reason(error)}") from error
+    raise UsageError(
+      f"cannot read --config={file}: {type(error).__name__}: {_reason(error)}"
+    ) from error
   for change in changes:
-    _check_key(values, change)
+    key, equals, _ = change.partition("=")
+    if not equals:
+      raise UsageError(f"{change!r} is not of the form KEY=VALUE, such as dtype=bfloat16")
+    check_key(values, key)
   arguments = ["lip-jax", *(f"--config.{change}" for change in changes)]
   holder = flags.FlagValues()
   config_flags.DEFINE_config_dict("config", values, flag_values=holder, sys_argv=arguments)
@@ -46,11 +53,13 @@ def _reason(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def _check_key(values: ConfigDict, change: str) -> None:
-  """Raises UsageError for a key that the configuration does not have, with those it has."""
-  keys, equals, _ = change.partition("=")
-  if not equals:
-    raise UsageError(f"{change!r} is not of the form KEY=VALUE, such as dtype=bfloat16")
+def check_key(values: ConfigDict, keys: str) -> None:
+  """Raises UsageError for a key that the configuration does not have, with those it has.
+
+  Args:
+    values: the configuration.
+    keys: with dots between those of nested values.
+  """
   node, where = values, "config"
   for key in keys.split("."):
     if not isinstance(node, ConfigDict) or key not in node:

@@ -3,15 +3,10 @@
 import argparse
 import dataclasses
 import json
-import runpy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lip_jax.cli.arguments import positive
 from lip_jax.cli.output import progress
-from lip_jax.errors import UsageError
-
-if TYPE_CHECKING:
-  from lip_jax.config import Config
 
 
 def add_commands(commands: Any) -> None:
@@ -58,12 +53,13 @@ def add_commands(commands: Any) -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
   from lip_jax import doctor
+  from lip_jax.cli import configuration
 
   subject = doctor.Subject(
     workdir=args.workdir,
     data_dir=args.data_dir,
     dataset=args.dataset,
-    config=_config(args.config) if args.config else None,
+    config=configuration.load(args.config) if args.config else None,
     coordinator_address=args.coordinator_address,
     num_processes=args.num_processes,
     process_id=args.process_id,
@@ -82,16 +78,3 @@ def _doctor(args: argparse.Namespace) -> int:
   else:
     print(f"{problems} problem(s)" if problems else "no problem")
   return 1 if problems else 0
-
-
-def _config(path: str) -> "Config":
-  """The configuration in a file, or by `FILE:ARGUMENT`."""
-  from lip_jax import config as config_lib
-
-  file, colon, argument = path.partition(":")
-  try:
-    get_config = runpy.run_path(file)["get_config"]
-    values = get_config(*([argument] if colon else [])).to_dict()
-  except Exception as error:  # a configuration file is code, which can raise anything
-    raise UsageError(f"cannot read --config={path}: {type(error).__name__}: {error}") from None
-  return config_lib.from_dict(values)

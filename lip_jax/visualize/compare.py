@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
+from lip_jax import augment
 from lip_jax.errors import UsageError
 from lip_jax.visualize import robustness
 from lip_jax.visualize.attribution import attend, class_activation_maps
@@ -44,8 +45,7 @@ class Network(NamedTuple):
 
   def normalize(self, pixels: np.ndarray) -> np.ndarray:
     """RGB images [..., H, W, 3], 0 to 255 -> float32, what the model takes."""
-    mean, std = (np.asarray(self.preprocess[key], np.float32) for key in ("mean", "std"))
-    return (pixels.astype(np.float32) - mean) / std
+    return np.asarray(augment.normalize(jnp.asarray(pixels), self.preprocess))
 
   def class_name(self, label: int) -> str:
     """Name of a class, or its number."""
