@@ -9,7 +9,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax import layers, pooling
+from lip_jax.logit_modules import Bottleneck, Projection
 from lip_jax.windows import IntOrPair, accumulation_dtype, make_geometry, pair, taps
 
 _recorded: contextvars.ContextVar[list[tuple["LIP", jax.Array]] | None] = contextvars.ContextVar(
@@ -282,13 +283,23 @@ class LIP(LocalPool):
 
   def __call__(self, x: jax.Array, source: jax.Array | None = None) -> jax.Array:
     """Pools x, [N, H, W, C]; its importance is predicted from `source` [N, H, W, S], if given."""
+    records = _recorded.get()
+    fused = self._fused() if records is None else None
+    if fused is not None:
+      return fused.pool(x, x if source is None else source, **self._windows)
     logits = self._log_importance(x, source)
     if self.steps is not None and not self.deterministic:
       self.steps[...] = self.steps[...] + 1
-    records = _recorded.get()
     if records is not None:
       records.append((self, logits))
     return pooling.lip_pool(x, logits, logit_range=self._logit_range, **self._windows)
+
+  def _fused(self) -> Projection | Bottleneck | None:
+    """The logit module, if it can pool by itself. Subclasses may do anything in their call."""
+    if self.steps is not None or type(self.logits) not in (Projection, Bottleneck):
+      return None
+    module = cast(Projection | Bottleneck, self.logits)
+    return module if module.fused else None
 
   @property
   def _logit_range(self) -> tuple[float, float] | None:

@@ -16,6 +16,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.errors import UsageError
+from lip_jax.normalization import apply_moments, normalize
 
 # He et al. 2015 with fan-out, as fb.resnet.torch and torchvision initialise convolutions.
 kaiming_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -151,7 +152,8 @@ class BatchNorm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     if self.use_running_average:
       mean, var = (stat[...].reshape(-1, x.shape[3]).mean(axis=0) for stat in (self.mean, self.var))
-      return _normalize(x, mean, var, self)
+      scale, bias = self.scale[...], self.bias[...]
+      return apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
     n = x.shape[0]
     here = n if self.axis_name or not self.group_size else self.group_size
     if n % here:
@@ -160,12 +162,20 @@ class BatchNorm(nnx.Module):
         f"{n} images; change the batch size or bn_group_size (0: the whole batch is one group)"
       )
     groups = x.reshape(n // here, here, *x.shape[1:])
-    mean, var = _moments(groups, axes=(1, 2, 3), axis_name=self.axis_name)
+    y, mean, var = normalize(
+      groups,
+      self.scale[...],
+      self.bias[...],
+      self.epsilon,
+      self.dtype,
+      (1, 2, 3),
+      self.axis_name,
+    )
     devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
     count = devices * here * x.shape[1] * x.shape[2]
     self._update(self.mean, mean)
     self._update(self.var, var * (count / max(count - 1, 1)))
-    return _normalize(groups, mean, var, self).reshape(x.shape)
+    return y.reshape(x.shape)
 
   def _update(self, running: nnx.BatchStat, groups: jax.Array):
     batch = groups.reshape(len(groups), -1)
@@ -202,34 +212,4 @@ class InstanceNorm(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    mean, var = _moments(x, axes=(1, 2))
-    return _normalize(x, mean, var, self)
-
-
-def _moments(
-  x: jax.Array, axes: tuple[int, ...], axis_name: tuple[str, ...] | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """Mean and biased variance over `axes` in at least float32, kept as axes of size one.
-
-  Over the devices along `axis_name`, too, if it is given.
-  """
-
-  def average(values: jax.Array) -> jax.Array:
-    local = values.mean(axis=axes, keepdims=True)
-    return jax.lax.pmean(local, axis_name) if axis_name else local
-
-  x = x.astype(param_dtype(x.dtype))
-  mean = average(x)
-  return mean, average(jnp.square(x - mean))
-
-
-def _normalize(x: jax.Array, mean, var, norm: BatchNorm | InstanceNorm) -> jax.Array:
-  """(x - mean) / sqrt(var + epsilon) * scale + bias, in the statistics' precision."""
-  gain = jax.lax.rsqrt(var + norm.epsilon) * _last(norm.scale[...], var)
-  y = (x.astype(var.dtype) - _last(mean, x)) * _last(gain, x) + _last(norm.bias[...], x)
-  return y.astype(norm.dtype)
-
-
-def _last(a: jax.Array, like: jax.Array) -> jax.Array:
-  """A with axes of size one in front, up to the rank of `like`."""
-  return a.reshape((1,) * (like.ndim - a.ndim) + a.shape)
+    return normalize(x, self.scale[...], self.bias[...], self.epsilon, self.dtype, (1, 2))[0]

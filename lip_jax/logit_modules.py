@@ -6,7 +6,7 @@ pooling that uses them starts as average pooling. `logit_range` is the interval 
 in, or None if they are unbounded.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,13 @@ from flax.typing import Dtype
 
 from lip_jax import layers
 from lip_jax.errors import UsageError
+from lip_jax.kernels.gate import GATE
+from lip_jax.pooling import gated_lip_pool
 
 # What follows the last convolution of a logit module: table 2 of the paper, A to D.
 Top = Literal["norm_gate", "norm", "gate", "none"]
 
 TOPS = ("norm_gate", "norm", "gate", "none")
-
-# "a sigmoid function with a fixed amplification coefficient": exp(12) bounds the ratio of the most
-# to the least important pixel.
-GATE = 12.0
 
 
 def gate(x: jax.Array) -> jax.Array:
@@ -79,6 +77,38 @@ class Projection(nnx.Module):
     if self.norm is not None:
       logits = self.norm(logits)
     return gate(logits) if self.gated else logits
+
+  @property
+  def fused(self) -> bool:
+    """Whether `pool` can be used instead of the logits."""
+    return self.norm is not None and self.gated
+
+  def pool(self, x: jax.Array, source: jax.Array, **windows: Any) -> jax.Array:
+    """`lip_pool` of x by the logits of `source`, which are never in memory as a whole.
+
+    A 1x1 convolution is computed again for the gradient rather than kept: 3 % of the multiply-adds
+    of LIP-ResNet-50, and a tenth of its memory.
+
+    Args:
+      x: what is pooled, [N, H, W, out_features].
+      source: [N, H, W, in_features].
+      **windows: of `lip_pool`.
+    """
+
+    def pool(module: Projection, x: jax.Array, source: jax.Array) -> jax.Array:
+      norm = module.norm
+      assert norm is not None, "the caller asks `fused`"
+      return gated_lip_pool(
+        x,
+        module.conv(source),
+        norm.scale[...],
+        norm.bias[...],
+        epsilon=norm.epsilon,
+        **windows,
+      )
+
+    cheap = self.conv.kernel_size == (1, 1)
+    return (nnx.remat(pool) if cheap else pool)(self, x, source)
 
 
 class BottleneckTrunk(nnx.Module):
@@ -147,3 +177,12 @@ class Bottleneck(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.projection(self.trunk(x))
+
+  @property
+  def fused(self) -> bool:
+    """As `Projection.fused`."""
+    return self.projection.fused
+
+  def pool(self, x: jax.Array, source: jax.Array, **windows: Any) -> jax.Array:
+    """As `Projection.pool`."""
+    return self.projection.pool(x, self.trunk(source), **windows)

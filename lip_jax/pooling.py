@@ -13,14 +13,15 @@ floating point.
 """
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lip_jax.kernels import xla
+from lip_jax.kernels import dispatch, gate
+from lip_jax.normalization import moments
 from lip_jax.windows import (
   Geometry,
   IntOrPair,
@@ -32,9 +33,9 @@ from lip_jax.windows import (
   window_sum,
 )
 
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "pallas"]
 
-IMPLEMENTATIONS = ("auto", "reference", "xla")
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 
 def lip_pool(
@@ -67,8 +68,9 @@ def lip_pool(
     stride: distance between windows in pixels, an int or a pair (h, w).
     padding: pixels added on each side, an int or a pair (h, w); at most window // 2.
     implementation: "auto" (the best for the platform), "xla" (numerically safe, hand-derived
-      gradient) or "reference" (plain window sums of the exponentials and autodiff; overflows for
-      logits above 88).
+      gradient), "pallas" (the kernels for TPU and NVIDIA GPUs, which "auto" takes there; elsewhere
+      the former is interpreted, slowly, for tests) or "reference" (plain window sums of the
+      exponentials and autodiff; overflows for logits above 88).
     logit_range: (low, high), a promise that every logit lies between the two, at most 80 apart. A
       fixed shift then replaces each window's maximum, which saves a pass; the result is the same up
       to rounding. Logits that break the promise can overflow.
@@ -78,20 +80,72 @@ def lip_pool(
 
   Raises:
     ValueError: shapes that do not match, padding above window // 2, an image smaller than the
-      window, an unknown implementation, or a logit_range that is reversed or too wide.
+      window, an unknown implementation, one that does not support the arrays, or a logit_range that
+      is reversed or too wide.
     TypeError: x or logits that are not floating point.
   """
   geometry = make_geometry(x, window, stride, padding)
   check_logits(x, logits)
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"unknown implementation {implementation!r}; choose one of "
-      + ", ".join(map(repr, IMPLEMENTATIONS))
-    )
+  _check_implementation(implementation, x, logits, geometry)
   shift = _fixed_shift(logit_range)
   if implementation == "reference":
     return _reference(x, logits, geometry)
-  return xla.lip_pool(x, logits, geometry, shift)
+  return dispatch.lip_pool(x, logits, geometry, shift, implementation)
+
+
+def gated_lip_pool(
+  x: jax.Array,
+  features: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  *,
+  epsilon: float = 1e-5,
+  window: IntOrPair = 3,
+  stride: IntOrPair = 2,
+  padding: IntOrPair = 1,
+  implementation: Implementation = "auto",
+) -> jax.Array:
+  """`lip_pool` by logits 12 * sigmoid(InstanceNorm(features)), without the logits in memory.
+
+  The tail of the paper's logit modules (section 3.2) and the pooling as one operation: what it
+  keeps for the gradient are its arguments and the statistics of the features. Logits are never
+  rounded to the dtype of the features, whose bfloat16 would change importances by 3 %.
+
+  Args:
+    x: features that are pooled, [N, H, W, C], floating point.
+    features: of the logit module before its instance norm, [N, H, W, C], floating point.
+    scale: of the instance norm, [C].
+    bias: of the instance norm, [C].
+    epsilon: added to the variance.
+    window: as for `lip_pool`.
+    stride: as for `lip_pool`.
+    padding: as for `lip_pool`.
+    implementation: as for `lip_pool`.
+
+  Returns:
+    [N, (H + 2 * padding - window) // stride + 1, (W + ...) // ... + 1, C], in the dtype of x.
+
+  Raises:
+    ValueError: as `lip_pool`, and for features, scale or bias whose shape does not fit x.
+    TypeError: x or features that are not floating point.
+  """
+  geometry = make_geometry(x, window, stride, padding)
+  check_array("features", features)
+  channels = (x.shape[3],)
+  for name, array, shape in (
+    ("features", features, x.shape),
+    ("scale", scale, channels),
+    ("bias", bias, channels),
+  ):
+    if array.shape != shape:
+      raise ValueError(f"{name} must be {tuple(shape)} for x {tuple(x.shape)}; got {array.shape}")
+  _check_implementation(implementation, x, features, geometry)
+  if implementation == "reference":
+    mean, var = moments(features, (1, 2))
+    scale, bias = (a.astype(mean.dtype).reshape(1, 1, 1, -1) for a in (scale, bias))
+    u = (features.astype(mean.dtype) - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
+    return _reference(x, gate.GATE * jax.nn.sigmoid(u), geometry)
+  return dispatch.gated_lip_pool(x, features, scale, bias, epsilon, geometry, implementation)
 
 
 def average_pool(
@@ -307,6 +361,22 @@ def _per_channel(name: str, value: jax.typing.ArrayLike, x: jax.Array, dtype) ->
       f"{name} must be a number or one per channel, [{x.shape[3]}], got shape {array.shape}"
     )
   return array.reshape(1, 1, 1, -1)
+
+
+def _check_implementation(
+  implementation: str, x: jax.Array, logits: jax.Array, geometry: Geometry
+) -> None:
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"unknown implementation {implementation!r}; choose one of "
+      + ", ".join(map(repr, IMPLEMENTATIONS))
+    )
+  if implementation == "pallas" and not dispatch.supports(x, logits, geometry):
+    raise ValueError(
+      f"implementation='pallas' does not support x {x.dtype}{list(x.shape)} with logits "
+      f"{logits.dtype}{list(logits.shape)} and {geometry}: its kernels need float32, bfloat16 or "
+      "float16, one logit for each channel, and rows that fit the chip; take 'auto'"
+    )
 
 
 def _fixed_shift(logit_range: tuple[float, float] | None) -> float | None:

@@ -17,45 +17,75 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lip_jax.kernels.gate import Affine, gate
 from lip_jax.windows import Geometry, accumulation_dtype, taps, window_sum, window_sum_transpose
 
+# (y, largest logit or None, denominator), each [N, H', W', C].
+Windows = tuple[jax.Array, jax.Array | None, jax.Array]
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def lip_pool(x: jax.Array, logits: jax.Array, geometry: Geometry, shift: float | None) -> jax.Array:
-  """`lip_jax.lip_pool` of valid arguments.
+
+def forward(
+  x: jax.Array,
+  h: jax.Array,
+  affine: Affine | None,
+  geometry: Geometry,
+  shift: float | None,
+) -> tuple[jax.Array, Windows]:
+  """Pools x, [N, H, W, C].
 
   Args:
-    x: [N, H, W, C].
-    logits: [N, H, W, C] or [N, H, W, 1].
+    x: features.
+    h: logits, [N, H, W, C] or [N, H, W, 1]; with `affine` what they are computed from.
+    affine: of the instance norm before the gate, or None.
     geometry: of the pooling.
     shift: what to subtract from all logits; None: each window's largest.
 
   Returns:
-    [N, H', W', C] in the dtype of x.
+    [N, H', W', C] in the dtype of x, and for the backward pass the same in the dtype of the sums,
+    each window's largest logit (None with a shift) and its denominator.
   """
-  return _fwd(x, logits, geometry, shift)[0]
+  dtype = accumulation_dtype(x, h)
+  pool = _per_platform(_forward_slices, _forward_sums, shift)
+  y, largest, total = pool(x.astype(dtype), _logits(h, affine, dtype)[0], geometry, shift)
+  return y.astype(x.dtype), (y, largest, total)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # one program where there is no jit around
-def _fwd(x, logits, geometry, shift):
-  dtype = accumulation_dtype(x, logits)
-  forward = _per_platform(_forward_slices, _forward_sums, shift)
-  y, largest, total = forward(x.astype(dtype), logits.astype(dtype), geometry, shift)
-  return y.astype(x.dtype), (x, logits, y, largest, total)
+def backward(
+  x: jax.Array,
+  h: jax.Array,
+  affine: Affine | None,
+  windows: Windows,
+  g: jax.Array,
+  geometry: Geometry,
+  shift: float | None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+  """Gradients of `forward`, given that of its result, g [N, H', W', C].
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _bwd(geometry, shift, residuals, g):
-  x, logits, y, largest, total = residuals
+  Returns:
+    (dx, dh, sums): gradients with respect to x and to the logits; with `affine` dh is with respect
+    to what the gate gets, and sums are those of dh and of dh * (h - mean) over the pixels of each
+    channel of each image, [N, C]; None without.
+  """
+  y, largest, total = windows
   dtype = y.dtype
-  backward = _per_platform(_backward_slices, _backward_sums, shift)
-  dx, dlogits = backward(
-    x.astype(dtype), logits.astype(dtype), y, largest, g.astype(dtype) / total, geometry, shift
-  )
-  return dx.astype(x.dtype), dlogits.astype(logits.dtype)
+  logits, slope = _logits(h, affine, dtype)
+  pool = _per_platform(_backward_slices, _backward_sums, shift)
+  dx, dh = pool(x.astype(dtype), logits, y, largest, g.astype(dtype) / total, geometry, shift)
+  dx = dx.astype(x.dtype)
+  if affine is None:
+    return dx, dh.astype(h.dtype), None
+  du = dh * slope
+  centred = h.astype(dtype) - affine.mean[:, None, None]
+  return dx, du.astype(h.dtype), (du.sum(axis=(1, 2)), (du * centred).sum(axis=(1, 2)))
 
 
-lip_pool.defvjp(_fwd, _bwd)
+def _logits(h: jax.Array, affine: Affine | None, dtype) -> tuple[jax.Array, jax.Array | None]:
+  """Logits and, with an affine, their derivative by what the gate gets."""
+  h = h.astype(dtype)
+  if affine is None:
+    return h, None
+  mean, gain, bias = (statistic.astype(dtype)[:, None, None] for statistic in affine)
+  return gate((h - mean) * gain + bias)
 
 
 def _per_platform(slices: Callable, sums: Callable, shift: float | None) -> Callable:

@@ -1,0 +1,227 @@
+"""Local importance-based pooling with its gradient, by the best form for the platform.
+
+Pallas kernels on TPU and on NVIDIA GPUs, plain XLA elsewhere and for what the kernels do not
+support. The choice is made when a program is compiled, for each platform that it is compiled for.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+
+from lip_jax.kernels import gate, tpu, xla
+from lip_jax.kernels.gate import Affine
+from lip_jax.normalization import moments
+from lip_jax.windows import Geometry
+
+Form = Literal["auto", "xla", "pallas"]
+
+_KERNELS = {"tpu": tpu}
+
+
+def supports(x: jax.Array, h: jax.Array, geometry: Geometry) -> bool:
+  """Whether there is a kernel, of any platform, for these arrays."""
+  return bool(_kernels(x, h, geometry, "pallas"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def lip_pool(
+  x: jax.Array, logits: jax.Array, geometry: Geometry, shift: float | None, form: Form
+) -> jax.Array:
+  """`lip_jax.lip_pool` of valid arguments.
+
+  Args:
+    x: [N, H, W, C].
+    logits: [N, H, W, C] or [N, H, W, 1].
+    geometry: of the pooling.
+    shift: what to subtract from all logits; None: each window's largest.
+    form: "pallas" where `supports`: off TPU and GPU the kernel is interpreted, slowly.
+
+  Returns:
+    [N, H', W', C] in the dtype of x.
+  """
+  return _lip_pool_fwd(x, logits, geometry, shift, form)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # one program where there is no jit around
+def _lip_pool_fwd(x, logits, geometry, shift, form):
+  y, windows = _forward(x, logits, None, geometry, shift, form)
+  return y, (x, logits, windows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _lip_pool_bwd(geometry, shift, form, residuals, g):
+  x, logits, windows = residuals
+  dx, dlogits, _ = _backward(x, logits, None, windows, g, geometry, shift, form)
+  return dx, dlogits
+
+
+lip_pool.defvjp(_lip_pool_fwd, _lip_pool_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def gated_lip_pool(
+  x: jax.Array,
+  h: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  geometry: Geometry,
+  form: Form,
+) -> jax.Array:
+  """`lip_jax.gated_lip_pool` of valid arguments; as `lip_pool`."""
+  return _gated_fwd(x, h, scale, bias, epsilon, geometry, form)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _gated_fwd(x, h, scale, bias, epsilon, geometry, form):
+  mean, var = moments(h, (1, 2))
+  mean, rstd = mean[:, 0, 0], lax.rsqrt(var[:, 0, 0] + epsilon)
+  scale_, bias_ = (jnp.broadcast_to(a.astype(mean.dtype), mean.shape) for a in (scale, bias))
+  affine = Affine(mean, rstd * scale_, bias_)
+  y, windows = _forward(x, h, affine, geometry, gate.MIDDLE, form)
+  return y, (x, h, scale, bias, affine, rstd, windows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gated_bwd(epsilon, geometry, form, residuals, g):
+  """Of the kernels' du (with respect to what the gate gets), back through the instance norm."""
+  del epsilon
+  x, h, scale, bias, affine, rstd, windows = residuals
+  dx, du, sums = _backward(x, h, affine, windows, g, geometry, gate.MIDDLE, form)
+  of_du, of_product = sums  # of du, and of du * (h - mean), over the pixels
+  pixels = h.shape[1] * h.shape[2]
+  centred = h.astype(rstd.dtype) - _over_pixels(affine.mean)
+  dh = _over_pixels(affine.gain) * (
+    du.astype(rstd.dtype)
+    - _over_pixels(of_du / pixels)
+    - centred * _over_pixels(jnp.square(rstd) * of_product / pixels)
+  )
+  dscale, dbias = (of_product * rstd).sum(axis=0), of_du.sum(axis=0)
+  return dx, dh.astype(h.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+gated_lip_pool.defvjp(_gated_fwd, _gated_bwd)
+
+
+def _over_pixels(statistic: jax.Array) -> jax.Array:
+  return statistic[:, None, None, :]
+
+
+def _forward(x, h, affine, geometry, shift, form):
+  """(y, what the backward pass of the XLA form needs of each window)."""
+  kernels = _kernels(x, h, geometry, form)
+  if not kernels:
+    return xla.forward(x, h, affine, geometry, shift)
+
+  def call(module, interpret):
+    @custom_vmap
+    def run(x, h, affine):
+      kernel = functools.partial(
+        module.forward, geometry=geometry, shift=shift, interpret=interpret
+      )
+      return _sharded(kernel, "n h w c, n h w c{} -> n i j c", x, h, affine)
+
+    run.def_vmap(_fold(run))
+    # The kernels compute again what the XLA form keeps; nobody reads these zeros.
+    return lambda x, h, affine: (
+      run(x, h, affine),
+      () if form == "pallas" else jax.tree.map(_zeros, kept),
+    )
+
+  default = lambda x, h, affine: xla.forward(x, h, affine, geometry, shift)  # noqa: E731
+  kept = jax.eval_shape(default, x, h, affine)[1]
+  return _by_platform(call, kernels, default, form)(x, h, affine)
+
+
+def _backward(x, h, affine, windows, g, geometry, shift, form):
+  """(dx, dh, sums of dh and of dh * (h - mean)), the last with an affine only."""
+  kernels = _kernels(x, h, geometry, form)
+  if not kernels:
+    return xla.backward(x, h, affine, windows, g, geometry, shift)
+
+  def call(module, interpret):
+    @custom_vmap
+    def run(x, h, g, affine):
+      def kernel(x, h, g, affine):
+        return module.backward(x, h, affine, g, geometry, shift, interpret=interpret)
+
+      rule = "n h w c, n h w c, n i j c{} -> n h w c, n h w c"
+      return _sharded(kernel, rule + (", n c, n c" if affine else ""), x, h, g, affine)
+
+    run.def_vmap(_fold(run))
+    return lambda x, h, affine, windows, g: run(x, h, g, affine)
+
+  default = lambda x, h, affine, windows, g: xla.backward(  # noqa: E731
+    x, h, affine, windows, g, geometry, shift
+  )
+  return _by_platform(call, kernels, default, form)(x, h, affine, windows, g)
+
+
+def _kernels(x, h, geometry, form) -> dict[str, Any]:
+  """Modules by platform. Exported programs, whose batch is a symbol, stay with XLA."""
+  if form == "xla" or not all(isinstance(size, int) for size in (*x.shape, *h.shape)):
+    return {}
+  return {name: module for name, module in _KERNELS.items() if module.supports(x, h, geometry)}
+
+
+def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
+  if form == "pallas":
+    default = call(next(iter(kernels.values())), True)
+  branches = {name: call(module, False) for name, module in kernels.items()}
+  return lambda *args: lax.platform_dependent(*args, default=default, **branches)
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+  return jnp.zeros(like.shape, like.dtype)
+
+
+def _fold(run: Callable[..., Any]) -> Callable[..., Any]:
+  """Rule of `jax.vmap` for kernels: the mapped axis becomes part of the batch."""
+
+  def rule(size, batched, *args):
+    def join(a, is_batched):
+      a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+      return a.reshape(-1, *a.shape[2:])
+
+    out = run(*jax.tree.map(join, args, tuple(batched)))
+    out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
+    return out, jax.tree.map(lambda _: True, out)
+
+  return rule
+
+
+def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:
+  """`kernel(*args)` of arrays that may be split over devices along the batch and the channels.
+
+  The compiler cannot divide a kernel; it is told here that each device runs it for its part.
+
+  Args:
+    kernel: of one device's part.
+    rule: axes of arguments and results, the rows and columns by h and w, i and j; {} stands for
+      those of an affine, the last of the arguments, if there is one.
+    *args: of the kernel.
+  """
+  leaves, tree = jax.tree.flatten(args)
+  affine = args[-1]
+
+  def flat(*leaves):
+    return kernel(*jax.tree.unflatten(tree, leaves))
+
+  def partition(mesh, arg_shapes, result_shape):
+    place = lambda shape: NamedSharding(mesh, shape.sharding.spec)  # noqa: E731
+    return mesh, flat, jax.tree.map(place, result_shape), tuple(map(place, arg_shapes))
+
+  call = custom_partitioning(flat)
+  call.def_partition(
+    partition,
+    sharding_rule=rule.format(", n c" * len(affine or ())),
+    need_replication_factors=tuple(axis for axis in "hwij" if axis in rule),
+  )
+  return call(*leaves)

@@ -1,0 +1,200 @@
+"""The Pallas kernels and the fused tail, interpreted here, against float64; and compiled for TPU."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lip_jax
+from lip_jax import ahead, sharding
+from lip_jax.kernels import tpu
+from lip_jax.windows import make_geometry
+
+CASES = [
+  # window, stride, padding, (N, H, W, C)
+  (3, 2, 1, (2, 8, 8, 3)),
+  (3, 2, 1, (3, 7, 9, 5)),
+  (2, 2, 0, (2, 8, 6, 3)),
+  (2, 2, 1, (2, 5, 6, 3)),
+  (5, 3, 2, (1, 7, 8, 3)),
+  (3, 1, 1, (2, 6, 7, 3)),
+  (2, 3, 0, (2, 10, 8, 3)),
+  (1, 2, 0, (2, 5, 5, 3)),
+  ((3, 2), (1, 2), (1, 0), (2, 6, 8, 3)),
+  (3, 2, 1, (2, 1, 1, 3)),
+  (3, 2, 1, (8, 41, 38, 4)),  # several blocks along both axes
+  (3, 2, 1, (128, 5, 6, 8)),  # images in the lanes
+]
+LOGITS = {
+  "random": lambda rng, shape: 3 * rng.standard_normal(shape),
+  "constant": lambda rng, shape: np.full(shape, 7.0),
+  "extreme": lambda rng, shape: rng.choice([-1e4, -3e3, 0.0, 3e3, 1e4], shape),
+}
+
+
+def arrays(seed, dtype, *shapes):
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def assert_close(narrow, exact, dtype):
+  """Within 2 units in the last place of bfloat16; of float32, 1e-6 of the largest value."""
+  narrow, exact = np.asarray(narrow, np.float64), np.asarray(exact, np.float64)
+  largest = np.abs(exact).max()
+  if dtype == jnp.float32:
+    np.testing.assert_allclose(narrow, exact, rtol=0, atol=1e-6 * max(largest, 1))
+  else:
+    np.testing.assert_allclose(narrow, exact, rtol=2 * 2**-8, atol=1e-6 * max(largest, 1))
+
+
+def value_and_gradients(function, cotangent, *arguments):
+  y, vjp = jax.vjp(function, *arguments)
+  return y, *vjp(cotangent.astype(y.dtype))
+
+
+@pytest.mark.parametrize("logit_range", [None, (-20, 20)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_equals_float64(x64, case, logit_range):
+  window, stride, padding, shape = case
+  geometry = {"window": window, "stride": stride, "padding": padding, "logit_range": logit_range}
+  pool = functools.partial(lip_jax.lip_pool, **geometry)
+  x, logits = arrays(0, jnp.float32, shape, shape)
+  wide = [x.astype(jnp.float64), 3 * logits.astype(jnp.float64)]
+  g = arrays(1, jnp.float32, jax.eval_shape(pool, x, x).shape)[0]
+  exact = value_and_gradients(pool, g, *wide)
+  kernel = functools.partial(pool, implementation="pallas")
+  for ours, theirs in zip(value_and_gradients(kernel, g, x, 3 * logits), exact, strict=True):
+    assert_close(ours, theirs, jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_any_logits_in_any_dtype(x64, kind, dtype, implementation):
+  shape = (2, 9, 8, 16)
+  x, g = arrays(0, dtype, shape, (2, 5, 4, 16))
+  logits = jnp.asarray(LOGITS[kind](np.random.default_rng(1), shape), dtype)
+  exact = value_and_gradients(
+    lip_jax.lip_pool, g, x.astype(jnp.float64), logits.astype(jnp.float64)
+  )
+  pool = functools.partial(lip_jax.lip_pool, implementation=implementation)
+  for ours, theirs in zip(value_and_gradients(pool, g, x, logits), exact, strict=True):
+    assert ours.dtype == dtype
+    assert_close(ours, theirs, dtype)
+
+
+def unfused(x, features, scale, bias):
+  """The tail of a logit module step by step, in the dtype of its arguments."""
+  mean = features.mean(axis=(1, 2), keepdims=True)
+  var = jnp.square(features - mean).mean(axis=(1, 2), keepdims=True)
+  scale, bias = scale.reshape(1, 1, 1, -1), bias.reshape(1, 1, 1, -1)
+  normalized = (features - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+  return lip_jax.lip_pool(x, 12 * jax.nn.sigmoid(normalized))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_fused_tail_equals_its_parts(x64, implementation, offset):
+  shape = (3, 12, 9, 5)
+  x, features, scale, bias, g = arrays(0, jnp.float32, shape, shape, (5,), (5,), (3, 6, 5, 5))
+  arguments = (x, features + offset, scale, bias)
+  exact = value_and_gradients(unfused, g, *(a.astype(jnp.float64) for a in arguments))
+  fused = functools.partial(lip_jax.gated_lip_pool, implementation=implementation)
+  for ours, theirs in zip(value_and_gradients(fused, g, *arguments), exact, strict=True):
+    # A mean of 100 times the deviation costs float32 two digits of what is left.
+    np.testing.assert_allclose(
+      ours, theirs, rtol=0, atol=(2e-6 if offset == 0 else 1e-4) * np.abs(theirs).max()
+    )
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_fused_tail_in_bfloat16_is_as_exact_as_its_arguments(x64, implementation):
+  shape = (2, 14, 14, 8)
+  x, features, g = arrays(0, jnp.bfloat16, shape, shape, (2, 7, 7, 8))
+  scale, bias = arrays(1, jnp.float32, (8,), (8,))
+  arguments = (x, features, scale, bias)
+  exact = value_and_gradients(unfused, g, *(a.astype(jnp.float64) for a in arguments))
+  fused = functools.partial(lip_jax.gated_lip_pool, implementation=implementation)
+  for ours, theirs in zip(value_and_gradients(fused, g, *arguments), exact, strict=True):
+    difference = np.abs(np.asarray(ours, np.float64) - theirs)
+    assert difference.max() <= 2 * 2**-8 * np.abs(theirs).max()
+
+
+def test_networks_use_the_fused_tail():
+  """The same network with the logits in between, as they are recorded for pictures, agrees."""
+  model = lip_jax.create_model(
+    "lip_resnet_small", num_classes=4, width=8, stage_sizes=(1, 1, 1, 1), rngs=nnx.Rngs(0)
+  )
+  model.eval()
+  images = arrays(0, jnp.float32, (2, 32, 32, 3))[0]
+  with lip_jax.lan.record_logits() as records:
+    slow = model(images)
+  assert records
+  text = jax.jit(lambda images: model(images)).lower(images).as_text()
+  assert "_gated_fwd" in text
+  np.testing.assert_allclose(model(images), slow, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_kernels_are_mapped_and_split_over_devices(fused):
+  mesh = sharding.make_mesh()
+  x, features = arrays(0, jnp.float32, (16, 6, 6, 4), (16, 6, 6, 4))
+  one = jnp.ones(4)
+
+  def pool(x, features, implementation):
+    if fused:
+      return lip_jax.gated_lip_pool(x, features, one, one, implementation=implementation)
+    return lip_jax.lip_pool(x, features, implementation=implementation)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def gradients(x, features, implementation):
+    y, vjp = jax.vjp(lambda a, b: pool(a, b, implementation), x, features)
+    return y, vjp(y)
+
+  expected = gradients(x, features, "xla")
+  split = jax.device_put((x, features), sharding.over_batch(mesh))
+  compiled = gradients.lower(*split, "pallas").compile()
+  assert not any(name in compiled.as_text() for name in ("all-reduce", "all-gather", "permute"))
+  mapped = jax.vmap(lambda a, b: gradients(a, b, "pallas"))(
+    x.reshape(2, 8, 6, 6, 4), features.reshape(2, 8, 6, 6, 4)
+  )
+  mapped = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), mapped)
+  for result in (compiled(*split), mapped):
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_no_kernel_supports_is_refused_by_name():
+  x = jnp.zeros((1, 4, 4, 2))
+  with pytest.raises(ValueError, match=r"'pallas' does not support x float32\[1, 4, 4, 2\]"):
+    lip_jax.lip_pool(x, x[..., :1], implementation="pallas")
+  for features, scale, message in (
+    (x[..., :1], jnp.ones(2), r"features must be \(1, 4, 4, 2\)"),
+    (x, jnp.ones(3), r"scale must be \(2,\)"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      lip_jax.gated_lip_pool(x, features, scale, jnp.ones(2))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for_tpu_and_moves_little(name):
+  """Within 1.15 of the floor forward and 1.35 with the gradient, by the kernels' blocks."""
+  device = ahead.topology(name).devices[0]
+  place = jax.sharding.SingleDeviceSharding(device)
+  for size, channels in ((112, 64), (28, 256)):
+    shape = (128, size, size, channels)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    g = jax.ShapeDtypeStruct((128, size // 2, size // 2, channels), jnp.bfloat16, sharding=place)
+    pool = functools.partial(lip_jax.lip_pool, logit_range=(0, 12))
+    gradients = jax.jit(lambda x, l, g, pool=pool: value_and_gradients(pool, g, x, l))
+    text = gradients.lower(x, x, g).compile().as_text()
+    assert "lip_pool_forward" in text and "lip_pool_backward" in text
+    geometry = make_geometry(x, 3, 2, 1)
+    moved = [tpu.traffic(x, x, geometry, backward=backward) for backward in (False, True)]
+    assert moved[0] <= 1.15 * 2.25 * 2 * x.size
+    assert sum(moved) <= 1.35 * 6.5 * 2 * x.size
