@@ -131,7 +131,7 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
     for i in sorted(set(itertools.chain(*offsets_h))):
       for j in sorted(set(itertools.chain(*offsets_w))):
         phases = np.array([[i in oh and j in ow for ow in offsets_w] for oh in offsets_h], x.dtype)
-        share = windows(a, i, j)[:, :, None, :, None] * phases[:, None, :, None]
+        share = windows(a, i, j)[:, :, None, :, None] * phases.reshape(1, 1, sh, 1, sw, 1)
         dx += share
         dl += share * (x - windows(y, i, j)[:, :, None, :, None])
     dx, dl = weights * dx, weights * dl
