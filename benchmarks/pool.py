@@ -213,6 +213,7 @@ def _torch_calls(arrays: tuple[np.ndarray, ...], dtype: str) -> dict[str, tuple[
     return forward, both
 
   found = {name: calls(primitive, last) for name, last in zip(EAGER, (True, False), strict=True)}
+  torch._dynamo.reset()  # it gives up on a function that it has compiled for many shapes
   try:
     compiled = calls(torch.compile(primitive, dynamic=False), True)
     for call in compiled:
