@@ -148,16 +148,38 @@ def taps(a: jax.Array, geometry: Geometry, outside: float) -> list[jax.Array]:
     A list of [N, H', W', C], row by row through the window.
   """
   n, height, width, c = a.shape
-  (kh, kw), (sh, sw), (ph, pw) = geometry
-  out_h, out_w = geometry.output_size((height, width))
-  a = jnp.pad(a, ((0, 0), (ph, ph), (pw, pw), (0, 0)), constant_values=outside)
-  return [
-    lax.slice(
-      a,
-      (0, i, j, 0),
-      (n, i + (out_h - 1) * sh + 1, j + (out_w - 1) * sw + 1, c),
-      (1, sh, sw, 1),
-    )
-    for i in range(kh)
-    for j in range(kw)
-  ]
+  sizes = height, width
+  rows, columns = (
+    [_tap(tap, *along) for tap in range(along[2])]
+    for along in zip(sizes, geometry.output_size(sizes), *geometry, strict=True)
+  )
+  padded = []
+  # Padding the slices, of which most need none, and not `a`: XLA for CPUs would compute what
+  # follows pixel by pixel.
+  for top, bottom, first_row, last_row in rows:
+    for left, right, first_column, last_column in columns:
+      start, limit = (0, first_row, first_column, 0), (n, last_row, last_column, c)
+      part = lax.slice(a, start, limit, (1, geometry.stride[0], geometry.stride[1], 1))
+      around = ((0, 0), (top, bottom), (left, right), (0, 0))
+      padded.append(
+        jnp.pad(part, around, constant_values=outside) if any(map(any, around)) else part
+      )
+  return padded
+
+
+def _tap(
+  tap: int, size: int, windows: int, window: int, stride: int, padding: int
+) -> tuple[int, int, int, int]:
+  """Where a pixel of each window lies along an axis of the image.
+
+  Returns:
+    How many windows have it before the image, how many behind, and the slice of the others.
+  """
+  del window
+  first = tap - padding  # of the first window
+  before = min(max(0, -(first // stride)), windows)
+  inside = min(max(0, (size - 1 - first) // stride + 1), windows) - before
+  if inside <= 0:
+    return before, windows - before, 0, 0
+  start = before * stride + first
+  return before, windows - before - inside, start, start + (inside - 1) * stride + 1

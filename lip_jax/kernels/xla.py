@@ -10,11 +10,13 @@ and den would lose three digits where logits are as large as 1e4.)
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lip_jax.kernels.gate import Affine, gate
@@ -109,10 +111,15 @@ def _per_platform(slices: Callable, sums: Callable, shift: float | None) -> Call
 
 def _forward_slices(x, logits, geometry, shift):
   """(y, largest logit, denominator) per window, from its taps as strided slices that XLA fuses."""
+  if shift is not None:
+    weights = jnp.exp(logits - shift)
+    weights, weighted = _computed_once(weights, x * weights)
+    total = functools.reduce(jnp.add, taps(weights, geometry, 0.0))
+    return functools.reduce(jnp.add, taps(weighted, geometry, 0.0)) / total, None, total
   xs = taps(x, geometry, 0.0)
   ls = taps(logits, geometry, -math.inf)
-  largest = None if shift is not None else functools.reduce(jnp.maximum, ls)
-  weights = [jnp.exp(tap - (shift if largest is None else largest)) for tap in ls]
+  (largest,) = _computed_once(functools.reduce(jnp.maximum, ls))
+  weights = [jnp.exp(tap - largest) for tap in ls]
   total = functools.reduce(jnp.add, weights)
   y = functools.reduce(jnp.add, [a * w for a, w in zip(xs, weights, strict=True)]) / total
   return y, largest, total
@@ -124,7 +131,7 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
   Pixels of equal phase modulo the stride see their windows at equal offsets, so each phase is a sum
   of shifted slices of the small arrays.
   """
-  n, height, width, _ = x.shape
+  n, height, width, c = x.shape
   (kh, kw), (sh, sw), (ph, pw) = geometry
   rows, columns = -(-height // sh), -(-width // sw)
   # Windows of the pixels (row * stride + phase), as offsets to `row`.
@@ -136,13 +143,35 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
   y, a = jnp.pad(y, margins), jnp.pad(a, margins)
   if largest is not None:  # a window that does not exist weighs exp(-inf) = 0
     largest = jnp.pad(largest, margins, constant_values=math.inf)
-  grow = ((0, 0), (0, rows * sh - height), (0, columns * sw - width), (0, 0))
-  x, logits = jnp.pad(x, grow), jnp.pad(logits, grow)
 
   def windows(array, i, j):
     top, left = margin_h[0] + i, margin_w[0] + j
     return lax.slice(array, (0, top, left, 0), (n, top + rows, left + columns, array.shape[3]))
 
+  grow = ((0, 0), (0, rows * sh - height), (0, columns * sw - width), (0, 0))
+  if largest is None:
+    # One array of all phases, in which a window is added to the phases that belong to it.
+    (weights,) = _computed_once(jnp.exp(logits - shift))
+    x, weights = (
+      jnp.pad(array, grow).reshape(n, rows, sh, columns, sw, array.shape[3])
+      for array in (x, weights)
+    )
+    y, a = _computed_once(y, a)
+    dx, dl = jnp.zeros_like(x), jnp.zeros_like(x)
+    for i in sorted(set(itertools.chain(*offsets_h))):
+      for j in sorted(set(itertools.chain(*offsets_w))):
+        phases = np.array([[i in oh and j in ow for ow in offsets_w] for oh in offsets_h], x.dtype)
+        share = windows(a, i, j)[:, :, None, :, None] * phases.reshape(1, 1, sh, 1, sw, 1)
+        dx += share
+        dl += share * (x - windows(y, i, j)[:, :, None, :, None])
+    dx, dl = weights * dx, weights * dl
+    if logits.shape[3] != c:
+      dl = dl.sum(axis=5, keepdims=True)
+    return tuple(
+      d.reshape(n, rows * sh, columns * sw, d.shape[5])[:, :height, :width] for d in (dx, dl)
+    )
+
+  x, logits = jnp.pad(x, grow), jnp.pad(logits, grow)
   dx_phases, dl_phases = [], []
   for r in range(sh):
     for q in range(sw):
@@ -150,11 +179,10 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
       dx, dl = jnp.zeros_like(x_phase), jnp.zeros_like(x_phase)
       for i in offsets_h[r]:
         for j in offsets_w[q]:
-          subtracted = shift if largest is None else windows(largest, i, j)
-          weighted = jnp.exp(l_phase - subtracted) * windows(a, i, j)
+          weighted = jnp.exp(l_phase - windows(largest, i, j)) * windows(a, i, j)
           dx += weighted
           dl += weighted * (x_phase - windows(y, i, j))
-      if logits.shape[3] != x.shape[3]:
+      if logits.shape[3] != c:
         dl = dl.sum(axis=3, keepdims=True)
       dx_phases.append(dx)
       dl_phases.append(dl)
@@ -166,6 +194,16 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
     return full[:, :height, :width]
 
   return interleave(dx_phases), interleave(dl_phases)
+
+
+def _computed_once(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The arrays; on CPUs they go to memory, where XLA would compute them again for each user.
+
+  Elsewhere memory is what is short.
+  """
+  return lax.platform_dependent(
+    *arrays, cpu=lambda *a: lax.optimization_barrier(a), default=lambda *a: a
+  )
 
 
 def _margins(offsets: list[list[int]], size: int, windows: int) -> tuple[int, int]:
