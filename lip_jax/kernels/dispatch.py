@@ -15,14 +15,14 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 
-from lip_jax.kernels import gate, tpu, xla
+from lip_jax.kernels import gate, gpu, tpu, xla
 from lip_jax.kernels.gate import Affine
 from lip_jax.normalization import moments
 from lip_jax.windows import Geometry
 
 Form = Literal["auto", "xla", "pallas"]
 
-_KERNELS = {"tpu": tpu}
+_KERNELS = {"tpu": tpu, "cuda": gpu}
 
 
 def supports(x: jax.Array, h: jax.Array, geometry: Geometry) -> bool:

@@ -11,8 +11,8 @@ above and to the left share, and gathers their gradients: it recomputes those wi
 denominators from the inputs. Nothing is kept from the forward pass, and every sum has a fixed
 order, so results are the same from run to run.
 
-With `affine` the inputs h are normalized convolutions instead of logits: u = h * gain + offset, and
-the weight is exp(12 sigmoid(u) - 6) = exp(6 tanh(u / 2)), which never reaches memory.
+With `affine` the inputs h are convolutions to be normalized instead of logits: u = (h - mean) * gain
++ bias, and the weight is exp(12 sigmoid(u) - 6), which never reaches memory.
 """
 
 import functools
@@ -25,9 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from lip_jax.kernels.gate import GATE, MIDDLE, Affine
 from lip_jax.windows import Geometry
-
-Affine = tuple[jax.Array, jax.Array]
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _LARGEST_WINDOW = 5  # the code of a window's pixels is unrolled
@@ -100,14 +99,19 @@ class _Image(NamedTuple):
     """Without `affine`."""
     return jnp.where(pixels.inside, pixels.h.astype(jnp.float32), _BELOW_ALL)
 
-  def gate(self, pixels: _Pixels) -> tuple[jax.Array, jax.Array]:
-    """With `affine`: the weight exp(6 tanh(u / 2)) and the derivative of 12 sigmoid(u)."""
+  def centred(self, pixels: _Pixels) -> jax.Array:
+    """With `affine`: h - mean."""
     assert self.affine is not None
-    gain, offset = self.affine
+    return pixels.h.astype(jnp.float32) - self.affine.mean
+
+  def gate(self, pixels: _Pixels) -> tuple[jax.Array, jax.Array]:
+    """With `affine`: the weight exp(12 sigmoid(u) - 6) and the derivative of 12 sigmoid(u)."""
+    assert self.affine is not None
+    u = self.centred(pixels) * self.affine.gain + self.affine.bias
     # The logit is 12 up to rounding from u = 80 on, where exp(u) does not overflow yet.
-    e = self.exp(jnp.minimum(pixels.h.astype(jnp.float32) * gain + offset, 80.0))
+    e = self.exp(jnp.minimum(u, 80.0))
     p = self.inverse(1 + e)  # sigmoid(-u); sigmoid(u) is e * p, with its small values exact
-    return jnp.where(pixels.inside, self.exp(6 - 12 * p), 0.0), 12 * (e * p) * p
+    return jnp.where(pixels.inside, self.exp(MIDDLE - GATE * p), 0.0), GATE * (e * p) * p
 
   def weights(self, pixels: _Pixels) -> jax.Array:
     """Exp(l - shift)."""
@@ -179,7 +183,7 @@ def forward(
   Args:
     x: [N, H, W, C].
     h: logits, or with `affine` what they are made of, [N, H, W, C].
-    affine: None, or gain and offset, [N, C] float32 each.
+    affine: of the instance norm before the gate, or None.
     geometry: of the pooling.
     shift: what to subtract from all logits; None: each window's largest. Not used with `affine`.
     interpret: run without a GPU, slowly.
@@ -210,13 +214,13 @@ def backward(
   shift: float | None,
   *,
   interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, Affine | None]:
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
   """Gradients of `forward`.
 
   Args:
     x: as for `forward`, as are the others.
     h: [N, H, W, C].
-    affine: None, or [N, C] float32 each.
+    affine: of the instance norm, or None.
     g: gradient of the result, [N, H', W', C].
     geometry: of the pooling.
     shift: of the logits.
@@ -224,7 +228,7 @@ def backward(
 
   Returns:
     Gradients with respect to x and to the logits, or to u with `affine`, in the dtypes of x and h;
-    and with `affine` the sums over the pixels of du and of du * h, [N, C] float32 each.
+    and with `affine` the sums over the pixels of du and of du * (h - mean), [N, C] float32 each.
   """
   n, height, width, c = x.shape
   # Cell i owns the pixels from i * stride - padding on: the first `stride` pixels of window i.
@@ -305,7 +309,7 @@ def _forward_kernel(
 def _backward_kernel(
   x, h, *refs, geometry: Geometry, shift: float | None, fast: bool, tiling: _Tiling
 ):
-  affine_refs = refs[: len(refs) // 2 - 1]  # two affine: two sums more
+  affine_refs = refs[:3] if len(refs) > 3 else ()
   g, dx, dh, *sums_refs = refs[len(affine_refs) :]
   (kh, kw), (sh, sw), (ph, pw) = geometry
   image, first_row, columns, block = _program(x, h, affine_refs, shift, fast, tiling)
@@ -388,7 +392,7 @@ def _gradients(image: _Image, pixels: _Pixels, windows: list[_Window]):
     return weight * share, weight * change, ()
   weight, slope = image.gate(pixels)
   du = weight * change * slope
-  return weight * share, du, (du, du * pixels.h.astype(jnp.float32))
+  return weight * share, du, (du, du * image.centred(pixels))
 
 
 def _program(x, h, affine_refs, shift: float | None, fast: bool, tiling: _Tiling):
@@ -401,10 +405,9 @@ def _program(x, h, affine_refs, shift: float | None, fast: bool, tiling: _Tiling
   affine = None
   if affine_refs:
     inside = channels < x.shape[3]
-    gain, offset = (
-      plgpu.load(ref.at[index, channels], mask=inside, other=0.0)[None] for ref in affine_refs
+    affine = Affine(
+      *(plgpu.load(ref.at[index, channels], mask=inside, other=0.0)[None] for ref in affine_refs)
     )
-    affine = gain, offset
   image = _Image(x, h, affine, shift, fast, index, channels[None])
   first_column = block % across * tiling.columns
   columns = (first_column + jnp.arange(tiling.columns, dtype=jnp.int32))[:, None]
