@@ -76,7 +76,7 @@ def inputs(geometry, size, channels, dtype, scale=2.0):
 
 
 @pytest.mark.parametrize(
-  ("case", "gated"), list(zip(GEOMETRIES, itertools.cycle([False, True]), strict=False))
+  ("case", "gated"), list(zip(GEOMETRIES[2:], itertools.cycle([False, True]), strict=False))
 )
 def test_equals_float64(x64, case, gated):
   window, stride, padding, size = case
@@ -117,8 +117,14 @@ def test_several_programs_per_image(x64, monkeypatch):
   jax.clear_caches()
 
 
-@pytest.mark.parametrize("shape", [(128, 112, 112, 64), (2, 13, 9, 3)])
-@pytest.mark.parametrize(("gated", "shift"), [(False, None), (False, 6.0), (True, None)])
+@pytest.mark.parametrize(
+  ("shape", "gated", "shift"),
+  [
+    ((128, 112, 112, 64), True, None),
+    ((128, 14, 14, 1024), False, None),
+    ((2, 13, 9, 3), False, 6.0),
+  ],
+)
 def test_lowers_through_triton(shape, gated, shift):
   x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   n, height, width, c = shape

@@ -53,7 +53,7 @@ class _Tiling(NamedTuple):
 class _Partial(NamedTuple):
   """Sums over a window or one row of it, [columns, channels]."""
 
-  largest: jax.Array | None  # logit, which is subtracted before exp; None: `shift` is
+  largest: Any  # logit, which is subtracted before exp; None: `shift` is
   weighted: jax.Array  # sum of x exp(l - largest)
   total: jax.Array  # sum of exp(l - largest)
 
@@ -61,7 +61,7 @@ class _Partial(NamedTuple):
 class _Window(NamedTuple):
   """What the gradients of a window's pixels need of it, [columns, channels]."""
 
-  largest: jax.Array | None
+  largest: Any  # as in `_Partial`
   y: jax.Array
   a: jax.Array  # g / denominator; zero for a window that does not exist
 
@@ -82,7 +82,7 @@ class _Image(NamedTuple):
   affine: Affine | None  # float32, [1, channels]
   shift: float | None
   fast: bool  # the processor's own exp2 and reciprocal: 2 units of float32 off, a few instructions
-  index: jax.Array  # of the image
+  number: jax.Array  # of the image
   channels: jax.Array  # their numbers, [1, channels]
 
   @property
@@ -91,7 +91,7 @@ class _Image(NamedTuple):
     return self.affine is not None or self.shift is not None
 
   def load(self, row: jax.Array, columns: jax.Array) -> _Pixels:
-    place, inside = _place(self.x, self.index, row, columns, self.channels)
+    place, inside = _place(self.x, self.number, row, columns, self.channels)
     x, h = (plgpu.load(ref.at[place], mask=inside, other=0.0) for ref in (self.x, self.h))
     return _Pixels(x, h, inside)
 
@@ -298,7 +298,7 @@ def _forward_kernel(
     top = out * sh - ph
     rows = [*shared, *(row_sums(top + tap) for tap in range(kept, kh))]
     window = image.join(rows)
-    place, inside = _place(y, image.index, out, columns, image.channels)
+    place, inside = _place(y, image.number, out, columns, image.channels)
     mean = window.weighted * image.inverse(jnp.maximum(window.total, _TINY))
     plgpu.store(y.at[place], mean.astype(y.dtype), mask=inside)
     return tuple(rows[kh - kept :])
@@ -329,7 +329,7 @@ def _backward_kernel(
     made = []
     for j in range(left):
       joined = image.join([row[j] for row in rows])
-      place, inside = _place(g, image.index, number, columns - j, image.channels)
+      place, inside = _place(g, image.number, number, columns - j, image.channels)
       gradient = plgpu.load(g.at[place], mask=inside, other=0.0).astype(jnp.float32)
       inverse = image.inverse(jnp.maximum(joined.total, _TINY))
       made.append(_Window(joined.largest, joined.weighted * inverse, gradient * inverse))
@@ -352,7 +352,7 @@ def _backward_kernel(
         theirs = [
           containing[i][j] for i in range(_count(kh, sh, r)) for j in range(_count(kw, sw, q))
         ]
-        place, inside = _place(dx, image.index, row, columns * sw - pw + q, image.channels)
+        place, inside = _place(dx, image.number, row, columns * sw - pw + q, image.channels)
         if theirs:
           pixel_dx, pixel_dh, terms = _gradients(image, own[r][q], theirs)
           sums = tuple(
@@ -375,7 +375,7 @@ def _backward_kernel(
   for total, ref in zip(sums, sums_refs, strict=True):
     channels = image.channels.reshape(tiling.channels)
     inside = channels < ref.shape[2]
-    plgpu.store(ref.at[image.index, block, channels], total.sum(axis=0), mask=inside)
+    plgpu.store(ref.at[image.number, block, channels], total.sum(axis=0), mask=inside)
 
 
 def _gradients(image: _Image, pixels: _Pixels, windows: list[_Window]):

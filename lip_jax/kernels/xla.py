@@ -115,9 +115,9 @@ def _per_platform(slices: Callable, sums: Callable, shift: float | None) -> Call
 def _forward_slices(x, logits, geometry, shift):
   """(y, largest logit, denominator) per window, from its taps as strided slices that XLA fuses."""
   if shift is not None:
-    weights = jnp.exp(logits - shift)
-    weights, weighted = _computed_once(weights, x * weights)
-    total = functools.reduce(jnp.add, taps(weights, geometry, 0.0))
+    weight = jnp.exp(logits - shift)
+    weight, weighted = _computed_once(weight, x * weight)
+    total = functools.reduce(jnp.add, taps(weight, geometry, 0.0))
     return functools.reduce(jnp.add, taps(weighted, geometry, 0.0)) / total, None, total
   xs = taps(x, geometry, 0.0)
   ls = taps(logits, geometry, -math.inf)
