@@ -22,6 +22,7 @@ for the statistics, and in the gradient read twice and written once more.
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -71,6 +72,9 @@ def main() -> None:
   )
   parser.add_argument("--json", action="store_true", help="one line for each row, and no table")
   args = parser.parse_args()
+  # This process computes nothing, and stays away from TPUs of this machine and their users.
+  os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+  jax.config.update("jax_platforms", "cpu")
   if not args.json:
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS))
@@ -159,8 +163,8 @@ def _figures(
 
 
 def _prefetched(text: str) -> int:
-  """Bytes that are copied to the chip ahead of their use: to memory space 1."""
-  found = re.findall(r"= \((\w+)\[([\d,]+)\]\{[^}]*S\(1\)[^}]*\}.*? copy-start\(", text)
+  """Bytes that are copied to the chip ahead of their use: to another memory space than 0."""
+  found = re.findall(r"= \((\w+)\[([\d,]+)\]\{[^}]*S\(\d\)[^}]*\}.*? copy-start\(", text)
   return sum(
     jnp.dtype({"bf16": "bfloat16", "f32": "float32"}[dtype]).itemsize
     * math.prod(map(int, shape.split(",")))

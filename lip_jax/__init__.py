@@ -15,6 +15,7 @@ from lip_jax.pooling import (
   lip_pool,
   lp_pool,
   max_pool,
+  projected_lip_pool,
   soft_pool,
   strided_pool,
 )
@@ -43,6 +44,7 @@ __all__ = [
   "load_torch_weights",
   "lp_pool",
   "max_pool",
+  "projected_lip_pool",
   "replace_downsampling",
   "soft_pool",
   "strided_pool",

@@ -16,7 +16,7 @@ from flax.typing import Dtype
 from lip_jax import layers
 from lip_jax.errors import UsageError
 from lip_jax.kernels.gate import GATE
-from lip_jax.pooling import gated_lip_pool
+from lip_jax.pooling import gated_lip_pool, projected_lip_pool
 
 # What follows the last convolution of a logit module: table 2 of the paper, A to D.
 Top = Literal["norm_gate", "norm", "gate", "none"]
@@ -94,21 +94,13 @@ class Projection(nnx.Module):
       source: [N, H, W, in_features].
       **windows: of `lip_pool`.
     """
-
-    def pool(module: Projection, x: jax.Array, source: jax.Array) -> jax.Array:
-      norm = module.norm
-      assert norm is not None, "the caller asks `fused`"
-      return gated_lip_pool(
-        x,
-        module.conv(source),
-        norm.scale[...],
-        norm.bias[...],
-        epsilon=norm.epsilon,
-        **windows,
-      )
-
-    cheap = self.conv.kernel_size == (1, 1)
-    return (nnx.remat(pool) if cheap else pool)(self, x, source)
+    norm = self.norm
+    assert norm is not None, "the caller asks `fused`"
+    tail = (norm.scale[...], norm.bias[...])
+    if self.conv.kernel_size != (1, 1):
+      return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
+    kernel = self.conv.kernel[...]
+    return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)
 
 
 class BottleneckTrunk(nnx.Module):

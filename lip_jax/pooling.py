@@ -131,21 +131,63 @@ def gated_lip_pool(
   """
   geometry = make_geometry(x, window, stride, padding)
   check_array("features", features)
-  channels = (x.shape[3],)
-  for name, array, shape in (
-    ("features", features, x.shape),
-    ("scale", scale, channels),
-    ("bias", bias, channels),
-  ):
-    if array.shape != shape:
-      raise ValueError(f"{name} must be {tuple(shape)} for x {tuple(x.shape)}; got {array.shape}")
+  _check_shape("features", features, x.shape, x)
+  _check_norm(scale, bias, x)
   _check_implementation(implementation, x, features, geometry)
   if implementation == "reference":
-    mean, var = moments(features, (1, 2))
-    scale, bias = (a.astype(mean.dtype).reshape(1, 1, 1, -1) for a in (scale, bias))
-    u = (features.astype(mean.dtype) - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
-    return _reference(x, gate.GATE * jax.nn.sigmoid(u), geometry)
+    return _gated_reference(x, features, scale, bias, epsilon, geometry)
   return dispatch.gated_lip_pool(x, features, scale, bias, epsilon, geometry, implementation)
+
+
+def projected_lip_pool(
+  x: jax.Array,
+  source: jax.Array,
+  kernel: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  *,
+  epsilon: float = 1e-5,
+  window: IntOrPair = 3,
+  stride: IntOrPair = 2,
+  padding: IntOrPair = 1,
+  implementation: Implementation = "auto",
+) -> jax.Array:
+  """`gated_lip_pool` by features = source * kernel, a 1x1 convolution.
+
+  The features are computed again for the gradient rather than kept.
+
+  Args:
+    x: features that are pooled, [N, H, W, C], floating point.
+    source: what the importance is predicted from, [N, H, W, S], floating point.
+    kernel: of the convolution, [1, 1, S, C].
+    scale: of the instance norm, [C].
+    bias: of the instance norm, [C].
+    epsilon: added to the variance.
+    window: as for `lip_pool`.
+    stride: as for `lip_pool`.
+    padding: as for `lip_pool`.
+    implementation: as for `lip_pool`.
+
+  Returns:
+    [N, (H + 2 * padding - window) // stride + 1, (W + ...) // ... + 1, C], in the dtype of x.
+
+  Raises:
+    ValueError: as `lip_pool`, and for other arrays whose shape does not fit x.
+    TypeError: x or source that are not floating point.
+  """
+  geometry = make_geometry(x, window, stride, padding)
+  check_array("source", source)
+  _check_shape("source", source, (*x.shape[:3], source.shape[3]), x)
+  _check_shape("kernel", kernel, (1, 1, source.shape[3], x.shape[3]), x)
+  _check_norm(scale, bias, x)
+  of_features = jax.ShapeDtypeStruct(x.shape, source.dtype)
+  _check_implementation(implementation, x, of_features, geometry)
+  if implementation == "reference":
+    features = dispatch.project(source, kernel)
+    return _gated_reference(x, features, scale, bias, epsilon, geometry)
+  return dispatch.projected_lip_pool(
+    x, source, kernel, scale, bias, epsilon, geometry, implementation
+  )
 
 
 def average_pool(
@@ -363,8 +405,23 @@ def _per_channel(name: str, value: jax.typing.ArrayLike, x: jax.Array, dtype) ->
   return array.reshape(1, 1, 1, -1)
 
 
+def _check_norm(scale: jax.Array, bias: jax.Array, x: jax.Array) -> None:
+  _check_shape("scale", scale, x.shape[3:], x)
+  _check_shape("bias", bias, x.shape[3:], x)
+
+
+def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...], x: jax.Array) -> None:
+  if array.shape != shape:
+    raise ValueError(
+      f"{name} must be {tuple(shape)} for x {tuple(x.shape)}; got {tuple(array.shape)}"
+    )
+
+
 def _check_implementation(
-  implementation: str, x: jax.Array, logits: jax.Array, geometry: Geometry
+  implementation: str,
+  x: jax.Array,
+  logits: jax.Array | jax.ShapeDtypeStruct,
+  geometry: Geometry,
 ) -> None:
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
@@ -392,6 +449,20 @@ def _fixed_shift(logit_range: tuple[float, float] | None) -> float | None:
       "out for logits of any size"
     )
   return (low + high) / 2
+
+
+def _gated_reference(
+  x: jax.Array,
+  features: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  geometry: Geometry,
+) -> jax.Array:
+  mean, var = moments(features, (1, 2))
+  scale, bias = (a.astype(mean.dtype).reshape(1, 1, 1, -1) for a in (scale, bias))
+  u = (features.astype(mean.dtype) - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
+  return _reference(x, gate.GATE * jax.nn.sigmoid(u), geometry)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from lip_jax.kernels import gate, gpu, tpu, xla
 from lip_jax.kernels.gate import Affine
-from lip_jax.normalization import moments
+from lip_jax.normalization import moments, not_before
 from lip_jax.windows import Geometry
 
 Form = Literal["auto", "xla", "pallas"]
@@ -25,7 +25,7 @@ Form = Literal["auto", "xla", "pallas"]
 _KERNELS = {"tpu": tpu, "cuda": gpu}
 
 
-def supports(x: jax.Array, h: jax.Array, geometry: Geometry) -> bool:
+def supports(x: jax.Array, h: jax.Array | jax.ShapeDtypeStruct, geometry: Geometry) -> bool:
   """Whether there is a kernel, of any platform, for these arrays."""
   return bool(_kernels(x, h, geometry, "pallas"))
 
@@ -94,6 +94,8 @@ def _gated_bwd(epsilon, geometry, form, residuals, g):
   """Of the kernels' du (with respect to what the gate gets), back through the instance norm."""
   del epsilon
   x, h, scale, bias, affine, rstd, windows = residuals
+  h, rstd, *statistics = not_before(g, h, rstd, *affine)
+  affine = Affine(*statistics)
   dx, du, sums = _backward(x, h, affine, windows, g, geometry, gate.MIDDLE, form)
   of_du, of_product = sums  # of du, and of du * (h - mean), over the pixels
   pixels = h.shape[1] * h.shape[2]
@@ -108,6 +110,58 @@ def _gated_bwd(epsilon, geometry, form, residuals, g):
 
 
 gated_lip_pool.defvjp(_gated_fwd, _gated_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def projected_lip_pool(
+  x: jax.Array,
+  source: jax.Array,
+  kernel: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  geometry: Geometry,
+  form: Form,
+) -> jax.Array:
+  """`gated_lip_pool` of x by a projection of `source`, which is computed again for the gradient.
+
+  Args:
+    x: [N, H, W, C].
+    source: [N, H, W, S].
+    kernel: of a convolution, [1, 1, S, C].
+    scale: [C].
+    bias: [C].
+    epsilon: added to the variance.
+    geometry: of the pooling.
+    form: as for `lip_pool`.
+  """
+  return _projected_fwd(x, source, kernel, scale, bias, epsilon, geometry, form)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _projected_fwd(x, source, kernel, scale, bias, epsilon, geometry, form):
+  y, (_, _, *rest) = _gated_fwd(x, project(source, kernel), scale, bias, epsilon, geometry, form)
+  return y, (x, source, kernel, rest)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _projected_bwd(epsilon, geometry, form, residuals, g):
+  x, source, kernel, rest = residuals
+  # With the same kernel XLA would find the two convolutions equal and keep the result of the first.
+  (kernel,) = not_before(g, lax.optimization_barrier(kernel))
+  h, back = jax.vjp(project, source, kernel)
+  dx, dh, dscale, dbias = _gated_bwd(epsilon, geometry, form, (x, h, *rest), g)
+  return dx, *back(dh), dscale, dbias
+
+
+projected_lip_pool.defvjp(_projected_fwd, _projected_bwd)
+
+
+def project(source: jax.Array, kernel: jax.Array) -> jax.Array:
+  """1x1 convolution of `source`, [N, H, W, S], by `kernel`, [1, 1, S, C], in the former's dtype."""
+  return lax.conv_general_dilated(
+    source, kernel.astype(source.dtype), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 def _over_pixels(statistic: jax.Array) -> jax.Array:

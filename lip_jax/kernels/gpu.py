@@ -11,8 +11,8 @@ above and to the left share, and gathers their gradients: it recomputes those wi
 denominators from the inputs. Nothing is kept from the forward pass, and every sum has a fixed
 order, so results are the same from run to run.
 
-With `affine` the inputs h are convolutions to be normalized instead of logits: u = (h - mean) * gain
-+ bias, and the weight is exp(12 sigmoid(u) - 6), which never reaches memory.
+With `affine` the inputs h are to be normalized instead of logits: u = (h - mean) * gain + bias, and
+the weight is exp(12 sigmoid(u) - 6), which never reaches memory.
 """
 
 import functools

@@ -70,9 +70,6 @@ def backward(
   """
   y, largest, total = windows
   dtype = y.dtype
-  if affine is not None:
-    # What is computed from these again must not be kept from the forward pass, as XLA would.
-    x, h, g = lax.optimization_barrier((x, h, g))
   logits, slope = _logits(h, affine, dtype)
   pool = _per_platform(_backward_slices, _backward_sums, shift)
   dx, dh = pool(x.astype(dtype), logits, y, largest, g.astype(dtype) / total, geometry, shift)
