@@ -147,8 +147,10 @@ def _projected_fwd(x, source, kernel, scale, bias, epsilon, geometry, form):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _projected_bwd(epsilon, geometry, form, residuals, g):
   x, source, kernel, rest = residuals
-  # With the same kernel XLA would find the two convolutions equal and keep the result of the first.
-  (kernel,) = not_before(g, lax.optimization_barrier(kernel))
+  # With the same kernel XLA would find the two convolutions equal and keep the result of the first;
+  # and with one that does not wait for g it could compute the second as early.
+  kernel, _ = lax.optimization_barrier((kernel, g[:1, :1, :1, :1]))
+  (kernel,) = not_before(g, kernel)
   h, back = jax.vjp(project, source, kernel)
   dx, dh, dscale, dbias = _gated_bwd(epsilon, geometry, form, (x, h, *rest), g)
   return dx, *back(dh), dscale, dbias
