@@ -235,10 +235,8 @@ def _fill(variables: Mapping[str, nnx.Variable], tree: Mapping[Any, Any], prefix
 def _config_of_export(
   values: Mapping[str, Any], kind: str, path: str, revision: str | None = None
 ) -> dict[str, Any]:
-  origin = values.get("source")
-  step = origin.get("step") if isinstance(origin, dict) else None
-  step = step if isinstance(step, int) else None
-  return _config(values, _source(kind, path, step=step, revision=revision))
+  step = (values.get("source") or {}).get("step")
+  return _config({**values, "data": None}, _source(kind, path, step=step, revision=revision))
 
 
 def _config(values: Mapping[str, Any], source: dict[str, Any]) -> dict[str, Any]:

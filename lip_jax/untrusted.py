@@ -187,6 +187,45 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any] | None:
   return values
 
 
+def check_evaluation(values: Any, where: str) -> dict[str, Any] | None:
+  """`values`, if they are results of an evaluation (see `lip_jax.load`), or None.
+
+  Raises:
+    UsageError: they are something else.
+  """
+  if values is None:
+    return None
+  if not isinstance(values, dict):
+    raise UsageError(f"{where}: evaluation is {_shown(values)}, expected an object")
+  data, count = values.get("data"), values.get("count")
+  if not isinstance(data, str) or len(data) > _MAX_NAME or not data.isprintable():
+    raise UsageError(f"{where}: evaluation.data is {_shown(data)}, expected a printable name")
+  if not _is_whole(count, 0, 2**63):
+    raise UsageError(f"{where}: evaluation.count is {_shown(count)}, expected a number of images")
+  for key, most in (("top1", 1), ("top5", 1), ("loss", math.inf)):
+    number = values.get(key)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= most:
+      expected = "a number" if most == math.inf else "a fraction, 0 to 1"
+      raise UsageError(f"{where}: evaluation.{key} is {_shown(number)}, expected {expected}")
+  return values
+
+
+def check_source(values: Any, where: str) -> dict[str, Any] | None:
+  """`values`, if they say where a network is from (see `lip_jax.load`), or None.
+
+  Raises:
+    UsageError: they are something else.
+  """
+  if values is None:
+    return None
+  if not isinstance(values, dict):
+    raise UsageError(f"{where}: source is {_shown(values)}, expected an object")
+  step = values.get("step")
+  if step is not None and not _is_whole(step, 0, 2**63):
+    raise UsageError(f"{where}: source.step is {_shown(step)}, expected a number of steps")
+  return values
+
+
 def _is_whole(value: Any, least: int, most: int) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
