@@ -314,6 +314,7 @@ def test_predict(place, tmp_path, capsys):
     capsys, "predict", place / "run", *paths, "--json", f"--importance={picture}"
   )
   assert status == 1
+  assert err.splitlines()[0].startswith(f"error: cannot read {damaged}: no whole JPEG")
   first, second, third, fourth = json.loads(out)
   assert picture.read_bytes().startswith(b"\x89PNG")
   assert first == fourth
@@ -321,9 +322,11 @@ def test_predict(place, tmp_path, capsys):
   probabilities = [one["probability"] for one in first["classes"]]
   assert probabilities == sorted(probabilities, reverse=True)
   assert sum(probabilities) == pytest.approx(1, rel=1e-5)
+  status, out, err = run_cli(capsys, "predict", place / "run", image, "--importance=x.gif")
+  assert (status, out) == (1, "")  # before the work
+  assert "x.gif: its name must end in .png" in err
   assert "no whole JPEG" in second["error"]
   assert third["error"] == "No such file or directory"
-  assert err.splitlines()[0].startswith(f"error: cannot read {damaged}: no whole JPEG")
   # What the network itself makes of the central square.
   model, _ = lip_jax.load(place / "run")
   pixels = np.asarray(Image.open(image), np.float32)[:, 2:-2]
