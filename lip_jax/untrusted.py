@@ -23,6 +23,9 @@ _MAX_BLOCKS = 150  # densenet201 has 98; building takes a quarter of a second fo
 _MAX_CLASSES = 2**20
 _MAX_PIXELS = 2**14
 _MAX_NAME = 1000  # characters
+# Bytes that arrays in any files may announce, and how often their files' size on top of it.
+_MAX_UNPACKED = 2**26
+_MAX_RATIO = 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,6 +69,23 @@ def check_links(folder: Path) -> None:
       )
     if not (path.is_file() or path.is_dir()):
       raise UsageError(f"{path} is no file; copy {folder} again")
+
+
+def check_announced_size(announced: int, folder: Path) -> None:
+  """Raises UsageError if a folder announces arrays that its files can hardly hold.
+
+  Parts of an array that have no file are zeros, so that next to nothing could fill all memory.
+
+  Args:
+    announced: bytes of the arrays.
+    folder: local.
+  """
+  size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  if announced > _MAX_UNPACKED + _MAX_RATIO * size:
+    raise UsageError(
+      f"{folder} is refused: it announces arrays of {announced:,} bytes and holds {size:,}; copy "
+      "it again"
+    )
 
 
 def check_model(model: Any, where: str) -> None:

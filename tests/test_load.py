@@ -21,7 +21,7 @@ from fixture_runs import CLASSES, NAME, OPTIONS, SIZE, make_model, write_images,
 from PIL import Image
 
 import lip_jax
-from lip_jax import cli, export
+from lip_jax import cli, export, untrusted
 from lip_jax import config as config_lib
 from lip_jax.convert import PREPROCESS, convert
 from lip_jax.data import imagenet
@@ -525,7 +525,7 @@ def test_hostile_runs(place, tmp_path):
     lip_jax.load(run)
 
 
-def test_hostile_checkpoints(place, tmp_path):
+def test_hostile_checkpoints(place, tmp_path, monkeypatch):
   step = Path("checkpoints/4/state")
 
   def check(spoil, message):
@@ -580,6 +580,10 @@ def test_hostile_checkpoints(place, tmp_path):
   check(record(metrics={"top1": "x"}), "holds other things than a record")
   check(record(fingerprints=None), "holds other things than a record")
   check(record(leaves=huge, fingerprints=prints), "its record is of other params")
+  with monkeypatch.context() as patch:
+    patch.setattr(untrusted, "_MAX_UNPACKED", 0)
+    patch.setattr(untrusted, "_MAX_RATIO", 1e-3)
+    check(lambda run: None, r"4 is refused: it announces arrays of [\d,]+ bytes and holds [\d,]+;")
   check(other_network, r"checkpoints/4 does not fit lip_resnet_small .*110 faults.*and 90 more")
 
 
