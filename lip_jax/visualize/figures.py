@@ -175,7 +175,9 @@ def comparison_figure(
     )
     for index, column in enumerate(columns):
       here, points = axes[:, index], column.points[number]
-      here[0].set_title(f"{column.name}\n{column.titles[number]}", fontsize=9)
+      here[0].set_title(
+        f"{column.name}\n{column.titles[number]}", fontsize=9, parse_math=False
+      )  # a dollar sign in a name is no formula
       here[0].imshow(image)
       _mark(here[0], points)
       if column.importance is not None:
@@ -200,6 +202,7 @@ def comparison_figure(
       textcoords="offset points",
       fontsize=9,
       fontweight="bold",
+      parse_math=False,
     )
     _bare(axes)
   return figure
@@ -232,7 +235,7 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
     axis.set(xlabel=plot.x_label, ylabel=plot.y_label)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(
+    legend = axis.legend(
       handles=handles,
       fontsize=8,
       frameon=False,
@@ -240,6 +243,8 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
       bbox_to_anchor=(0.5, -0.17),
       ncols=2 if len(kinds) > 1 else 3,
     )
+    for text in legend.get_texts():
+      text.set_parse_math(False)
   return figure
 
 
