@@ -217,13 +217,15 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
   for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
     kinds = list(dict.fromkeys(curve.kind for curve in plot.curves))
     present = list(dict.fromkeys(curve.network for curve in plot.curves))
+    lines = {name: _LINES[networks.index(name) % len(_LINES)] for name in present}
+    if len(lines) == 1:  # nothing to tell it from
+      lines = {name: (colour, "-") for name, (colour, _) in lines.items()}
     for curve in plot.curves:
-      colour, own_style = _LINES[networks.index(curve.network) % len(_LINES)]
+      colour, own_style = lines[curve.network]
       style = own_style if len(kinds) == 1 else _LINES[kinds.index(curve.kind) % len(_LINES)][1]
       axis.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.8)
     handles = []
-    for name in present:
-      colour, own_style = _LINES[networks.index(name) % len(_LINES)]
+    for name, (colour, own_style) in lines.items():
       style = own_style if len(kinds) == 1 else _LINES[0][1]
       handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=name))
     if len(kinds) > 1:
