@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import runpy
 import statistics
@@ -313,7 +314,8 @@ def table(results: Sequence[Result], conditions: Sequence[Condition]) -> str:
 
 
 def _spread(value: tuple[float, float]) -> str:
-  return f"{value[0]:.1f} +- {value[1]:.1f}"
+  mean, deviation = value
+  return f"{mean:.1f}" if math.isnan(deviation) else f"{mean:.1f} +- {deviation:.1f}"
 
 
 def draw(results: Sequence[Result], conditions: Sequence[Condition], path: Path) -> None:
@@ -331,7 +333,7 @@ def draw(results: Sequence[Result], conditions: Sequence[Condition], path: Path)
       axes.errorbar(
         [getattr(c, attribute) + shift for c in chosen],
         [mean for mean, _ in points],
-        [0.0 if spread != spread else spread for _, spread in points],
+        [0.0 if math.isnan(spread) else spread for _, spread in points],
         color=colour,
         marker=marker,
         markersize=9 if marker == "*" else 6,

@@ -250,12 +250,12 @@ class Checkpoints:
     Raises:
       UsageError: the checkpoint is damaged.
     """
-    loaded = self._load(
-      step,
-      lambda record: {
-        part: records.tree_of(record.leaves[part], placement) for part in orbax_io.WEIGHTS
-      },
-    )
+
+    def weights(record: Record) -> dict[str, Tree]:
+      records.check_announced(record, orbax_io.weight_shapes(self.path(step)))
+      return {part: records.tree_of(record.leaves[part], placement) for part in orbax_io.WEIGHTS}
+
+    loaded = self._load(step, weights)
     if isinstance(loaded, DamagedError):
       raise UsageError(self._damaged(step, loaded))
     return loaded[1]["params"], loaded[1]["batch_stats"]
@@ -412,5 +412,5 @@ def _directory(workdir: PathLike) -> epath.Path:
 
 
 def _best(metrics: dict[int, dict[str, float] | None]) -> int | None:
-  scores = {step: values[_BEST] for step, values in metrics.items() if values}
+  scores = {step: values[_BEST] for step, values in metrics.items() if values and _BEST in values}
   return max(scores, key=lambda step: (scores[step], step), default=None)

@@ -56,7 +56,8 @@ def save(
     extra: further entries of `config.json`. "preprocess" says how images are prepared: the shorter
       side is resized to "resize" pixels, the central "image_size" pixels are cut out, and "mean"
       and "std", three numbers for RGB in [0, 255], are subtracted and divided by. "class_names"
-      has a name for each class, in the order of the logits; "source" says where it is from.
+      has a name for each class, in the order of the logits; "source" says where it is from, and
+      "evaluation" what it is worth, as in what `lip_jax.load` gives.
     overwrite: replace a folder that holds an exported network and nothing else.
 
   Raises:
@@ -74,6 +75,8 @@ def save(
   }
   untrusted.check_preprocess(config.get("preprocess"), "extra")
   untrusted.check_class_names(config.get("class_names"), num_classes, "extra")
+  untrusted.check_evaluation(config.get("evaluation"), "extra")
+  untrusted.check_source(config.get("source"), "extra")
   text = json.dumps(config, indent=2) + "\n"
   variables = flat_variables(model)
   faults = _faults(
@@ -266,12 +269,10 @@ def _read_config(path: Path, links: bool) -> dict[str, Any]:
       f"{path} is a file, not an exported folder; for a file of PyTorch weights, first run: "
       f"lip-jax convert {path} FOLDER --model NAME"
     )
-  found = find_run(path)
-  if found is not None:
-    run, step = found
+  if find_run(path) is not None:
     raise UsageError(
-      f"{path} belongs to a training run and is not an exported network; evaluate it with: "
-      f"python train.py --mode=eval --workdir={run}" + (f" --checkpoint={step}" if step else "")
+      f"{path} belongs to a training run and is not an exported network; first run: "
+      f"lip-jax export {path} FOLDER"
     )
   where = str(path / CONFIG)
   if not links:
@@ -292,6 +293,8 @@ def _read_config(path: Path, links: bool) -> dict[str, Any]:
   classes = untrusted.check_num_classes(config.get("num_classes"), where)
   untrusted.check_preprocess(config.get("preprocess"), where)
   untrusted.check_class_names(config.get("class_names"), classes, where)
+  untrusted.check_evaluation(config.get("evaluation"), where)
+  untrusted.check_source(config.get("source"), where)
   return config
 
 

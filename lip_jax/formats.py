@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
-from lip_jax import export, onnx_model, portable, stablehlo
+from lip_jax import export, onnx_model, portable, stablehlo, untrusted
 from lip_jax.errors import UsageError
 from lip_jax.loading import RESULTS
 
@@ -53,9 +53,11 @@ def write(
     if value not in valid:
       raise UsageError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
   # What can be said before the network is loaded is said at once.
+  if _form_of(out) not in (form, "folder"):
+    raise UsageError(
+      f"{out} looks like a file of {_form_of(out)}, but format {form} was given; take another name"
+    )
   if form == "folder":
-    if _form_of(out) != "folder":
-      raise UsageError(f"{out} looks like a file, but format folder was given; name a folder")
     export.check_free(out, overwrite=overwrite)
     results = None if evaluation is None else _read_evaluation(Path(evaluation))
     model, config = lip_jax.load(source)
@@ -148,6 +150,8 @@ def _public(source: Any) -> dict[str, Any] | None:
 def _read_evaluation(path: Path) -> dict[str, Any]:
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+      raise ValueError(f"a {type(values).__name__}, expected an object")
   except (OSError, ValueError) as error:
     raise UsageError(
       f"cannot read the evaluation {path} ({error}); write it with lip-jax evaluate PATH --json"
@@ -157,4 +161,5 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     raise UsageError(
       f"{path} lacks {', '.join(missing)}; write it with lip-jax evaluate PATH --json"
     )
+  untrusted.check_evaluation(values, str(path))
   return values

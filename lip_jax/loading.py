@@ -1,5 +1,6 @@
 """Networks from wherever they are kept, ready to evaluate: `lip_jax.load`."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,20 +167,25 @@ def load_checkpoint(
   from lip_jax.checkpoint import Checkpoints
 
   announced = orbax_io.weight_shapes(checkpoint)
+  if "://" not in str(checkpoint):
+    arrays = [array for part in announced.values() for array in part.values()]
+    untrusted.check_announced_size(
+      sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays), Path(checkpoint)
+    )
   # Statistics have an axis of batch-norm groups in front.
-  arrays = announced["params"] | {
+  weights = announced["params"] | {
     name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
     for name, array in announced["batch_stats"].items()
   }
-  classifier = next((arrays[name] for name in _CLASSIFIERS if name in arrays), None)
+  classifier = next((weights[name] for name in _CLASSIFIERS if name in weights), None)
   classes = untrusted.check_num_classes(
     classifier.shape[-1] if classifier is not None and classifier.shape else None, str(checkpoint)
   )
   model = untrusted.build(options, classes, dtype, str(checkpoint))
   variables = export.flat_variables(model)
   export.check_weights(
-    {name: array.shape for name, array in arrays.items()},
-    {name: array.dtype.name for name, array in arrays.items()},
+    {name: array.shape for name, array in weights.items()},
+    {name: array.dtype.name for name, array in weights.items()},
     variables,
     f"{checkpoint} does not fit {options['name']} as the run's config.json describes it",
   )
@@ -235,10 +241,8 @@ def _fill(variables: Mapping[str, nnx.Variable], tree: Mapping[Any, Any], prefix
 def _config_of_export(
   values: Mapping[str, Any], kind: str, path: str, revision: str | None = None
 ) -> dict[str, Any]:
-  origin = values.get("source")
-  step = origin.get("step") if isinstance(origin, dict) else None
-  step = step if isinstance(step, int) else None
-  return _config(values, _source(kind, path, step=step, revision=revision))
+  step = (values.get("source") or {}).get("step")
+  return _config({**values, "data": None}, _source(kind, path, step=step, revision=revision))
 
 
 def _config(values: Mapping[str, Any], source: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from lip_jax import portable
+from lip_jax import portable, untrusted
 from lip_jax.errors import UsageError
 
 _CONFIG = "config"
@@ -84,13 +84,14 @@ def load(path: str | Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str
     raise UsageError(f"there is no file {path}; give one that lip-jax export wrote")
   try:
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    config = json.loads(session.get_modelmeta().custom_metadata_map[_CONFIG])
+    text = session.get_modelmeta().custom_metadata_map[_CONFIG]
   except Exception as error:  # ONNX Runtime's have no class of their own to catch
     reason = " ".join(str(error).split())[:300]
     raise UsageError(
       f"cannot read {path}: it is damaged or no ONNX model of lip_jax ({reason}); export the "
       "network again"
     ) from error
+  config = untrusted.parse_json(text, f"the metadata of {path}")
   return lambda images: session.run(["logits"], {"images": np.asarray(images)})[0], config
 
 

@@ -111,7 +111,47 @@ def from_json(stored: bytes, step: int) -> Record:
   record = Record(**values)
   if record.step != step:
     raise DamagedError(f"it is the checkpoint of step {record.step}")
+  _check_types(record)
   return record
+
+
+def _check_types(record: Record) -> None:
+  """Raises DamagedError unless a record holds what its type says: the digest is not a secret."""
+  metrics = {} if record.metrics is None else record.metrics
+  leaves, fingerprints = record.leaves, record.fingerprints
+  try:
+    right = (
+      all(isinstance(value, int | float) for value in metrics.values())
+      and fingerprints.keys() == leaves.keys()
+      and all(isinstance(value, str) for value in fingerprints.values())
+      and all(
+        all(isinstance(key, str | int) for key in keys)
+        and jnp.dtype(dtype).kind != "O"
+        and all(isinstance(size, int) and size >= 0 for size in shape)
+        for part in leaves.values()
+        for keys, dtype, shape in part
+      )
+    )
+  except (AttributeError, TypeError, ValueError):
+    right = False
+  if not right:
+    raise DamagedError("its record holds other things than a record does")
+
+
+def check_announced(record: Record, announced: dict[str, dict[str, Any]]) -> None:
+  """Compares leaves with what the arrays' own files announce, before memory is taken for them.
+
+  Args:
+    record: of a checkpoint.
+    announced: for each part, arrays or their shapes by path, with dots between the keys.
+
+  Raises:
+    DamagedError: they are others.
+  """
+  for part, arrays in announced.items():
+    there = {".".join(map(str, keys)): tuple(shape) for keys, _, shape in record.leaves[part]}
+    if there != {name: array.shape for name, array in arrays.items()}:
+      raise DamagedError(f"its record is of other {part}")
 
 
 def check_same_leaves(record: Record, like: TrainState, path: epath.Path) -> None:

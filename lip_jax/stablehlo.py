@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lip_jax import portable
+from lip_jax import portable, untrusted
 from lip_jax.errors import UsageError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -97,12 +97,15 @@ def load(path: str | Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str
     raise UsageError(f"there is no file {path}; give one that lip-jax export wrote")
   try:
     with zipfile.ZipFile(path) as archive:
-      config = json.loads(archive.read(_CONFIG))
+      config = untrusted.parse_json(archive.read(_CONFIG).decode(), f"{_CONFIG} in {path}")
       exported = jax.export.deserialize(bytearray(archive.read(_NETWORK)))
-  except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+  except UsageError:
+    raise
+  except Exception as error:  # bytes of something else can raise anything in JAX's reader
+    reason = " ".join(str(error).split())[:200]
     raise UsageError(
       f"cannot read {path}: it is damaged, no StableHLO of lip_jax, or of a version that this JAX "
-      f"({jax.__version__}) does not read ({error}); export the network again"
+      f"({jax.__version__}) does not read ({reason}); export the network again"
     ) from error
   call = jax.jit(exported.call)
   return lambda images: np.asarray(call(jnp.asarray(images))), config

@@ -9,6 +9,7 @@ unpickler makes descriptions of tensors, and arrays come of them only when it is
 
 import collections
 import io
+import math
 import pickle
 import pickletools
 import zipfile
@@ -31,6 +32,8 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 # Bytes that any archive may unpack to, and how often its size on top of it.
 _MAX_UNPACKED = 2**26
 _MAX_RATIO = 20
+# Numbers in a tensor that has fewer of its own.
+_MAX_REPEATED = 2**16
 
 _DTYPES = {
   "torch.DoubleStorage": np.dtype(np.float64),
@@ -343,6 +346,9 @@ def _array(tensor: _Tensor, data: np.ndarray) -> np.ndarray:
     raise ValueError(
       f"a tensor of shape {tuple(shape)} is not inside its storage of {data.nbytes} bytes"
     )
+  # A stride of zero makes one number a tensor of any size, which would fill memory when copied.
+  if math.prod(shape) > max(storage.numel, _MAX_REPEATED):
+    raise ValueError(f"a tensor of shape {tuple(shape)} repeats the {storage.numel} numbers it has")
   itemsize = storage.dtype.itemsize
   return np.ndarray(shape, storage.dtype, data, offset * itemsize, [s * itemsize for s in strides])
 

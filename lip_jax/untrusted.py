@@ -23,6 +23,9 @@ _MAX_BLOCKS = 150  # densenet201 has 98; building takes a quarter of a second fo
 _MAX_CLASSES = 2**20
 _MAX_PIXELS = 2**14
 _MAX_NAME = 1000  # characters
+# Bytes that arrays in any files may announce, and how often their files' size on top of it.
+_MAX_UNPACKED = 2**26
+_MAX_RATIO = 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,6 +69,23 @@ def check_links(folder: Path) -> None:
       )
     if not (path.is_file() or path.is_dir()):
       raise UsageError(f"{path} is no file; copy {folder} again")
+
+
+def check_announced_size(announced: int, folder: Path) -> None:
+  """Raises UsageError if a folder announces arrays that its files can hardly hold.
+
+  Parts of an array that have no file are zeros, so that next to nothing could fill all memory.
+
+  Args:
+    announced: bytes of the arrays.
+    folder: local.
+  """
+  size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  if announced > _MAX_UNPACKED + _MAX_RATIO * size:
+    raise UsageError(
+      f"{folder} is refused: it announces arrays of {announced:,} bytes and holds {size:,}; copy "
+      "it again"
+    )
 
 
 def check_model(model: Any, where: str) -> None:
@@ -184,6 +204,45 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any] | None:
         f"{where}: preprocess.{key} is {_shown(numbers)}, expected three "
         f"{'positive ' if key == 'std' else ''}numbers, for R, G and B"
       )
+  return values
+
+
+def check_evaluation(values: Any, where: str) -> dict[str, Any] | None:
+  """`values`, if they are results of an evaluation (see `lip_jax.load`), or None.
+
+  Raises:
+    UsageError: they are something else.
+  """
+  if values is None:
+    return None
+  if not isinstance(values, dict):
+    raise UsageError(f"{where}: evaluation is {_shown(values)}, expected an object")
+  data, count = values.get("data"), values.get("count")
+  if not isinstance(data, str) or len(data) > _MAX_NAME or not data.isprintable():
+    raise UsageError(f"{where}: evaluation.data is {_shown(data)}, expected a printable name")
+  if not _is_whole(count, 0, 2**63):
+    raise UsageError(f"{where}: evaluation.count is {_shown(count)}, expected a number of images")
+  for key, most in (("top1", 1), ("top5", 1), ("loss", math.inf)):
+    number = values.get(key)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= most:
+      expected = "a number" if most == math.inf else "a fraction, 0 to 1"
+      raise UsageError(f"{where}: evaluation.{key} is {_shown(number)}, expected {expected}")
+  return values
+
+
+def check_source(values: Any, where: str) -> dict[str, Any] | None:
+  """`values`, if they say where a network is from (see `lip_jax.load`), or None.
+
+  Raises:
+    UsageError: they are something else.
+  """
+  if values is None:
+    return None
+  if not isinstance(values, dict):
+    raise UsageError(f"{where}: source is {_shown(values)}, expected an object")
+  step = values.get("step")
+  if step is not None and not _is_whole(step, 0, 2**63):
+    raise UsageError(f"{where}: source.step is {_shown(step)}, expected a number of steps")
   return values
 
 

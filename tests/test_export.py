@@ -196,17 +196,15 @@ def test_weights_that_do_not_fit_are_listed_together(model, tmp_path):
 def test_training_runs_are_not_exported_folders(tmp_path):
   step = tmp_path / "run" / "checkpoints" / "100"
   step.mkdir(parents=True)
-  command = f"python train.py --mode=eval --workdir={tmp_path}/run"
-  for path in (step.parent.parent, step.parent):
-    with pytest.raises(UsageError, match=f"belongs to a training run.*{command}$"):
+  run = tmp_path / "run"
+  for path in (run, step.parent, step):
+    with pytest.raises(UsageError, match=f"a training run.*: lip-jax export {path} FOLDER$"):
       export.load(path)
-  with pytest.raises(UsageError, match=f"{command} --checkpoint=100$"):
-    export.load(step)
   step.rmdir()
   step.parent.rmdir()
-  (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"name": NAME}, "seed": 0}))
-  with pytest.raises(UsageError, match=f"{command}$"):
-    export.load(tmp_path / "run")
+  (run / "config.json").write_text(json.dumps({"model": {"name": NAME}, "seed": 0}))
+  with pytest.raises(UsageError, match=f": lip-jax export {run} FOLDER$"):
+    export.load(run)
 
 
 def test_folders_that_cannot_be_loaded(model, tmp_path):

@@ -181,22 +181,33 @@ def test_without_preprocessing_files_take_normalized_images(tmp_path):
 
 def test_errors_leave_nothing(folder, tmp_path, monkeypatch):
   (tmp_path / "taken.stablehlo").write_bytes(b"no archive")
+  number = tmp_path / "number.json"
+  number.write_text("5")
   for out, options, message in (
     ("taken.stablehlo", {}, "exists; choose another file, or say to overwrite it"),
     ("x.onnx", {"form": "folder"}, "looks like a file"),
+    ("x.onnx", {"form": "stablehlo"}, "looks like a file of onnx, but format stablehlo was given"),
     ("x", {"form": "tflite"}, "unknown format 'tflite'; choose one of folder, stablehlo, onnx"),
     ("x", {"dtype": "int8"}, "unknown dtype 'int8'"),
     ("x.stablehlo", {"evaluation": "e.json"}, "can be kept in a folder only"),
     ("x", {"evaluation": tmp_path / "e.json"}, "cannot read the evaluation"),
+    ("x", {"evaluation": number}, "cannot read the evaluation .*a int, expected an object"),
   ):
     with pytest.raises(UsageError, match=message):
       formats.write(folder, tmp_path / out, **options)
   with pytest.raises(UsageError, match=r"cannot read .*taken.stablehlo: it is damaged"):
     stablehlo.load(tmp_path / "taken.stablehlo")
+  for content, config in ((b"", "{}"), (b"x" * 99, "{}"), (b"", "[1]")):
+    with zipfile.ZipFile(tmp_path / "other.stablehlo", "w") as archive:
+      archive.writestr("network.bin", content)
+      archive.writestr("config.json", config)
+    with pytest.raises(UsageError, match=r"other.stablehlo.* is damaged"):
+      stablehlo.load(tmp_path / "other.stablehlo")
+  (tmp_path / "other.stablehlo").unlink()
   monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
   with pytest.raises(UsageError, match=r"needs the packages of lip-jax\[onnx\]"):
     formats.write(folder, tmp_path / "x.onnx")
-  assert names(tmp_path) == ["taken.stablehlo"]
+  assert names(tmp_path) == ["number.json", "taken.stablehlo"]
 
 
 WINDOWS = {"window": 3, "stride": 2, "padding": 1}

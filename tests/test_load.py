@@ -21,7 +21,7 @@ from fixture_runs import CLASSES, NAME, OPTIONS, SIZE, make_model, write_images,
 from PIL import Image
 
 import lip_jax
-from lip_jax import cli, export
+from lip_jax import cli, export, untrusted
 from lip_jax import config as config_lib
 from lip_jax.convert import PREPROCESS, convert
 from lip_jax.data import imagenet
@@ -30,6 +30,7 @@ from lip_jax.torch_weights import to_torch_state_dict
 
 ROOT = Path(__file__).parents[1]
 KEYS = ["model", "num_classes", "preprocess", "class_names", "data", "evaluation", "source"]
+RESULTS = {"data": "x y", "top1": 0.5, "top5": 1, "loss": 0.25, "count": 2}
 SMALL = {"image_size": SIZE, "resize": SIZE, "mean": [128.0] * 3, "std": [64.0] * 3}
 
 
@@ -313,6 +314,7 @@ def test_predict(place, tmp_path, capsys):
     capsys, "predict", place / "run", *paths, "--json", f"--importance={picture}"
   )
   assert status == 1
+  assert err.splitlines()[0].startswith(f"error: cannot read {damaged}: no whole JPEG")
   first, second, third, fourth = json.loads(out)
   assert picture.read_bytes().startswith(b"\x89PNG")
   assert first == fourth
@@ -320,9 +322,11 @@ def test_predict(place, tmp_path, capsys):
   probabilities = [one["probability"] for one in first["classes"]]
   assert probabilities == sorted(probabilities, reverse=True)
   assert sum(probabilities) == pytest.approx(1, rel=1e-5)
+  status, out, err = run_cli(capsys, "predict", place / "run", image, "--importance=x.gif")
+  assert (status, out) == (1, "")  # before the work
+  assert "x.gif: its name must end in .png" in err
   assert "no whole JPEG" in second["error"]
   assert third["error"] == "No such file or directory"
-  assert err.splitlines()[0].startswith(f"error: cannot read {damaged}: no whole JPEG")
   # What the network itself makes of the central square.
   model, _ = lip_jax.load(place / "run")
   pixels = np.asarray(Image.open(image), np.float32)[:, 2:-2]
@@ -400,6 +404,13 @@ def good_config(place):
     ({"class_names": {"a": 1}}, "class_names is .*, expected a list of printable names"),
     ({"class_names": ["\x1b[2J", "b", "c"]}, "class_names is .*expected a list of printable"),
     ({"class_names": ["a", "b"]}, "has 2 class names for 3 classes"),
+    ({"evaluation": "x"}, "evaluation is x, expected an object"),
+    ({"evaluation": {**RESULTS, "data": "a\nb"}}, "evaluation.data is 'a.*expected a printable"),
+    ({"evaluation": {**RESULTS, "count": "2"}}, "evaluation.count is 2, expected a number of im"),
+    ({"evaluation": {**RESULTS, "top5": 87}}, "evaluation.top5 is 87, expected a fraction"),
+    ({"evaluation": {**RESULTS, "loss": None}}, "evaluation.loss is None, expected a number"),
+    ({"source": ["x"]}, "source is .*, expected an object"),
+    ({"source": {"step": "9"}}, "source.step is 9, expected a number of steps"),
   ],
 )
 def test_values_that_are_refused(change, message, place, tmp_path):
@@ -514,7 +525,7 @@ def test_hostile_runs(place, tmp_path):
     lip_jax.load(run)
 
 
-def test_hostile_checkpoints(place, tmp_path):
+def test_hostile_checkpoints(place, tmp_path, monkeypatch):
   step = Path("checkpoints/4/state")
 
   def check(spoil, message):
@@ -523,7 +534,7 @@ def test_hostile_checkpoints(place, tmp_path):
     shutil.copytree(place / "run", run)
     spoil(run)
     with pytest.raises(UsageError, match=message) as caught:
-      lip_jax.load(run)
+      lip_jax.load(run / "checkpoints/4")
     assert len(str(caught.value).splitlines()) == 1
 
   def rename_parameter(run):
@@ -544,6 +555,16 @@ def test_hostile_checkpoints(place, tmp_path):
   def deep(run):
     (run / step / "_METADATA").write_text("[" * 10**5)
 
+  def record(**change):
+    def spoil(run):
+      path = run / "checkpoints/4/record/record.json"
+      values = {**json.loads(json.loads(path.read_text())["text"]), **change}
+      text = json.dumps(values)  # with a digest that is right
+      digest = hashlib.sha256(text.encode()).hexdigest()
+      path.write_text(json.dumps({"text": text, "sha256": digest}))
+
+    return spoil
+
   def other_network(run):
     path = run / "config.json"
     path.write_text(path.read_text().replace('"width": 2', '"width": 4'))
@@ -553,6 +574,16 @@ def test_hostile_checkpoints(place, tmp_path):
   check(link, "is a link that leads out of")
   check(pickled, "cannot load the weights in")
   check(deep, "cannot load the weights in")
+  huge = {part: [[["a"], "float32", [10**12]]] for part in ("params", "batch_stats")}
+  prints = {part: "x" for part in huge}
+  check(record(metrics=[1]), "holds other things than a record")
+  check(record(metrics={"top1": "x"}), "holds other things than a record")
+  check(record(fingerprints=None), "holds other things than a record")
+  check(record(leaves=huge, fingerprints=prints), "its record is of other params")
+  with monkeypatch.context() as patch:
+    patch.setattr(untrusted, "_MAX_UNPACKED", 0)
+    patch.setattr(untrusted, "_MAX_RATIO", 1e-3)
+    check(lambda run: None, r"4 is refused: it announces arrays of [\d,]+ bytes and holds [\d,]+;")
   check(other_network, r"checkpoints/4 does not fit lip_resnet_small .*110 faults.*and 90 more")
 
 

@@ -193,6 +193,7 @@ def test_the_numbers(capsys, folder, tmp_path):
     (["{max}", "{image}", "--location=0,9"], "outside the class activation map; rows are 0 to 0"),
     (["{max}", "{image}", "--layers"], "has no LIP layer"),
     (["{max}", "{image}", "--deletion", "--by=importance"], "has no LIP layer"),
+    (["{lip}", "--data=fake:4", "--deletion"], "the network has 2 classes and fake:4 validation"),
     (["{lip}", "{image}", "--shift-consistency", "--border=crop"], "needs 8 pixels"),
     (["{lip}", "{image}", "--json"], "add --shift-consistency or --deletion"),
     (["{lip}", "{image}", "--names", "a", "b"], "2 names for 1 networks"),

@@ -256,6 +256,22 @@ def test_damaged_array_record_file_is_said_to_be_so(tmp_path):
     source[3]
 
 
+def test_a_data_set_cannot_have_modules_imported(tmp_path, monkeypatch):
+  directory = prepare(tmp_path, tmp_path / "root", num_shards=1)
+  (tmp_path / "evil_features.py").write_text("open('executed', 'w').close()\n")
+  monkeypatch.syspath_prepend(tmp_path)  # as the current directory is, in a notebook
+  monkeypatch.chdir(tmp_path)
+  path = directory / "features.json"
+  good = path.read_text()
+  path.write_text(good.replace("tensorflow_datasets.core.features.text_feature", "evil_features"))
+  with pytest.raises(UsageError, match=r"names the class 'evil_features.Text', .* run code"):
+    open_split("imagenet2012", "train", str(tmp_path / "root"))
+  assert not (tmp_path / "executed").exists()
+  path.write_text(good[:-9])
+  with pytest.raises(UsageError, match=r"features.json is damaged"):
+    open_split("imagenet2012", "train", str(tmp_path / "root"))
+
+
 def test_buckets_need_an_extra(monkeypatch):
   find = importlib.util.find_spec
   monkeypatch.setattr(

@@ -173,6 +173,7 @@ def test_any_folder_in_the_zip(root, tmp_path):
     (0, (-1,), (1,)),
     (0, (17,), (2**60,)),  # 16 * 2**60 is 0 in 64 bits
     (0, (2**33, 2**33), (2**31, 2**31)),
+    (0, (2**31, 512), (0, 0)),  # inside, but a terabyte as an array of its own
     ("0", (1,), (1,)),
     (0, None, (1,)),
   ],

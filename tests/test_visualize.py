@@ -106,6 +106,15 @@ def test_a_figure_as_an_array():
   assert (array == (0x00, 0x72, 0xB2)).all(axis=2).any()  # the line
 
 
+def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
+  images, maps, name = np.zeros((1, 8, 8, 3), np.uint8), np.ones((1, 8, 8)), r"$\frac{$"
+  column = visualize.Column(name, maps, maps, maps[:, None], np.zeros((1, 1, 2)), [name])
+  visualize.save_figure(visualize.comparison_figure(images, [column], [name]), tmp_path / "a.svg")
+  plot = visualize.Plot("title", "x", "y", [visualize.Curve(name, "", [1, 2], [1, 2])])
+  visualize.save_figure(visualize.curves_figure([plot]), tmp_path / "b.svg")
+  assert all(name in (tmp_path / file).read_text() for file in ("a.svg", "b.svg"))
+
+
 def test_a_network_without_lip_has_nothing_to_draw(tmp_path):
   pixels = np.zeros((1, 32, 32, 3), np.uint8)
   path = tmp_path / "x.png"

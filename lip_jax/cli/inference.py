@@ -140,12 +140,20 @@ def _predict(args: argparse.Namespace) -> int:
   import numpy as np
 
   from lip_jax import predict
+  from lip_jax.visualize import figures
 
-  model, config = _load(args)
-  images = list(predict.read(args.images, config))
-  readable = [image for image in images if image.pixels is not None]
-  pixels = np.array([image.pixels for image in readable])
-  predictions = predict.predict(model, config, pixels, args.top) if readable else []
+  if args.importance:
+    figures.check_format(args.importance)  # before the work
+  try:
+    progress("loading the network")
+    model, config = _load(args)
+    progress("computing")
+    images = list(predict.read(args.images, config))
+    readable = [image for image in images if image.pixels is not None]
+    pixels = np.array([image.pixels for image in readable])
+    predictions = predict.predict(model, config, pixels, args.top) if readable else []
+  finally:
+    progress("")
   found = iter(predictions)
   values: list[dict[str, Any]] = []
   for image in images:

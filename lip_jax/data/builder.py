@@ -4,9 +4,11 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -19,6 +21,8 @@ from lip_jax.data.cluttered_digits import ClutteredDigits
 from lip_jax.errors import UsageError
 
 _BUCKETS = ("gs://", "s3://", "az://")
+# Keys under which TFDS writes the class of a feature, now and in earlier versions.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 
 
 def open_builder(dataset: str, data_dir: str | None, *, prepare: bool = False) -> Any:
@@ -84,11 +88,48 @@ def _open_builder(dataset: str, root: str, prepare: bool) -> Any:
       builder = ClutteredDigits(config=config or None, data_dir=root)
     if _is_prepared(builder):
       return builder
+  _check_feature_classes(dataset, root)
   try:
     # Reads what the files say of themselves: no code of the data set, which may need TensorFlow.
     return read_only_builder.builder_from_files(dataset, data_dir=root)
   except ValueError as error:
     raise UsageError(_explain_missing(dataset, root)) from error
+
+
+def _check_feature_classes(dataset: str, root: str) -> None:
+  """Refuses a data set whose files name classes of features that are not TFDS's own.
+
+  TFDS imports the modules that they name. A directory of data from elsewhere could so run code.
+  """
+  folder = epath.Path(root) / re.split("[/:]", dataset)[0]
+  for name in (tfds_constants.FEATURES_FILENAME, tfds_constants.DATASET_INFO_FILENAME):
+    for pattern in (f"*/{name}", f"*/*/{name}"):  # name/version and name/config/version
+      for path in folder.glob(pattern):
+        try:
+          classes = list(_feature_classes(json.loads(path.read_text())))
+        except (OSError, ValueError, RecursionError) as error:
+          raise UsageError(
+            f"{path} is damaged ({error}); copy the data set {dataset!r} again"
+          ) from error
+        for found in classes:
+          module = found.rpartition(".")[0]
+          if module and module not in sys.modules and not found.startswith("tensorflow_datasets."):
+            raise UsageError(
+              f"data set {dataset!r} is refused: {path} names the class {found!r}, and to import "
+              "it could run code. If you trust it, import its module first"
+            )
+
+
+def _feature_classes(values: Any) -> Iterator[str]:
+  """Names of classes in what `features.json` holds, at any depth."""
+  if isinstance(values, dict):
+    for key, value in values.items():
+      if key in _CLASS_KEYS and isinstance(value, str):
+        yield value
+      yield from _feature_classes(value)
+  elif isinstance(values, list):
+    for value in values:
+      yield from _feature_classes(value)
 
 
 def _is_prepared(builder: Any) -> bool:

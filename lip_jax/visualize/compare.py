@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
-from lip_jax import augment
+from lip_jax import augment, class_names
 from lip_jax.errors import UsageError
 from lip_jax.visualize import robustness
 from lip_jax.visualize.attribution import attend, class_activation_maps
@@ -59,6 +59,8 @@ class Images(NamedTuple):
   pixels: np.ndarray
   labels: np.ndarray | None
   titles: list[str]
+  class_names: Sequence[str] = ()  # of the labels
+  source: str = ""  # name of the data set
 
 
 class Data(NamedTuple):
@@ -161,7 +163,11 @@ def first_images(
   if not len(every):
     raise UsageError(f"{source.name} has no readable images; give others with --data")
   return Images(
-    np.concatenate(pixels)[:count], every, [f"label: {source.class_names[n]}" for n in every]
+    np.concatenate(pixels)[:count],
+    every,
+    [f"label: {source.class_names[n]}" for n in every],
+    source.class_names,
+    source.name,
   )
 
 
@@ -232,8 +238,13 @@ def deletion_curves(
     The scores that were used, and a curve for each of `ORDERS`.
 
   Raises:
-    UsageError: importance is asked of a network without LIP.
+    UsageError: importance is asked of a network without LIP; the labels are of other classes.
   """
+  if images.labels is not None:
+    config = network.config
+    class_names.check(
+      config["num_classes"], config.get("class_names"), images.class_names, images.source
+    )
   normalized = network.normalize(images.pixels)
   parts = [
     _scores(network, normalized[start : start + _BATCH], scores)

@@ -175,7 +175,9 @@ def comparison_figure(
     )
     for index, column in enumerate(columns):
       here, points = axes[:, index], column.points[number]
-      here[0].set_title(f"{column.name}\n{column.titles[number]}", fontsize=9)
+      here[0].set_title(
+        f"{column.name}\n{column.titles[number]}", fontsize=9, parse_math=False
+      )  # a dollar sign in a name is no formula
       here[0].imshow(image)
       _mark(here[0], points)
       if column.importance is not None:
@@ -200,6 +202,7 @@ def comparison_figure(
       textcoords="offset points",
       fontsize=9,
       fontweight="bold",
+      parse_math=False,
     )
     _bare(axes)
   return figure
@@ -214,13 +217,15 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
   for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
     kinds = list(dict.fromkeys(curve.kind for curve in plot.curves))
     present = list(dict.fromkeys(curve.network for curve in plot.curves))
+    lines = {name: _LINES[networks.index(name) % len(_LINES)] for name in present}
+    if len(lines) == 1:  # nothing to tell it from
+      lines = {name: (colour, "-") for name, (colour, _) in lines.items()}
     for curve in plot.curves:
-      colour, own_style = _LINES[networks.index(curve.network) % len(_LINES)]
+      colour, own_style = lines[curve.network]
       style = own_style if len(kinds) == 1 else _LINES[kinds.index(curve.kind) % len(_LINES)][1]
       axis.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.8)
     handles = []
-    for name in present:
-      colour, own_style = _LINES[networks.index(name) % len(_LINES)]
+    for name, (colour, own_style) in lines.items():
       style = own_style if len(kinds) == 1 else _LINES[0][1]
       handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=name))
     if len(kinds) > 1:
@@ -232,7 +237,7 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
     axis.set(xlabel=plot.x_label, ylabel=plot.y_label)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(
+    legend = axis.legend(
       handles=handles,
       fontsize=8,
       frameon=False,
@@ -240,6 +245,8 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
       bbox_to_anchor=(0.5, -0.17),
       ncols=2 if len(kinds) > 1 else 3,
     )
+    for text in legend.get_texts():
+      text.set_parse_math(False)
   return figure
 
 
