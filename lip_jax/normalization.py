@@ -93,7 +93,7 @@ def _bwd(epsilon, dtype, axes, axis_name, residuals, cotangents):
   del dtype
   x, scale, bias, mean, var = residuals
   g = cotangents[0].astype(var.dtype)
-  x, mean, var = not_before(g, x, mean, var)
+  x, mean, var = not_before_on_cpu(g, x, mean, var)
   rstd = lax.rsqrt(var + epsilon)
   x_hat = (x.astype(var.dtype) - mean) * rstd
   mean_g, mean_product = (_average(a, axes, axis_name) for a in (g, g * x_hat))
@@ -107,24 +107,27 @@ normalize.defvjp(_fwd, _bwd)
 
 
 def not_before(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """The arrays, on CPUs only once g is known.
+  """The arrays, but only once g is known.
 
   XLA would otherwise compute what a gradient needs of them alone in the forward pass, as soon as it
   can, and keep it until g is there. It drops `optimization_barrier` too early to prevent that.
   """
+  # One number of each image, or group, so that nothing travels where these are on many devices.
+  first = lax.slice(g, (0,) * g.ndim, (len(g), *[1] * (g.ndim - 1)))
+  zero = jnp.minimum(jnp.abs(first), 0)
 
-  def after(g, *arrays):
-    # One number of each image, or group, so that nothing travels where these are on many devices.
-    first = lax.slice(g, (0,) * g.ndim, (len(g), *[1] * (g.ndim - 1)))
-    zero = jnp.minimum(jnp.abs(first), 0)
+  def add(a: jax.Array) -> jax.Array:
+    own = zero if len(a) == len(g) else zero[:1]
+    return a + own.astype(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
 
-    def add(a):
-      own = zero if len(a) == len(g) else zero[:1]
-      return a + own.astype(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
+  return tuple(map(add, arrays))
 
-    return tuple(map(add, arrays))
 
-  return lax.platform_dependent(g, *arrays, cpu=after, default=lambda g, *arrays: arrays)
+def not_before_on_cpu(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """As `not_before` on CPUs; elsewhere XLA computes elementwise operations where they are used."""
+  return lax.platform_dependent(
+    g, *arrays, cpu=not_before, default=lambda g, *arrays: tuple(arrays)
+  )
 
 
 def _last(a: jax.Array, like: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from lip_jax.kernels import gate, gpu, tpu, xla
 from lip_jax.kernels.gate import Affine
-from lip_jax.normalization import moments, not_before
+from lip_jax.normalization import moments, not_before, not_before_on_cpu
 from lip_jax.windows import Geometry
 
 Form = Literal["auto", "xla", "pallas"]
@@ -82,7 +82,7 @@ def gated_lip_pool(
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _gated_fwd(x, h, scale, bias, epsilon, geometry, form):
   mean, var = moments(h, (1, 2))
-  mean, rstd = mean[:, 0, 0], lax.rsqrt(var[:, 0, 0] + epsilon)
+  mean, rstd = mean.squeeze((1, 2)), lax.rsqrt(var.squeeze((1, 2)) + epsilon)
   scale_, bias_ = (jnp.broadcast_to(a.astype(mean.dtype), mean.shape) for a in (scale, bias))
   affine = Affine(mean, rstd * scale_, bias_)
   y, windows = _forward(x, h, affine, geometry, gate.MIDDLE, form)
@@ -94,7 +94,7 @@ def _gated_bwd(epsilon, geometry, form, residuals, g):
   """Of the kernels' du (with respect to what the gate gets), back through the instance norm."""
   del epsilon
   x, h, scale, bias, affine, rstd, windows = residuals
-  h, rstd, *statistics = not_before(g, h, rstd, *affine)
+  h, rstd, *statistics = not_before_on_cpu(g, h, rstd, *affine)
   affine = Affine(*statistics)
   dx, du, sums = _backward(x, h, affine, windows, g, geometry, gate.MIDDLE, form)
   of_du, of_product = sums  # of du, and of du * (h - mean), over the pixels
@@ -147,9 +147,7 @@ def _projected_fwd(x, source, kernel, scale, bias, epsilon, geometry, form):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _projected_bwd(epsilon, geometry, form, residuals, g):
   x, source, kernel, rest = residuals
-  # With the same kernel XLA would find the two convolutions equal and keep the result of the first;
-  # and with one that does not wait for g it could compute the second as early.
-  kernel, _ = lax.optimization_barrier((kernel, g[:1, :1, :1, :1]))
+  # With the same kernel XLA would find the two convolutions equal and keep the first one's result.
   (kernel,) = not_before(g, kernel)
   h, back = jax.vjp(project, source, kernel)
   dx, dh, dscale, dbias = _gated_bwd(epsilon, geometry, form, (x, h, *rest), g)
