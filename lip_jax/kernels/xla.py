@@ -140,36 +140,43 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
   margin_h = _margins(offsets_h, rows, y.shape[1])
   margin_w = _margins(offsets_w, columns, y.shape[2])
   margins = ((0, 0), margin_h, margin_w, (0, 0))
-  y, a = jnp.pad(y, margins), jnp.pad(a, margins)
-  if largest is not None:  # a window that does not exist weighs exp(-inf) = 0
-    largest = jnp.pad(largest, margins, constant_values=math.inf)
-
-  def windows(array, i, j):
-    top, left = margin_h[0] + i, margin_w[0] + j
-    return lax.slice(array, (0, top, left, 0), (n, top + rows, left + columns, array.shape[3]))
-
   grow = ((0, 0), (0, rows * sh - height), (0, columns * sw - width), (0, 0))
   if largest is None:
-    # One array of all phases, in which a window is added to the phases that belong to it.
-    (weights,) = _computed_once(jnp.exp(logits - shift))
+    # As `_backward_sums`, with S in two steps, along the width and then the height, each of which
+    # adds a small array to all phases at once that belong to its windows.
+
+    def along(array, axis, offsets, low, count):
+      total = jnp.zeros((), array.dtype)
+      for offset in sorted(set(itertools.chain(*offsets))):
+        belongs = np.array([offset in phase for phase in offsets], array.dtype)
+        part = lax.slice_in_dim(array, low + offset, low + offset + count, axis=axis)
+        trailing = (1,) * (array.ndim - axis - 1)
+        total += jnp.expand_dims(part, axis + 1) * belongs.reshape(
+          (1,) * (axis + 1) + (-1, *trailing)
+        )
+      return total
+
+    both = _computed_once(jnp.pad(a, margins), jnp.pad(a * y, margins))
+    both = _computed_once(*(along(b, 2, offsets_w, margin_w[0], columns) for b in both))
+    of_a, of_ay = (along(b, 1, offsets_h, margin_h[0], rows) for b in both)
     x, weights = (
       jnp.pad(array, grow).reshape(n, rows, sh, columns, sw, array.shape[3])
-      for array in (x, weights)
+      for array in (x, jnp.exp(logits - shift))
     )
-    y, a = _computed_once(y, a)
-    dx, dl = jnp.zeros_like(x), jnp.zeros_like(x)
-    for i in sorted(set(itertools.chain(*offsets_h))):
-      for j in sorted(set(itertools.chain(*offsets_w))):
-        phases = np.array([[i in oh and j in ow for ow in offsets_w] for oh in offsets_h], x.dtype)
-        share = windows(a, i, j)[:, :, None, :, None] * phases.reshape(1, 1, sh, 1, sw, 1)
-        dx += share
-        dl += share * (x - windows(y, i, j)[:, :, None, :, None])
-    dx, dl = weights * dx, weights * dl
+    dx, dl = weights * of_a, weights * (x * of_a - of_ay)
     if logits.shape[3] != c:
       dl = dl.sum(axis=5, keepdims=True)
     return tuple(
       d.reshape(n, rows * sh, columns * sw, d.shape[5])[:, :height, :width] for d in (dx, dl)
     )
+
+  y, a = jnp.pad(y, margins), jnp.pad(a, margins)
+  # A window that does not exist weighs exp(-inf) = 0.
+  largest = jnp.pad(largest, margins, constant_values=math.inf)
+
+  def windows(array, i, j):
+    top, left = margin_h[0] + i, margin_w[0] + j
+    return lax.slice(array, (0, top, left, 0), (n, top + rows, left + columns, array.shape[3]))
 
   x, logits = jnp.pad(x, grow), jnp.pad(logits, grow)
   dx_phases, dl_phases = [], []
