@@ -284,7 +284,7 @@ class LIP(LocalPool):
   def __call__(self, x: jax.Array, source: jax.Array | None = None) -> jax.Array:
     """Pools x, [N, H, W, C]; its importance is predicted from `source` [N, H, W, S], if given."""
     records = _recorded.get()
-    fused = self._fused() if records is None else None
+    fused = self._fused(x) if records is None else None
     if fused is not None:
       return fused.pool(x, x if source is None else source, **self._windows)
     logits = self._log_importance(x, source)
@@ -294,12 +294,12 @@ class LIP(LocalPool):
       records.append((self, logits))
     return pooling.lip_pool(x, logits, logit_range=self._logit_range, **self._windows)
 
-  def _fused(self) -> Projection | Bottleneck | None:
-    """The logit module, if it can pool by itself. Subclasses may do anything in their call."""
+  def _fused(self, x: jax.Array) -> Projection | Bottleneck | None:
+    """The logit module, if it can pool x by itself. Subclasses may do anything in their call."""
     if self.steps is not None or type(self.logits) not in (Projection, Bottleneck):
       return None
     module = cast(Projection | Bottleneck, self.logits)
-    return module if module.fused else None
+    return module if module.fuses(x) else None
 
   @property
   def _logit_range(self) -> tuple[float, float] | None:

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.errors import UsageError
-from lip_jax.normalization import apply_moments, normalize
+from lip_jax.normalization import apply_moments, normalize, varying_alike
 
 # He et al. 2015 with fan-out, as fb.resnet.torch and torchvision initialise convolutions.
 kaiming_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -112,6 +112,8 @@ class BatchNorm(nnx.Module):
   fits on one. The running statistics follow the average over the groups, with the unbiased
   variance (n / (n - 1)), as PyTorch's do.
 
+  Gradients are reverse mode (`jax.grad`, `jax.vjp`).
+
   `mean` and `var` are [C]. Given as [groups, C] instead, each group keeps its own, so that these
   need no traffic either; evaluation takes their average, which is the same.
 
@@ -162,10 +164,11 @@ class BatchNorm(nnx.Module):
         f"{n} images; change the batch size or bn_group_size (0: the whole batch is one group)"
       )
     groups = x.reshape(n // here, here, *x.shape[1:])
+    scale, bias = varying_alike(x, self.scale[...], self.bias[...])
     y, mean, var = normalize(
       groups,
-      self.scale[...],
-      self.bias[...],
+      scale,
+      bias,
       self.epsilon,
       self.dtype,
       (1, 2, 3),
@@ -196,7 +199,7 @@ class InstanceNorm(nnx.Module):
   """Normalization of each channel of each image over its pixels, with a learned scale and bias.
 
   Ulyanov et al. 2016; the same computation in training and evaluation. A constant channel becomes
-  the bias.
+  the bias. Gradients are reverse mode.
 
   Args:
     features: C of the input [N, H, W, C].
@@ -212,4 +215,5 @@ class InstanceNorm(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return normalize(x, self.scale[...], self.bias[...], self.epsilon, self.dtype, (1, 2))[0]
+    scale, bias = varying_alike(x, self.scale[...], self.bias[...])
+    return normalize(x, scale, bias, self.epsilon, self.dtype, (1, 2))[0]

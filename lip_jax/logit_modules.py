@@ -78,10 +78,10 @@ class Projection(nnx.Module):
       logits = self.norm(logits)
     return gate(logits) if self.gated else logits
 
-  @property
-  def fused(self) -> bool:
-    """Whether `pool` can be used instead of the logits."""
-    return self.norm is not None and self.gated
+  def fuses(self, x: jax.Array) -> bool:
+    """Whether `pool` of x can be used instead of the logits."""
+    own = type(self.conv) is nnx.Conv and type(self.norm) is layers.InstanceNorm
+    return own and self.gated and self.conv.out_features == x.shape[3] and self.conv.bias is None
 
   def pool(self, x: jax.Array, source: jax.Array, **windows: Any) -> jax.Array:
     """`lip_pool` of x by the logits of `source`, which are never in memory as a whole.
@@ -95,11 +95,11 @@ class Projection(nnx.Module):
       **windows: of `lip_pool`.
     """
     norm = self.norm
-    assert norm is not None, "the caller asks `fused`"
+    assert norm is not None, "the caller asks `fuses`"
     tail = (norm.scale[...], norm.bias[...])
     if self.conv.kernel_size != (1, 1):
       return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
-    kernel = self.conv.kernel[...]
+    kernel, source = self.conv.kernel[...], source.astype(self.conv.dtype)
     return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)
 
 
@@ -170,10 +170,9 @@ class Bottleneck(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.projection(self.trunk(x))
 
-  @property
-  def fused(self) -> bool:
-    """As `Projection.fused`."""
-    return self.projection.fused
+  def fuses(self, x: jax.Array) -> bool:
+    """As `Projection.fuses`."""
+    return type(self.projection) is Projection and self.projection.fuses(x)
 
   def pool(self, x: jax.Array, source: jax.Array, **windows: Any) -> jax.Array:
     """As `Projection.pool`."""

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from lip_jax.kernels import dispatch, gate
-from lip_jax.normalization import moments
+from lip_jax.normalization import moments, varying_alike
 from lip_jax.windows import (
   Geometry,
   IntOrPair,
@@ -136,6 +136,7 @@ def gated_lip_pool(
   _check_implementation(implementation, x, features, geometry)
   if implementation == "reference":
     return _gated_reference(x, features, scale, bias, epsilon, geometry)
+  scale, bias = varying_alike(x, scale, bias)
   return dispatch.gated_lip_pool(x, features, scale, bias, epsilon, geometry, implementation)
 
 
@@ -185,6 +186,7 @@ def projected_lip_pool(
   if implementation == "reference":
     features = dispatch.project(source, kernel)
     return _gated_reference(x, features, scale, bias, epsilon, geometry)
+  kernel, scale, bias = varying_alike(x, kernel, scale, bias)
   return dispatch.projected_lip_pool(
     x, source, kernel, scale, bias, epsilon, geometry, implementation
   )
@@ -442,7 +444,7 @@ def _fixed_shift(logit_range: tuple[float, float] | None) -> float | None:
     return None
   if not isinstance(logit_range, (tuple, list)) or len(logit_range) != 2:
     raise ValueError(f"logit_range must be a pair (low, high), got {logit_range!r}")
-  low, high = logit_range
+  low, high = map(float, logit_range)
   if not 0 <= high - low <= 80:
     raise ValueError(
       f"logit_range must be (low, high), at most 80 apart, got {logit_range}; leave it "

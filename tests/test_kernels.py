@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lip_jax
 from lip_jax import sharding
@@ -198,6 +199,69 @@ def test_what_no_kernel_supports_is_refused_by_name():
   ):
     with pytest.raises(ValueError, match=message):
       lip_jax.gated_lip_pool(x, features, scale, jnp.ones(2))
+
+
+def tail(x, features):
+  one = jnp.ones(x.shape[-1])
+  return lip_jax.gated_lip_pool(x, features, one, one)
+
+
+@pytest.mark.parametrize("pool", [lip_jax.lip_pool, tail])
+def test_transformations(pool):
+  """Second derivatives, and `jax.shard_map` and explicit meshes with their default checks."""
+  x, features = arrays(0, jnp.float32, (4, 5, 5, 3), (4, 5, 5, 3))
+  loss = lambda x, features: jnp.square(pool(x, features)).sum()  # noqa: E731
+  gradient = jax.grad(loss, argnums=(0, 1))
+  penalty = lambda x: sum(jnp.square(g).sum() for g in gradient(x, features))  # noqa: E731
+  second, step = jax.grad(penalty)(x), 1e-2 * arrays(1, jnp.float32, x.shape)[0]
+  slope = (penalty(x + step) - penalty(x - step)) / 2
+  np.testing.assert_allclose(jnp.vdot(second, step), slope, rtol=2e-2)
+
+  expected = gradient(x, features)
+  for axis_type in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2,), ("data",), (axis_type,), devices=jax.devices()[:2])
+    places = PartitionSpec("data")
+    split = jax.device_put((x, features), NamedSharding(mesh, places))
+    with jax.set_mesh(mesh):
+      mapped = jax.jit(jax.shard_map(gradient, in_specs=places, out_specs=places))
+      for ours, theirs in zip(mapped(*split), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(jax.jit(pool)(*split), pool(x, features), rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_leave_what_does_not_fit_to_xla():
+  """A mapped batch of 251 times one image: no multiple of eight, and too much for a block."""
+  x, logits = arrays(0, jnp.float32, (251, 1, 8, 8, 256), (251, 1, 8, 8, 256))
+  lowered = jax.jit(jax.vmap(lip_jax.lip_pool)).lower(x, logits)
+  assert lowered.out_info.shape == (251, 1, 4, 4, 256)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_logits_of_minus_infinity_mask(implementation):
+  x, logits = arrays(0, jnp.float32, (2, 6, 6, 3), (2, 6, 6, 3))
+  pool = functools.partial(lip_jax.lip_pool, implementation=implementation)
+  masked, low = logits.at[:, :, 2].set(-jnp.inf), logits.at[:, :, 2].set(-1e6)
+  g = jnp.ones((2, 3, 3, 3))
+  for ours, theirs in zip(
+    value_and_gradients(pool, g, x, masked), value_and_gradients(pool, g, x, low), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fused_tail_keeps_images_apart_and_takes_none():
+  """A NaN in one image's gradient stays there; a batch may be empty; one map may be shared."""
+  x, source, kernel, g = arrays(
+    0, jnp.float32, (2, 6, 6, 3), (2, 6, 6, 4), (1, 1, 4, 3), (2, 3, 3, 3)
+  )
+  pool = lambda x, source: lip_jax.projected_lip_pool(  # noqa: E731
+    x, source, kernel, jnp.ones(3), jnp.ones(3)
+  )
+  _, dx, dsource = value_and_gradients(pool, g.at[0, 0, 0, 0].set(jnp.nan), x, source)
+  assert np.isnan(dx[0]).any()
+  assert np.isfinite(dx[1]).all() and np.isfinite(dsource[1]).all()  # noqa: PT018
+  assert jax.grad(lambda x: pool(x, source[:0]).sum())(x[:0]).shape == (0, 6, 6, 3)
+  shared = lip_jax.LIP(lip_jax.Projection(3, 1, rngs=nnx.Rngs(0)))
+  np.testing.assert_allclose(shared(x), lip_jax.average_pool(x), rtol=1e-5)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from lip_jax.kernels import gate, gpu, tpu, xla
 from lip_jax.kernels.gate import Affine
-from lip_jax.normalization import moments, not_before, not_before_on_cpu
+from lip_jax.normalization import explicit, moments, not_before, not_before_on_cpu, varying_axes
 from lip_jax.windows import Geometry
 
 Form = Literal["auto", "xla", "pallas"]
@@ -170,59 +170,94 @@ def _over_pixels(statistic: jax.Array) -> jax.Array:
 
 def _forward(x, h, affine, geometry, shift, form):
   """(y, what the backward pass of the XLA form needs of each window)."""
-  kernels = _kernels(x, h, geometry, form)
-  if not kernels:
+
+  def default(x, h, affine):
     return xla.forward(x, h, affine, geometry, shift)
 
-  def call(module, interpret):
-    @custom_vmap
-    def run(x, h, affine):
-      kernel = functools.partial(
-        module.forward, geometry=geometry, shift=shift, interpret=interpret
-      )
-      return _sharded(kernel, "n h w c, n h w c{} -> n i j c", x, h, affine)
+  kernels = _kernels(x, h, geometry, form)
+  if not kernels:
+    return default(x, h, affine)
+  kept = jax.eval_shape(default, x, h, affine)[1]
 
-    run.def_vmap(_fold(run))
+  def call(module, interpret):
+    def kernel(x, h, affine):
+      if not module.supports(x, h, geometry):  # a device's part, or more than one batch
+        return default(x, h, affine)[0]
+      return module.forward(x, h, affine, geometry, shift, interpret=interpret)
+
+    run = _transformable(
+      kernel, "n h w c, n h w c{} -> n i j c", lambda x, h, affine: default(x, h, affine)[0]
+    )
     # The kernels compute again what the XLA form keeps; nobody reads these zeros.
     return lambda x, h, affine: (
       run(x, h, affine),
       () if form == "pallas" else jax.tree.map(_zeros, kept),
     )
 
-  default = lambda x, h, affine: xla.forward(x, h, affine, geometry, shift)  # noqa: E731
-  kept = jax.eval_shape(default, x, h, affine)[1]
   return _by_platform(call, kernels, default, form)(x, h, affine)
 
 
 def _backward(x, h, affine, windows, g, geometry, shift, form):
   """(dx, dh, sums of dh and of dh * (h - mean)), the last with an affine only."""
-  kernels = _kernels(x, h, geometry, form)
-  if not kernels:
+
+  def default(x, h, affine, windows, g):
     return xla.backward(x, h, affine, windows, g, geometry, shift)
 
+  kernels = _kernels(x, h, geometry, form)
+  if not kernels:
+    return default(x, h, affine, windows, g)
+
+  def from_inputs(x, h, g, affine):
+    return default(x, h, affine, xla.forward(x, h, affine, geometry, shift)[1], g)
+
   def call(module, interpret):
-    @custom_vmap
-    def run(x, h, g, affine):
-      def kernel(x, h, g, affine):
-        return module.backward(x, h, affine, g, geometry, shift, interpret=interpret)
+    def kernel(x, h, g, affine):
+      if not module.supports(x, h, geometry):
+        return from_inputs(x, h, g, affine)
+      return module.backward(x, h, affine, g, geometry, shift, interpret=interpret)
 
-      rule = "n h w c, n h w c, n i j c{} -> n h w c, n h w c"
-      return _sharded(kernel, rule + (", n c, n c" if affine else ""), x, h, g, affine)
-
-    run.def_vmap(_fold(run))
+    rule = "n h w c, n h w c, n i j c{} -> n h w c, n h w c" + (", n c, n c" if affine else "")
+    run = _transformable(kernel, rule, from_inputs)
     return lambda x, h, affine, windows, g: run(x, h, g, affine)
 
-  default = lambda x, h, affine, windows, g: xla.backward(  # noqa: E731
-    x, h, affine, windows, g, geometry, shift
-  )
   return _by_platform(call, kernels, default, form)(x, h, affine, windows, g)
 
 
+def _transformable(
+  kernel: Callable[..., Any], rule: str, same: Callable[..., Any]
+) -> Callable[..., Any]:
+  """`kernel`, with what JAX's transformations need.
+
+  Args:
+    kernel: of arrays on one device.
+    rule: of `_sharded`.
+    same: the same function in plain XLA, whose derivatives are taken for the kernel's.
+  """
+
+  @custom_vmap
+  def mapped(*args):
+    return _sharded(kernel, rule, *args)
+
+  mapped.def_vmap(_fold(mapped))
+  run = jax.custom_jvp(mapped)
+  run.defjvp(lambda primals, tangents: jax.jvp(same, primals, tangents))
+  return run
+
+
 def _kernels(x, h, geometry, form) -> dict[str, Any]:
-  """Modules by platform. Exported programs, whose batch is a symbol, stay with XLA."""
-  if form == "xla" or not all(isinstance(size, int) for size in (*x.shape, *h.shape)):
+  """Modules by platform.
+
+  Exported programs whose batch is a symbol stay with XLA, as do arrays whose type says how they are
+  spread over devices, which kernels cannot express.
+  """
+  symbolic = not all(isinstance(size, int) for size in (*x.shape, *h.shape))
+  if form == "xla" or symbolic or any(_spread(a) for a in (x, h)):
     return {}
   return {name: module for name, module in _KERNELS.items() if module.supports(x, h, geometry)}
+
+
+def _spread(a: jax.Array | jax.ShapeDtypeStruct) -> bool:
+  return not isinstance(a, jax.ShapeDtypeStruct) and (bool(varying_axes(a)) or explicit(a))
 
 
 def _by_platform(call, kernels, default, form) -> Callable[..., Any]:

@@ -97,7 +97,10 @@ class _Image(NamedTuple):
 
   def logits(self, pixels: _Pixels) -> jax.Array:
     """Without `affine`."""
-    return jnp.where(pixels.inside, pixels.h.astype(jnp.float32), _BELOW_ALL)
+    # Also -inf, of a mask, becomes finite.
+    return jnp.where(
+      pixels.inside, jnp.maximum(pixels.h.astype(jnp.float32), _BELOW_ALL), _BELOW_ALL
+    )
 
   def centred(self, pixels: _Pixels) -> jax.Array:
     """With `affine`: h - mean."""

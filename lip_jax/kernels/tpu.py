@@ -360,7 +360,7 @@ class _Reader(NamedTuple):
     )
     x, h = (ref[place].astype(jnp.float32) for ref in (self.x_ref, self.h_ref))
     if self.affine is None:
-      return x, None, h, None
+      return x, None, jnp.maximum(h, _LOWEST), None  # -inf, of a mask, from itself would be NaN
     mean, gain, bias = self.affine
     h -= mean
     logit, slope = gate(h * gain + bias)
