@@ -59,13 +59,14 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  accelerated = jax.default_backend() != "cpu"
-  parser.add_argument("--batch", type=int, default=128 if accelerated else 8)
+  parser.add_argument("--batch", type=int, help="default: 8 on CPUs, 128 elsewhere")
   parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
   parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="HxWxC")
   parser.add_argument("--repeats", type=int, default=11, help="turns that medians are taken of")
   parser.add_argument("--json", type=Path, help="also write the figures to this file")
   args = parser.parse_args()
+  if args.batch is None:
+    args.batch = 8 if jax.default_backend() == "cpu" else 128
   shapes = [_shape(parser, text) for text in args.shapes]
   if args.batch < 1 or args.repeats < 1:
     parser.error("--batch and --repeats must be at least 1")

@@ -64,13 +64,15 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--networks", nargs="+", default=NETWORKS)
-  parser.add_argument("--batch", type=int, default=8 if jax.default_backend() == "cpu" else 128)
+  parser.add_argument("--batch", type=int, help="default: 8 on CPUs, 128 elsewhere")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--image-size", type=int, default=224)
   parser.add_argument("--steps", type=int, default=20, help="turns that medians are taken of")
   parser.add_argument("--torch", action="store_true", help="PyTorch on a CPU as well")
   parser.add_argument("--json", type=Path, help="also write the figures to this file")
   args = parser.parse_args()
+  if args.batch is None:
+    args.batch = 8 if jax.default_backend() == "cpu" else 128
   if args.batch < 1 or args.steps < 1 or args.image_size < 32:
     parser.error("--batch and --steps must be at least 1, and --image-size at least 32")
   try:
@@ -190,15 +192,17 @@ def _torch(network: str, args: argparse.Namespace) -> Iterator[Candidate]:
   for title, compiled in (("PyTorch", False), ("torch.compile", True)):
     name = f"{network}, {title}"
     _say(f"preparing {name}")
-    step = _torch_step(network, args, device, compiled)
+    others = torch.cuda.memory_allocated() if on_gpu else 0  # weights of the candidates before
     if on_gpu:
       torch.cuda.reset_peak_memory_stats()
     try:
+      step = _torch_step(network, args, device, compiled)
       step()
     except Exception as error:  # what is missing on a machine that cannot compile varies
       _say(f"{name} does not work here: left out ({str(error).splitlines()[0]})")
       continue
-    yield Candidate(name, network, step, torch.cuda.max_memory_allocated() if on_gpu else None)
+    peak = torch.cuda.max_memory_allocated() - others if on_gpu else None
+    yield Candidate(name, network, step, peak)
 
 
 def _torch_step(

@@ -20,19 +20,16 @@ from lip_jax import sharding
 
 ROOT = Path(__file__).parents[1]
 CASES = [
-  # window, stride, padding, (N, H, W, C)
-  (3, 2, 1, (2, 8, 8, 3)),
-  (3, 2, 1, (3, 7, 9, 5)),
-  (2, 2, 0, (2, 8, 6, 3)),
-  (2, 2, 1, (2, 5, 6, 3)),
-  (5, 3, 2, (1, 7, 8, 3)),
-  (3, 1, 1, (2, 6, 7, 3)),
-  (2, 3, 0, (2, 10, 8, 3)),
-  (1, 2, 0, (2, 5, 5, 3)),
-  ((3, 2), (1, 2), (1, 0), (2, 6, 8, 3)),
-  (3, 2, 1, (2, 1, 1, 3)),
-  (3, 2, 1, (8, 41, 38, 4)),  # several blocks along both axes
-  (3, 2, 1, (128, 5, 6, 8)),  # images in the lanes
+  # window, stride, padding, (N, H, W, C), logit_range
+  (3, 2, 1, (3, 7, 9, 5), (-20, 20)),
+  (3, 2, 1, (2, 8, 8, 3), None),
+  (2, 2, 1, (2, 5, 6, 3), None),
+  (3, 1, 1, (2, 4, 5, 3), (-20, 20)),
+  (2, 3, 0, (2, 10, 8, 3), None),
+  ((3, 2), (1, 2), (1, 0), (2, 6, 8, 3), None),
+  (3, 2, 1, (2, 1, 1, 3), None),
+  (3, 2, 1, (8, 41, 38, 4), (-20, 20)),  # several blocks along both axes
+  (3, 2, 1, (128, 5, 6, 8), None),  # images in the lanes
 ]
 LOGITS = {
   "random": lambda rng, shape: 3 * rng.standard_normal(shape),
@@ -61,10 +58,9 @@ def value_and_gradients(function, cotangent, *arguments):
   return y, *vjp(cotangent.astype(y.dtype))
 
 
-@pytest.mark.parametrize("logit_range", [None, (-20, 20)])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_equals_float64(x64, case, logit_range):
-  window, stride, padding, shape = case
+def test_kernel_equals_float64(x64, case):
+  window, stride, padding, shape, logit_range = case
   geometry = {"window": window, "stride": stride, "padding": padding, "logit_range": logit_range}
   pool = functools.partial(lip_jax.lip_pool, **geometry)
   x, logits = arrays(0, jnp.float32, shape, shape)
@@ -201,22 +197,30 @@ def test_what_no_kernel_supports_is_refused_by_name():
       lip_jax.gated_lip_pool(x, features, scale, jnp.ones(2))
 
 
-def tail(x, features):
+def tail(x, features, **options):
   one = jnp.ones(x.shape[-1])
-  return lip_jax.gated_lip_pool(x, features, one, one)
+  return lip_jax.gated_lip_pool(x, features, one, one, **options)
 
 
+def gradient_of(pool, **options):
+  return jax.grad(lambda x, h: jnp.square(pool(x, h, **options)).sum(), argnums=(0, 1))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "pallas"])
 @pytest.mark.parametrize("pool", [lip_jax.lip_pool, tail])
-def test_transformations(pool):
-  """Second derivatives, and `jax.shard_map` and explicit meshes with their default checks."""
+def test_second_derivatives(pool, implementation):
   x, features = arrays(0, jnp.float32, (4, 5, 5, 3), (4, 5, 5, 3))
-  loss = lambda x, features: jnp.square(pool(x, features)).sum()  # noqa: E731
-  gradient = jax.grad(loss, argnums=(0, 1))
+  gradient = gradient_of(pool, implementation=implementation)
   penalty = lambda x: sum(jnp.square(g).sum() for g in gradient(x, features))  # noqa: E731
   second, step = jax.grad(penalty)(x), 1e-2 * arrays(1, jnp.float32, x.shape)[0]
   slope = (penalty(x + step) - penalty(x - step)) / 2
   np.testing.assert_allclose(jnp.vdot(second, step), slope, rtol=2e-2)
 
+
+@pytest.mark.parametrize("pool", [lip_jax.lip_pool, tail])
+def test_shard_map_and_explicit_meshes_with_their_default_checks(pool):
+  x, features = arrays(0, jnp.float32, (4, 5, 5, 3), (4, 5, 5, 3))
+  gradient = gradient_of(pool)
   expected = gradient(x, features)
   for axis_type in (AxisType.Auto, AxisType.Explicit):
     mesh = jax.make_mesh((2,), ("data",), (axis_type,), devices=jax.devices()[:2])
@@ -232,7 +236,8 @@ def test_transformations(pool):
 def test_kernels_leave_what_does_not_fit_to_xla():
   """A mapped batch of 251 times one image: no multiple of eight, and too much for a block."""
   x, logits = arrays(0, jnp.float32, (251, 1, 8, 8, 256), (251, 1, 8, 8, 256))
-  lowered = jax.jit(jax.vmap(lip_jax.lip_pool)).lower(x, logits)
+  pool = functools.partial(lip_jax.lip_pool, implementation="pallas")
+  lowered = jax.jit(jax.vmap(pool)).lower(x, logits)
   assert lowered.out_info.shape == (251, 1, 4, 4, 256)
 
 

@@ -1,10 +1,12 @@
 """Local importance-based pooling with its gradient, by the best form for the platform.
 
 Pallas kernels on TPU and on NVIDIA GPUs, plain XLA elsewhere and for what the kernels do not
-support. The choice is made when a program is compiled, for each platform that it is compiled for.
+support. The choice is made when a program is compiled, among the forms for the devices of this
+process and, if it compiles for TPUs that are not there (`jax.experimental.topologies`), for those.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -253,7 +255,15 @@ def _kernels(x, h, geometry, form) -> dict[str, Any]:
   symbolic = not all(isinstance(size, int) for size in (*x.shape, *h.shape))
   if form == "xla" or symbolic or any(_spread(a) for a in (x, h)):
     return {}
-  return {name: module for name, module in _KERNELS.items() if module.supports(x, h, geometry)}
+  names = set(_KERNELS) if form == "pallas" else _targets()
+  return {name: _KERNELS[name] for name in names if _KERNELS[name].supports(x, h, geometry)}
+
+
+def _targets() -> set[str]:
+  """Platforms that a program may be compiled for: tracing a kernel takes a tenth of a second."""
+  targets = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
+  # What compiles for TPUs that are not there has imported this.
+  return targets | ({"tpu"} if "jax.experimental.topologies" in sys.modules else set())
 
 
 def _spread(a: jax.Array | jax.ShapeDtypeStruct) -> bool:
@@ -262,7 +272,7 @@ def _spread(a: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
 def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
   if form == "pallas":
-    default = call(next(iter(kernels.values())), True)
+    default = call(kernels.get("tpu") or kernels["cuda"], True)
   branches = {name: call(module, False) for name, module in kernels.items()}
   return lambda *args: lax.platform_dependent(*args, default=default, **branches)
 
