@@ -3,7 +3,7 @@
 Command:   make train, or
            python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
 Hardware:  2 CPU cores
-Expected:  94.6 % top-1 (measured), in 3.5 minutes; three seeds of an earlier operator: 91.2 to 94.5 %
+Expected:  94.6 % top-1 (measured), in 3.5 minutes; three seeds of an earlier form: 91.2 to 94.5 %
 
 The network that pools otherwise: --config.model.pool=strided (or average, max).
 """
