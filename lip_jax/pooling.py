@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from lip_jax.kernels import dispatch, gate
-from lip_jax.normalization import moments, varying_alike
+from lip_jax.normalization import apply_moments, moments, varying_alike
 from lip_jax.windows import (
   Geometry,
   IntOrPair,
@@ -462,8 +462,7 @@ def _gated_reference(
   geometry: Geometry,
 ) -> jax.Array:
   mean, var = moments(features, (1, 2))
-  scale, bias = (a.astype(mean.dtype).reshape(1, 1, 1, -1) for a in (scale, bias))
-  u = (features.astype(mean.dtype) - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
+  u = apply_moments(features, mean, var, scale, bias, epsilon, mean.dtype)
   return _reference(x, gate.GATE * jax.nn.sigmoid(u), geometry)
 
 

@@ -179,8 +179,7 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any] | None:
   """
   if values is None:
     return None
-  if not isinstance(values, dict):
-    raise UsageError(f"{where}: preprocess is {_shown(values)}, expected an object")
+  _check_object("preprocess", values, where)
   size, resize = values.get("image_size"), values.get("resize")
   if not _is_whole(size, 1, _MAX_PIXELS):
     raise UsageError(
@@ -215,8 +214,7 @@ def check_evaluation(values: Any, where: str) -> dict[str, Any] | None:
   """
   if values is None:
     return None
-  if not isinstance(values, dict):
-    raise UsageError(f"{where}: evaluation is {_shown(values)}, expected an object")
+  _check_object("evaluation", values, where)
   data, count = values.get("data"), values.get("count")
   if not isinstance(data, str) or len(data) > _MAX_NAME or not data.isprintable():
     raise UsageError(f"{where}: evaluation.data is {_shown(data)}, expected a printable name")
@@ -238,12 +236,16 @@ def check_source(values: Any, where: str) -> dict[str, Any] | None:
   """
   if values is None:
     return None
-  if not isinstance(values, dict):
-    raise UsageError(f"{where}: source is {_shown(values)}, expected an object")
+  _check_object("source", values, where)
   step = values.get("step")
   if step is not None and not _is_whole(step, 0, 2**63):
     raise UsageError(f"{where}: source.step is {_shown(step)}, expected a number of steps")
   return values
+
+
+def _check_object(name: str, values: Any, where: str) -> None:
+  if not isinstance(values, dict):
+    raise UsageError(f"{where}: {name} is {_shown(values)}, expected an object")
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

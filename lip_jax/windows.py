@@ -10,6 +10,9 @@ from jax import lax
 
 IntOrPair = int | tuple[int, int]
 
+# Below every logit, and finite: what is below it less itself is zero, and not NaN.
+LOWEST_LOGIT = -3e38
+
 
 class Geometry(NamedTuple):
   """Window, stride and padding of a pooling, each as a (height, width) pair."""
@@ -136,6 +139,22 @@ def window_sum_transpose(
   )
 
 
+def phase_offsets(window: int, stride: int, padding: int) -> list[list[int]]:
+  """Along an axis, the windows that a pixel belongs to.
+
+  Returns:
+    For each phase of a pixel modulo the stride their numbers, relative to pixel // stride.
+  """
+  return [
+    [
+      (phase + padding - tap) // stride
+      for tap in range(window)
+      if (phase + padding - tap) % stride == 0
+    ]
+    for phase in range(stride)
+  ]
+
+
 def taps(a: jax.Array, geometry: Geometry, outside: float) -> list[jax.Array]:
   """The window_h * window_w strided slices of `a`, each with one pixel of every window.
 
@@ -150,8 +169,10 @@ def taps(a: jax.Array, geometry: Geometry, outside: float) -> list[jax.Array]:
   n, height, width, c = a.shape
   sizes = height, width
   rows, columns = (
-    [_tap(tap, *along) for tap in range(along[2])]
-    for along in zip(sizes, geometry.output_size(sizes), *geometry, strict=True)
+    [_tap(tap, size, windows, stride, padding) for tap in range(window)]
+    for size, windows, window, stride, padding in zip(
+      sizes, geometry.output_size(sizes), *geometry, strict=True
+    )
   )
   padded = []
   # Padding the slices, of which most need none, and not `a`: XLA for CPUs would compute what
@@ -167,15 +188,12 @@ def taps(a: jax.Array, geometry: Geometry, outside: float) -> list[jax.Array]:
   return padded
 
 
-def _tap(
-  tap: int, size: int, windows: int, window: int, stride: int, padding: int
-) -> tuple[int, int, int, int]:
+def _tap(tap: int, size: int, windows: int, stride: int, padding: int) -> tuple[int, int, int, int]:
   """Where a pixel of each window lies along an axis of the image.
 
   Returns:
     How many windows have it before the image, how many behind, and the slice of the others.
   """
-  del window
   first = tap - padding  # of the first window
   before = min(max(0, -(first // stride)), windows)
   inside = min(max(0, (size - 1 - first) // stride + 1), windows) - before

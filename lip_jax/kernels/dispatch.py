@@ -181,19 +181,20 @@ def _forward(x, h, affine, geometry, shift, form):
     return default(x, h, affine)
   kept = jax.eval_shape(default, x, h, affine)[1]
 
+  def result(x, h, affine):
+    return default(x, h, affine)[0]
+
   def call(module, interpret):
     def kernel(x, h, affine):
       if not module.supports(x, h, geometry):  # a device's part, or more than one batch
-        return default(x, h, affine)[0]
+        return result(x, h, affine)
       return module.forward(x, h, affine, geometry, shift, interpret=interpret)
 
-    run = _transformable(
-      kernel, "n h w c, n h w c{} -> n i j c", lambda x, h, affine: default(x, h, affine)[0]
-    )
+    run = _transformable(kernel, "n h w c, n h w c{} -> n i j c", result)
     # The kernels compute again what the XLA form keeps; nobody reads these zeros.
     return lambda x, h, affine: (
       run(x, h, affine),
-      () if form == "pallas" else jax.tree.map(_zeros, kept),
+      () if form == "pallas" else jax.tree.map(jnp.zeros_like, kept),
     )
 
   return _by_platform(call, kernels, default, form)(x, h, affine)
@@ -275,10 +276,6 @@ def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
     default = call(kernels.get("tpu") or kernels["cuda"], True)
   branches = {name: call(module, False) for name, module in kernels.items()}
   return lambda *args: lax.platform_dependent(*args, default=default, **branches)
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-  return jnp.zeros(like.shape, like.dtype)
 
 
 def _fold(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lip_jax.kernels.gate import GATE, MIDDLE, Affine
-from lip_jax.windows import Geometry
+from lip_jax.windows import LOWEST_LOGIT, Geometry
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _LARGEST_WINDOW = 5  # the code of a window's pixels is unrolled
@@ -37,7 +37,6 @@ _CHANNELS = 64  # of a program: 128 bytes in bfloat16, a line of the cache
 _ROWS = 8  # of windows that a program walks down, at most: it reads one row in 2 * 8 twice
 _PROGRAMS = 2048  # are wanted, to have several on each of a large GPU's 132 processors
 
-_BELOW_ALL = -3e38  # logit of a pixel outside the image; finite, so that differences are not NaN
 _TINY = 1e-37  # keeps the denominator of a window that does not exist from being zero
 
 
@@ -99,7 +98,7 @@ class _Image(NamedTuple):
     """Without `affine`."""
     # Also -inf, of a mask, becomes finite.
     return jnp.where(
-      pixels.inside, jnp.maximum(pixels.h.astype(jnp.float32), _BELOW_ALL), _BELOW_ALL
+      pixels.inside, jnp.maximum(pixels.h.astype(jnp.float32), LOWEST_LOGIT), LOWEST_LOGIT
     )
 
   def centred(self, pixels: _Pixels) -> jax.Array:
@@ -372,7 +371,7 @@ def _backward_kernel(
   start = first_cell * sh - ph
   shared = tuple(tuple(image.sums(load_row(start + i, taps), members)) for i in range(kept))
   zero = jnp.zeros((tiling.columns, tiling.channels), jnp.float32)
-  none = _Window(None if image.one_shift else zero - _BELOW_ALL, zero, zero)
+  none = _Window(None if image.one_shift else zero - LOWEST_LOGIT, zero, zero)
   carry = ((left * (none,),) * (up - 1), shared, len(sums_refs) * (zero,))
   *_, sums = lax.fori_loop(0, tiling.rows + up - 1, step, carry)
   for total, ref in zip(sums, sums_refs, strict=True):

@@ -22,13 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lip_jax.kernels.gate import Affine, gate
-from lip_jax.windows import Geometry
+from lip_jax.windows import LOWEST_LOGIT, Geometry, phase_offsets
 
 # Of the 16 MiB that a kernel has on every generation; the rest is for the compiler's own use.
 _VMEM = 12 * 2**20
-
-# Below every logit, and finite: what the maximum over no pixel is.
-_LOWEST = -3e38
 
 
 class _Axis(NamedTuple):
@@ -71,15 +68,8 @@ class _Axis(NamedTuple):
     return tap < self.padding or (self.windows - 1) * self.stride - self.padding + tap >= self.size
 
   def offsets(self) -> list[list[int]]:
-    """For each phase of a pixel modulo the stride: its windows, relative to its group."""
-    return [
-      [
-        (phase + self.padding - tap) // self.stride
-        for tap in range(self.kernel)
-        if (phase + self.padding - tap) % self.stride == 0
-      ]
-      for phase in range(self.stride)
-    ]
+    """Windows of a pixel, relative to its group."""
+    return phase_offsets(self.kernel, self.stride, self.padding)
 
 
 class _Plan(NamedTuple):
@@ -274,7 +264,7 @@ def _backward_kernel(x_ref, h_ref, g_ref, *refs, plan: _Plan, gated: bool, shift
     a_ref[i, j] = jnp.where(inside, g.astype(jnp.float32) / total, 0.0)
     y_ref[i, j] = jnp.where(inside, weighted / total, 0.0)
     if largest_ref:  # exp(l - m) must not overflow there
-      largest_ref[0][i, j] = jnp.where(inside, largest, -_LOWEST)
+      largest_ref[0][i, j] = jnp.where(inside, largest, -LOWEST_LOGIT)
 
   _each_window(read, plan, shift, keep)
 
@@ -360,7 +350,8 @@ class _Reader(NamedTuple):
     )
     x, h = (ref[place].astype(jnp.float32) for ref in (self.x_ref, self.h_ref))
     if self.affine is None:
-      return x, None, jnp.maximum(h, _LOWEST), None  # -inf, of a mask, from itself would be NaN
+      # -inf, of a mask, from itself would be NaN.
+      return x, None, jnp.maximum(h, LOWEST_LOGIT), None
     mean, gain, bias = self.affine
     h -= mean
     logit, slope = gate(h * gain + bias)
@@ -405,7 +396,7 @@ def _each_window(read: _Reader, plan: _Plan, shift: float | None, use: Callable[
       pixels.append((x, logit, inside(i, first, t, c)))
     largest = None
     if shift is None:
-      here = [a if ok is None else jnp.where(ok, a, _LOWEST) for _, a, ok in pixels]
+      here = [a if ok is None else jnp.where(ok, a, LOWEST_LOGIT) for _, a, ok in pixels]
       largest = functools.reduce(jnp.maximum, here)
     weights = [jnp.exp(logit - (shift if largest is None else largest)) for _, logit, _ in pixels]
     weights = [

@@ -20,7 +20,14 @@ import numpy as np
 from jax import lax
 
 from lip_jax.kernels.gate import Affine, gate
-from lip_jax.windows import Geometry, accumulation_dtype, taps, window_sum, window_sum_transpose
+from lip_jax.windows import (
+  Geometry,
+  accumulation_dtype,
+  phase_offsets,
+  taps,
+  window_sum,
+  window_sum_transpose,
+)
 
 # (y, largest logit or None, denominator), each [N, H', W', C].
 Windows = tuple[jax.Array, jax.Array | None, jax.Array]
@@ -135,8 +142,7 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
   (kh, kw), (sh, sw), (ph, pw) = geometry
   rows, columns = -(-height // sh), -(-width // sw)
   # Windows of the pixels (row * stride + phase), as offsets to `row`.
-  offsets_h = [[(r + ph - t) // sh for t in range(kh) if (r + ph - t) % sh == 0] for r in range(sh)]
-  offsets_w = [[(r + pw - t) // sw for t in range(kw) if (r + pw - t) % sw == 0] for r in range(sw)]
+  offsets_h, offsets_w = phase_offsets(kh, sh, ph), phase_offsets(kw, sw, pw)
   margin_h = _margins(offsets_h, rows, y.shape[1])
   margin_w = _margins(offsets_w, columns, y.shape[2])
   margins = ((0, 0), margin_h, margin_w, (0, 0))
