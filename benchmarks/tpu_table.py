@@ -37,7 +37,7 @@ DIMENSIONS = {"v5e": 2, "v6e": 2, "v4": 3, "v5p": 3}
 BATCHES = {
   "lip_resnet50": {"v5e": 256, "v6e": 256, "v4": 256, "v5p": 256},
   "lip_resnet101": {"v5e": 128, "v6e": 256, "v4": 256, "v5p": 256},
-  "lip_densenet121": {"v5e": 128, "v6e": 256, "v4": 256, "v5p": 256},
+  "lip_densenet121": {"v5e": 256, "v6e": 256, "v4": 256, "v5p": 256},
 }
 
 # What each option costs and saves, on one slice.

@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lip_jax import machine
+from lip_jax import hosts, machine
 from lip_jax import workdir as workdir_lib
 from lip_jax.config import Config
 from lip_jax.errors import UsageError
 from lip_jax.machine import Status, Verdict
+from lip_jax.roll import MissingProcessError
 
 _GIB = 2**30
 _LITTLE_SPACE = 5 * _GIB  # on a disk, where the size of a checkpoint is not known
@@ -41,10 +42,7 @@ class Subject:
     data_dir: of the data sets; None: the config's, or else TFDS's default.
     dataset: None: the config's.
     config: of the run to be; None: that of the run in `workdir`, if there is one.
-    coordinator_address: HOST:PORT of process 0; None: other hosts are not looked for.
-    num_processes: of the run.
-    process_id: which one this is.
-    connect_timeout: seconds to wait for the others.
+    processes: how this one finds the others of the run.
     bench_seconds: how long to measure each of the two, beside compilation.
     device_timeout: seconds until devices that do not answer count as hanging.
     bench: whether to measure input against training step, which takes about a minute; needs a
@@ -55,10 +53,7 @@ class Subject:
   data_dir: str | None = None
   dataset: str | None = None
   config: Config | None = None
-  coordinator_address: str | None = None
-  num_processes: int | None = None
-  process_id: int | None = None
-  connect_timeout: float = 60.0
+  processes: hosts.Options = dataclasses.field(default_factory=hosts.Options)
   bench_seconds: float = 5.0
   device_timeout: float = 120.0
   bench: bool = True
@@ -75,15 +70,16 @@ def examine(
   """
   subject, faults = _with_config(subject)
   yield from faults
+  names: list[str] = []  # of the hosts that were met
   checks: dict[str, Callable[[Subject], Iterator[Verdict]]] = {
     "versions": lambda _: machine.versions(),
     "devices": lambda subject: machine.devices(subject.device_timeout),
     "memory": lambda _: machine.memory(),
-    "hosts": _hosts,
+    "hosts": lambda subject: _hosts(subject, names),
     "workdir": _workdir,
     "data dir": _data_dir,
     "data set": _dataset,
-    "speed": lambda subject: _speed(subject, progress),
+    "speed": lambda subject: _speed(subject, len(set(names)) or 1, progress),
   }
   for name, check in checks.items():
     progress(f"checking: {name}")
@@ -97,6 +93,9 @@ def examine(
     except UsageError as error:
       progress("")
       yield Finding(name, "problem", str(error))
+    except MissingProcessError as error:
+      progress("")
+      yield Finding(name, "problem", str(error), "--distributed=off checks this host alone")
     except (Exception, SystemExit) as error:  # whatever the libraries raise on a broken machine
       progress("")
       said = (str(error).strip() or "no message").splitlines()[0][:300]
@@ -119,26 +118,15 @@ def _with_config(subject: Subject) -> tuple[Subject, list[Finding]]:
     return subject, [Finding("config", "problem", f"that of {subject.workdir}: {error}")]
 
 
-def _hosts(subject: Subject) -> Iterator[Verdict]:
-  from lip_jax import roll_call
-
-  if subject.coordinator_address is None:
-    if subject.num_processes is not None or subject.process_id is not None:
-      raise UsageError("--num_processes and --process_id need --coordinator_address=HOST:PORT")
-    cluster = roll_call.environment()
-    yield "ok", cluster or "one process; --coordinator_address and so on look for others"
+def _hosts(subject: Subject, names: list[str]) -> Iterator[Verdict]:
+  """Connects with the others as a run does; `names` gets their hosts."""
+  found = hosts.plan(subject.processes)
+  if found is None:
+    yield "ok", "one process; --coordinator_address and so on look for others"
     return
-  if subject.num_processes is None or subject.process_id is None:
-    raise UsageError("--coordinator_address needs --num_processes and --process_id, too")
-  yield (
-    "ok",
-    roll_call.call(
-      subject.coordinator_address,
-      subject.num_processes,
-      subject.process_id,
-      seconds=subject.connect_timeout,
-    ),
-  )
+  names += hosts.meet(found, subject.processes)
+  where = f"process 0 at {found.coordinator_address}, {found.origin}"
+  yield "ok", f"all {len(names)} processes have connected ({where}): {', '.join(names)}"
 
 
 def _workdir(subject: Subject) -> Iterator[Verdict]:
@@ -227,7 +215,7 @@ def _dataset(subject: Subject) -> Iterator[Verdict]:
   yield "ok", f"{dataset}: {counts}, {sources[0].num_classes:,} classes"
 
 
-def _speed(subject: Subject, progress: Callable[[str], None]) -> Iterator[Verdict]:
+def _speed(subject: Subject, num_hosts: int, progress: Callable[[str], None]) -> Iterator[Verdict]:
   if not subject.bench or subject.config is None:
     return
   from lip_jax import step_bench
@@ -251,7 +239,9 @@ def _speed(subject: Subject, progress: Callable[[str], None]) -> Iterator[Verdic
     yield "warning", "not measured, because the data set cannot be read"
     return
   input_rate = f"input {read.pipeline_rate:,.0f} images/s with {read.num_threads} thread(s)"
-  step = step_bench.measure(subject.config, seconds=subject.bench_seconds, progress=progress)
+  step = step_bench.measure(
+    subject.config, num_hosts=num_hosts, seconds=subject.bench_seconds, progress=progress
+  )
   text = f"{input_rate}, training steps {step}"
   if read.pipeline_rate >= step.rate:
     yield "ok", f"{text}: the devices set the pace, as they should"

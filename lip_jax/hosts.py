@@ -81,6 +81,22 @@ def join(options: Options) -> Iterator[list[str]]:
   member.finish()
 
 
+def meet(found: Plan, options: Options) -> list[str]:
+  """Connects this process with the others, as a run does, and leaves them again.
+
+  Returns:
+    Host names of all processes, by process index.
+
+  Raises:
+    UsageError: options that contradict the other processes'.
+    MissingProcessError: not all processes came within `connect_timeout`.
+  """
+  member = _connect(found, options)
+  member.finish()
+  member.close()
+  return member.hosts
+
+
 def plan(options: Options) -> Plan | None:
   """Finds out which process this is.
 

@@ -125,11 +125,17 @@ class Member:
         continue
       except OSError as error:
         reason = error.strerror or str(error)
+        if error.errno and error.errno > 0:  # asyncio's own words repeat the address
+          reason = os.strerror(error.errno)
       else:
-        hosts, reason = await self._sign_in(*connection, deadline, seconds)
+        hosts: list[str] = []
+        try:
+          hosts, reason = await self._sign_in(*connection, deadline, seconds)
+        finally:
+          if not hosts:
+            connection[1].close()
         if hosts:
           return hosts
-        connection[1].close()
       await asyncio.sleep(min(0.5, left))
     raise MissingProcessError(
       f"process 0 does not answer at {self._address} after {seconds:g} s ({reason}); is it "
@@ -215,6 +221,7 @@ class Member:
     while (message := await receive(self._reader)) is not None:
       self._silence.heard()
       if "over" in message:
+        self._writer.close()
         self._over.set()
         return
       if "end" in message:
@@ -260,6 +267,13 @@ class Member:
     if not self._over.wait(REMINDER_SECONDS):
       log.info("process %d has finished, and waits for the others", self._process)
       self._over.wait()
+    if self._roll:
+      self._call(self._roll.see_off()).result()
+
+  def close(self) -> None:
+    """Gives the coordinator's port back, which otherwise ends with the process."""
+    if self._roll:
+      self._call(self._roll.farewell()).result()
 
   def fail(self, reason: str) -> None:
     """Tells the others that this process ends with an error of its own."""

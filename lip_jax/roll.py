@@ -283,7 +283,7 @@ class Roll:
     interval = interval_of(self._timeout)
     reminded = time.monotonic()
     while True:
-      await asyncio.sleep(interval)
+      await asyncio.sleep(interval if self._complete else min(1, interval))
       if self._complete:
         self._broadcast(alive=True)
         self._check()
@@ -316,8 +316,12 @@ class Roll:
     await self.farewell()
 
   async def farewell(self) -> None:
-    """Gives the other processes time to read the last message: a reset connection loses it."""
+    """Listens no longer, and sees the other processes off."""
     self._server.close()
+    await self.see_off()
+
+  async def see_off(self) -> None:
+    """Gives the other processes time to read the last message: a reset connection loses it."""
     waiting = [s.gone.wait() for k, s in self._seats.items() if k != 0]
     with contextlib.suppress(TimeoutError):
       await asyncio.wait_for(asyncio.gather(*waiting), FAREWELL_SECONDS)

@@ -46,7 +46,11 @@ def state_bytes(config: Config) -> int:
 
 
 def measure(
-  config: Config, *, seconds: float = 5.0, progress: Callable[[str], None] = lambda _: None
+  config: Config,
+  *,
+  num_hosts: int = 1,
+  seconds: float = 5.0,
+  progress: Callable[[str], None] = lambda _: None,
 ) -> StepRate:
   """Makes real training steps with noise as images: initialised weights, forward, backward, update.
 
@@ -54,11 +58,12 @@ def measure(
 
   Args:
     config: of the training.
+    num_hosts: that share a batch; this one makes its part.
     seconds: to measure for, after the compilation.
     progress: is told what is being done.
   """
   devices = jax.local_devices()
-  batch_size = config.global_batch_size // jax.process_count()
+  batch_size = config.global_batch_size // num_hosts
   if jax.default_backend() == "cpu":
     batch_size = min(batch_size, _CPU_BATCH * len(devices))
   batch_size -= batch_size % len(devices)

@@ -7,16 +7,15 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 
-from lip_jax import class_names, fine_tuning, sharding, visualize
+from lip_jax import class_names, compilation_cache, fine_tuning, sharding, visualize
 from lip_jax import config as config_lib
 from lip_jax.checkpoint import Checkpoints, has_checkpoints, restore_path
 from lip_jax.config import Config
@@ -129,7 +128,7 @@ def _train(
   with (
     # Around it all: the last save, too, is not to be cut short.
     StopRequest(preemption_notice=jax.default_backend() == "tpu") as stop,
-    _compilation_cache(directory),
+    compilation_cache.kept_in(directory),
     Watchdog(seconds=config.watchdog_seconds) as watchdog,
     loader,
     Checkpoints(directory, keep=config.keep_checkpoints) as checkpoints,
@@ -291,21 +290,6 @@ def _describe(config: Config, program: Program) -> str:
     + (f"device in {parts} parts" if parts > 1 else "device")
     + f"; peak learning rate {config.optim.base_lr * config.global_batch_size / 256:g}"
   )
-
-
-@contextlib.contextmanager
-def _compilation_cache(workdir: epath.Path) -> Iterator[None]:
-  """Keeps compiled programs in the workdir, for restarts, unless JAX was given another place."""
-  if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
-    yield
-    return
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
-  compilation_cache.reset_cache()
-  try:
-    yield
-  finally:
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 def _check_shared(workdir: epath.Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lip_jax import cli, doctor, roll_call
+from lip_jax import cli, doctor, hosts
 from lip_jax import config as config_lib
-from lip_jax.errors import UsageError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -120,26 +119,38 @@ def address():
     return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_hosts_that_reach_each_other(address):
+def hosts_of(address, count, ids, seconds):
+  """What the doctor says of the hosts on each of the processes `ids`, all at the same time."""
+
+  def one(process):
+    options = hosts.Options(
+      coordinator_address=address,
+      num_processes=count,
+      process_id=process,
+      connect_timeout=seconds,
+    )
+    subject = doctor.Subject(processes=options, bench=False)
+    return [f for f in doctor.examine(subject) if f.check == "hosts"]
+
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    # The others are there first, and call again.
-    calls = [pool.submit(roll_call.call, address, 3, k, seconds=20) for k in (1, 2, 0)]
-    texts = [call.result() for call in calls]
-  assert texts[2].startswith(f"all 3 processes have connected to {address}: ")
-  assert (
-    texts[0] == texts[1] == f"process 0 at {address} is reached, and all others have reached it"
-  )
+    return [str(finding) for [finding] in pool.map(one, ids)]
+
+
+def test_hosts_that_reach_each_other(address):
+  # Process 0 comes last: the others try again. Its port is free again afterwards.
+  for _ in range(2):
+    for text in hosts_of(address, 3, (1, 2, 0), 60):
+      assert text.startswith(
+        f"hosts     ok       all 3 processes have connected (process 0 at {address}"
+      )
+      assert text.endswith(", ".join(3 * [socket.gethostname()]))
 
 
 def test_hosts_that_are_missing_are_named(address):
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    calls = [pool.submit(roll_call.call, address, 4, k, seconds=1.5) for k in (0, 2)]
-    errors = [str(call.exception()) for call in calls]
-  assert f"2 of 4 processes have connected to {address}, missing: 1, 3; start the same" in errors[0]
-  assert f"process 2 cannot reach process 0 at {address}: " in errors[1]
-  with pytest.raises(UsageError, match=r"cannot reach process 0 .*: Connection refused; start"):
-    roll_call.call(address, 2, 1, seconds=0.2)
-  with pytest.raises(UsageError, match="not of the form HOST:PORT"):
-    roll_call.call("host", 2, 1, seconds=0.2)
-  with pytest.raises(UsageError, match="--process_id=2 is not one of 0 to 1"):
-    roll_call.call(address, 2, 2, seconds=0.2)
+  for text in hosts_of(address, 4, (0, 2), 5):
+    assert "problem  2 of 4 processes have connected (missing: processes 1, 3) after 5 s; " in text
+    assert text.endswith("; --distributed=off checks this host alone")
+  [text] = hosts_of(address, 2, (1,), 0.2)
+  assert f"process 0 does not answer at {address} after 0.2 s (Connection refused); is it" in text
+  [text] = hosts_of("host", 2, (1,), 0.2)
+  assert "problem  --coordinator_address=host is not HOST:PORT" in text

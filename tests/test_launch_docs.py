@@ -27,10 +27,7 @@ def test_flags_of_train_exist():
   source = (ROOT / "train.py").read_text()
   defined = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)) | {"config"}
   found = {flag for command in commands("train.py --") for flag in FLAG.findall(command)}
-  assert {"config", "workdir"} <= found
-  # Those of the processes are in train.py with the start-up of several.
-  if "coordinator_address" in defined:
-    assert found <= defined
+  assert {"config", "workdir"} <= found <= defined
 
 
 def test_commands_of_the_doctor_are_understood(capsys):

@@ -35,10 +35,14 @@ def add_commands(commands: Any) -> None:
   doctor.add_argument("--json", action="store_true", help="for machines")
   # Spelt like the flags of train.py, which take the same values.
   doctor.add_argument(
-    "--coordinator_address",
-    metavar="HOST:PORT",
-    help="of process 0, to see whether all hosts of a run reach it: start the same command on each",
+    "--distributed",
+    choices=("auto", "on", "off"),
+    default="auto",
+    help="auto: look for the other processes if a cluster (Cloud TPU, SLURM, Open MPI, Kubernetes) "
+    "or the flags below say that there are some; start the same command for each. off: this host "
+    "alone (default: auto)",
   )
+  doctor.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
   doctor.add_argument("--num_processes", type=positive, metavar="N", help="of the run")
   doctor.add_argument("--process_id", type=int, metavar="K", help="which one this is, from 0")
   doctor.add_argument(
@@ -52,7 +56,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-  from lip_jax import doctor
+  from lip_jax import doctor, hosts
   from lip_jax.cli import configuration
 
   subject = doctor.Subject(
@@ -60,10 +64,13 @@ def _doctor(args: argparse.Namespace) -> int:
     data_dir=args.data_dir,
     dataset=args.dataset,
     config=configuration.load(args.config) if args.config else None,
-    coordinator_address=args.coordinator_address,
-    num_processes=args.num_processes,
-    process_id=args.process_id,
-    connect_timeout=args.connect_timeout,
+    processes=hosts.Options(
+      distributed=args.distributed,
+      coordinator_address=args.coordinator_address,
+      num_processes=args.num_processes,
+      process_id=args.process_id,
+      connect_timeout=args.connect_timeout,
+    ),
     bench=not args.no_bench,
   )
   findings = []

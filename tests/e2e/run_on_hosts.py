@@ -1,11 +1,12 @@
 """One process of a run that sums numbers over all processes, step by step.
 
-  python run_on_hosts.py ADDRESS PROCESS COUNT [--fail-at=STEP] [--steps=N] [--slow-end=SECONDS]
+  python run_on_hosts.py ADDRESS PROCESS COUNT [--steps=N] [...]
 
 Prints "step N" for each; the last line is "ended".
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from lip_jax import hosts
+from lip_jax import hosts, sharding
 from lip_jax.errors import UsageError
 from lip_jax.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
 
@@ -25,13 +26,15 @@ def main():
   parser.add_argument("address")
   parser.add_argument("process", type=int)
   parser.add_argument("count", type=int)
+  parser.add_argument("--devices", type=int, default=1)
   parser.add_argument("--steps", type=int, default=10**6)
   parser.add_argument("--usage-error-at", type=int)
   parser.add_argument("--bug-at", type=int)
   parser.add_argument("--slow-end", type=float, default=0)
   parser.add_argument("--connect-timeout", type=float, default=60)
-  parser.add_argument("--liveness-timeout", type=float, default=4)
+  parser.add_argument("--liveness-timeout", type=float, default=30)
   args = parser.parse_args()
+  os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
   options = hosts.Options(
     coordinator_address=args.address,
     num_processes=args.count,
@@ -52,6 +55,7 @@ def main():
 
 
 def run(args):
+  sharding.make_mesh()
   for step in range(args.steps):
     total = multihost_utils.process_allgather(jnp.int32(args.process)).sum()
     assert total == args.count * (args.count - 1) // 2

@@ -32,7 +32,7 @@ class Run:
     address = address or f"127.0.0.1:{free_port()}"
     numbers = numbers or range(len(flags))
     counts = counts or [len(flags)] * len(flags)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     # Which gRPC would take even for this machine's own services.
     environment |= {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
     self.outputs, self.errors, self.processes = [], [], []
@@ -78,7 +78,7 @@ class Run:
 
 
 def killed(folder, victim):
-  run = Run(folder, [["--liveness-timeout=30"]] * 2)
+  run = Run(folder, [[]] * 2)
   with contextlib.closing(run):
     begin = run.send(victim, signal.SIGKILL)
     results = run.end(1 - victim)
@@ -144,6 +144,7 @@ def results(tmp_path_factory):
     "error": (ended, [], ["--usage-error-at=3"]),
     "bug": (ended, ["--bug-at=3"], []),
     "end": (ended, ["--steps=4", "--slow-end=6"], ["--steps=4"]),
+    "unequal": (ended, ["--devices=2"], ["--devices=1"]),
     "nobody": (nobody,),
     "stranger": (stranger,),
   }
@@ -191,6 +192,13 @@ def test_an_error_of_one_process_is_told_by_all(results):
     ends[1][1] == f"error: process 0 ({socket.gethostname()}) ended with an error: KeyError: "
     "'a bug'"
   )
+
+
+def test_processes_with_different_numbers_of_devices(results):
+  ends, _, _ = results["unequal"].result()
+  for status, message in ends:
+    assert status == 1
+    assert "different numbers of devices: process 0 has 2, process 1 has 1. Each" in message
 
 
 def test_processes_that_end_at_different_times(results):
