@@ -254,7 +254,7 @@ class Roll:
         if all(s.finished for s in self._seats.values()):
           self._over = True
           self._broadcast(over=True)
-    if not self._complete:
+    if not self._complete and process:  # process 0 is about to give up for all
       del self._seats[process]
       log.warning("process %d on %s has gone again", process, host)
     seat.gone.set()
