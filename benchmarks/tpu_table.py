@@ -31,6 +31,10 @@ SHAPES = {
 }
 DIMENSIONS = {"v5e": 2, "v6e": 2, "v4": 3, "v5p": 3}
 
+# Chips of the slices, unless --sizes says others: the smallest and the largest; v5e shows that what
+# lies between is alike.
+SIZES = {"v5e": [8, 64, 256], "v6e": [8, 256], "v4": [8, 256], "v5p": [8, 256]}
+
 # Images on a chip: the greatest power of two, up to 256, that is to leave a tenth of the memory,
 # as the table shows; --greater tries the next one. Beyond 256, steps of a few chips would be so
 # large that the learning rate has to be tuned anew.
@@ -73,7 +77,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--results", type=Path, default=Path("runs/tpu_table.jsonl"))
-  parser.add_argument("--sizes", type=int, nargs="+", choices=SHAPES[2], default=[8, 64, 256])
+  parser.add_argument("--sizes", type=int, nargs="+", choices=SHAPES[2], help="chips of a slice")
   parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
   parser.add_argument("--generations", nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
   parser.add_argument("--greater", action="store_true", help="twice the batches, to see they fail")
@@ -98,12 +102,20 @@ def main() -> None:
 
 def _programs(args: argparse.Namespace) -> Iterator[Program]:
   """In the order in which they are compiled."""
-  for size, generation, network in itertools.product(
-    sorted(args.sizes), args.generations, args.networks
-  ):
+  slices = sorted((size, generation) for generation, size in _slices(args))
+  for (size, generation), network in itertools.product(slices, args.networks):
     yield _program(network, generation, size, factor=2 if args.greater else 1)
   if args.options:
     yield from _options_programs()
+
+
+def _slices(args: argparse.Namespace) -> list[tuple[str, int]]:
+  """Generation and chips of each, in the order of the table."""
+  return [
+    (generation, size)
+    for generation in args.generations
+    for size in sorted(args.sizes or SIZES[generation])
+  ]
 
 
 def _program(network: str, generation: str, size: int, factor: int = 1) -> Program:
@@ -149,9 +161,7 @@ def _print_table(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -
     "| collectives, MB | / gradients | step, estimate | images/s/chip, estimate |"
   )
   print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-  for network, generation, size in itertools.product(
-    args.networks, args.generations, sorted(args.sizes)
-  ):
+  for network, (generation, size) in itertools.product(args.networks, _slices(args)):
     program = _program(network, generation, size)
     cells = [network, program.topology, str(size), str(program.batch)]
     print("| " + " | ".join(cells + _cells(results.get(program.key), network)) + " |")

@@ -35,10 +35,22 @@ def kept_in(workdir: epath.Path) -> Iterator[None]:
 
 def _delete_cut_off(directory: epath.Path) -> None:
   """Deletes programs that a process was killed while writing: JAX would never replace them."""
+  magic = entries.compress_executable(b"")[:2]
   for path in directory.glob("*-cache"):
     try:
-      entries.decompress_executable(path.read_bytes())
-    except Exception as error:  # whatever the compression at hand raises
-      log.warning("%s is damaged (%s); what it held is compiled again", path, error)
-      with contextlib.suppress(OSError):  # which leaves it as slow as it is
+      content = path.read_bytes()
+      # Another Python's programs may be compressed in another way.
+      whole = content[:2] not in (b"", magic) or _can_be_read(content)
+      if not whole:
+        log.warning("%s was cut off; what it held is compiled again", path)
         path.unlink()
+    except OSError as error:  # which leaves it as slow as it is
+      log.warning("%s: %s", path, error.strerror)
+
+
+def _can_be_read(content: bytes) -> bool:
+  try:
+    entries.decompress_executable(content)
+  except Exception:  # whatever the compression at hand raises
+    return False
+  return True

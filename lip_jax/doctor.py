@@ -33,6 +33,14 @@ class Finding:
     return f"{self.check:<9} {self.status:<8} {self.text}{remedy}"
 
 
+@dataclasses.dataclass
+class _Company:
+  """Who takes part in the run, as far as it is known."""
+
+  hosts: int = 1
+  processes_here: int = 1  # on this host
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
   """What is examined.
@@ -70,16 +78,17 @@ def examine(
   """
   subject, faults = _with_config(subject)
   yield from faults
-  names: list[str] = []  # of the hosts that were met
+  company = _Company()
   checks: dict[str, Callable[[Subject], Iterator[Verdict]]] = {
     "versions": lambda _: machine.versions(),
+    # First: the devices of several TPU hosts answer together.
+    "hosts": lambda subject: _hosts(subject, company),
     "devices": lambda subject: machine.devices(subject.device_timeout),
     "memory": lambda _: machine.memory(),
-    "hosts": lambda subject: _hosts(subject, names),
     "workdir": _workdir,
     "data dir": _data_dir,
     "data set": _dataset,
-    "speed": lambda subject: _speed(subject, len(set(names)) or 1, progress),
+    "speed": lambda subject: _speed(subject, company, progress),
   }
   for name, check in checks.items():
     progress(f"checking: {name}")
@@ -118,13 +127,15 @@ def _with_config(subject: Subject) -> tuple[Subject, list[Finding]]:
     return subject, [Finding("config", "problem", f"that of {subject.workdir}: {error}")]
 
 
-def _hosts(subject: Subject, names: list[str]) -> Iterator[Verdict]:
-  """Connects with the others as a run does; `names` gets their hosts."""
+def _hosts(subject: Subject, company: _Company) -> Iterator[Verdict]:
+  """Connects with the others as a run does."""
   found = hosts.plan(subject.processes)
   if found is None:
-    yield "ok", "one process; --coordinator_address and so on look for others"
+    yield "ok", "one process; see --coordinator_address for several"
     return
-  names += hosts.meet(found, subject.processes)
+  company.hosts = found.num_processes
+  names = hosts.meet(found, subject.processes)
+  company.hosts, company.processes_here = len(set(names)), names.count(names[found.process_id])
   where = f"process 0 at {found.coordinator_address}, {found.origin}"
   yield "ok", f"all {len(names)} processes have connected ({where}): {', '.join(names)}"
 
@@ -215,8 +226,18 @@ def _dataset(subject: Subject) -> Iterator[Verdict]:
   yield "ok", f"{dataset}: {counts}, {sources[0].num_classes:,} classes"
 
 
-def _speed(subject: Subject, num_hosts: int, progress: Callable[[str], None]) -> Iterator[Verdict]:
+def _speed(
+  subject: Subject, company: _Company, progress: Callable[[str], None]
+) -> Iterator[Verdict]:
   if not subject.bench or subject.config is None:
+    return
+  if company.processes_here > 1:
+    yield (
+      "warning",
+      f"not measured, as {company.processes_here} processes of the run would measure on this host "
+      "at once",
+      "start the command with --distributed=off, once on a host",
+    )
     return
   from lip_jax import step_bench
   from lip_jax.data import bench
@@ -240,7 +261,7 @@ def _speed(subject: Subject, num_hosts: int, progress: Callable[[str], None]) ->
     return
   input_rate = f"input {read.pipeline_rate:,.0f} images/s with {read.num_threads} thread(s)"
   step = step_bench.measure(
-    subject.config, num_hosts=num_hosts, seconds=subject.bench_seconds, progress=progress
+    subject.config, num_hosts=company.hosts, seconds=subject.bench_seconds, progress=progress
   )
   text = f"{input_rate}, training steps {step}"
   if read.pipeline_rate >= step.rate:

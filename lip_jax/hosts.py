@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import collections
 import contextlib
 import dataclasses
 import importlib.util
@@ -17,7 +18,7 @@ import jax
 from jax._src import clusters  # what jax.distributed detects with; no public name gives the numbers
 
 from lip_jax.errors import UsageError
-from lip_jax.liveness import Member, run_in_thread, split_address
+from lip_jax.liveness import Member, end_thread, run_in_thread, split_address
 from lip_jax.roll import EXIT_ERROR, MissingProcessError, Roll
 
 log = logging.getLogger("lip_jax")
@@ -61,7 +62,8 @@ def join(options: Options) -> Iterator[list[str]]:
     Host names of all processes, by process index.
 
   Raises:
-    UsageError: options that contradict each other or the other processes'.
+    UsageError: options that contradict each other or the other processes', or processes with
+      different numbers of devices.
     MissingProcessError: not all processes came within `connect_timeout`.
   """
   found = plan(options)
@@ -92,6 +94,7 @@ def meet(found: Plan, options: Options) -> list[str]:
     MissingProcessError: not all processes came within `connect_timeout`.
   """
   member = _connect(found, options)
+  member.failing = True  # whoever is lost from here on: all have come
   member.finish()
   member.close()
   return member.hosts
@@ -292,8 +295,16 @@ def _connect(found: Plan, options: Options) -> Member:
     found.coordinator_address,
   )
   loop = run_in_thread()
-  roll = None
+  try:
+    return _sign_in(found, options, loop)
+  except (UsageError, MissingProcessError):
+    end_thread(loop)
+    raise
+
+
+def _sign_in(found: Plan, options: Options, loop: asyncio.AbstractEventLoop) -> Member:
   timeouts = options.liveness_timeout, options.connect_timeout
+  roll = None
   if found.process_id == 0:
     host, port = split_address(found.coordinator_address)
     roll = Roll(found.num_processes, *timeouts)
@@ -335,8 +346,15 @@ def _start_jax(found: Plan, options: Options, member: Member) -> None:
     # The roll is to be the first to know.
     heartbeat_timeout_seconds=max(100, 3 * int(options.liveness_timeout)),
   )
-  jax.devices()
+  devices = jax.devices()
   member.ready()
+  counts = collections.Counter(device.process_index for device in devices)
+  if len(set(counts.values())) > 1:
+    each = ", ".join(f"process {k} has {count}" for k, count in sorted(counts.items()))
+    raise UsageError(
+      f"the processes have different numbers of devices: {each}. Each feeds an equal part of a "
+      "batch: give all the same number (--local_device_ids)"
+    )
 
 
 def _local_devices(found: Plan, options: Options, hosts: list[str]) -> Sequence[int] | None:

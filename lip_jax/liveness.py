@@ -51,8 +51,26 @@ log = logging.getLogger("lip_jax")
 def run_in_thread() -> asyncio.AbstractEventLoop:
   """An event loop in a thread of its own, which does not keep the process from ending."""
   loop = asyncio.new_event_loop()
-  threading.Thread(target=loop.run_forever, name="lip-liveness", daemon=True).start()
+
+  def run() -> None:
+    loop.run_forever()
+    loop.close()
+
+  threading.Thread(target=run, name="lip-liveness", daemon=True).start()
   return loop
+
+
+def end_thread(loop: asyncio.AbstractEventLoop) -> None:
+  """Ends what `run_in_thread` has started, with all that runs in it."""
+
+  async def cancel() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+      task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+  asyncio.run_coroutine_threadsafe(cancel(), loop).result()
+  loop.call_soon_threadsafe(loop.stop)
 
 
 class Member:
@@ -87,7 +105,7 @@ class Member:
     self._interval = interval_of(timeout)
     self._over = threading.Event()
     self._undecided = threading.Event()  # the main thread waits to learn what became of the others
-    self.failing = False  # this process is about to end with an error of its own
+    self.failing = False  # this process ends by itself, whatever becomes of the others
 
   def _call(self, work: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
     return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -125,7 +143,8 @@ class Member:
         continue
       except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno and error.errno > 0:  # asyncio's own words repeat the address
+        # Asyncio's own words repeat the address; the numbers of gaierror are not the system's.
+        if error.errno and not isinstance(error, socket.gaierror):
           reason = os.strerror(error.errno)
       else:
         hosts: list[str] = []
@@ -271,9 +290,10 @@ class Member:
       self._call(self._roll.see_off()).result()
 
   def close(self) -> None:
-    """Gives the coordinator's port back, which otherwise ends with the process."""
+    """Leaves for good: gives the coordinator's port back, and ends the thread."""
     if self._roll:
-      self._call(self._roll.farewell()).result()
+      self._loop.call_soon_threadsafe(self._roll.close)
+    end_thread(self._loop)
 
   def fail(self, reason: str) -> None:
     """Tells the others that this process ends with an error of its own."""

@@ -142,6 +142,7 @@ class Roll:
       probe.bind((LOOPBACK, 0))
       self.jax_port: int = probe.getsockname()[1]
     self._seats: dict[int, _Seat] = {}
+    self._left: set[int] = set()  # who came, and did not wait for the others
     self._refused: list[str] = []
     self._complete = False  # all have come
     self._over = False  # nobody who leaves now is missed
@@ -178,11 +179,12 @@ class Roll:
 
   def shortfall(self) -> str:
     """Who has come and who has not."""
-    missing = [k for k in range(self._count) if k not in self._seats]
+    missing = [k for k in range(self._count) if k not in self._seats and k not in self._left]
+    which = {"missing": missing, "gone again": sorted(self._left)}
+    details = "; ".join(f"{what}: {describe(them)}" for what, them in which.items() if them)
     refused = "".join(f"; refused: {r}" for r in self._refused)
     return (
-      f"{len(self._seats)} of {self._count} processes have connected (missing: "
-      f"{describe(missing)}){refused}"
+      f"{self._count - len(missing)} of {self._count} processes have connected ({details}){refused}"
     )
 
   async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -234,6 +236,7 @@ class Roll:
       return
     seat = _Seat(host, writer, Silence(interval_of(self._timeout)))
     self._seats[process] = seat
+    self._left.discard(process)
     if len(self._seats) == self._count:
       self._complete = True
       for each in self._seats.values():
@@ -256,6 +259,7 @@ class Roll:
           self._broadcast(over=True)
     if not self._complete and process:  # process 0 is about to give up for all
       del self._seats[process]
+      self._left.add(process)
       log.warning("process %d on %s has gone again", process, host)
     seat.gone.set()
     if self._complete:
@@ -317,8 +321,12 @@ class Roll:
 
   async def farewell(self) -> None:
     """Listens no longer, and sees the other processes off."""
-    self._server.close()
+    self.close()
     await self.see_off()
+
+  def close(self) -> None:
+    """Listens no longer."""
+    self._server.close()
 
   async def see_off(self) -> None:
     """Gives the other processes time to read the last message: a reset connection loses it."""

@@ -40,17 +40,10 @@ def make_mesh(
     group_span: devices over which a group of batch norm is spread; 1 if it fits on one.
 
   Raises:
-    UsageError: the devices cannot be divided like this, or among processes.
+    UsageError: the devices cannot be divided like this.
   """
   devices = jax.devices() if devices is None else devices
   devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-  counts = collections.Counter(device.process_index for device in devices)
-  if len(set(counts.values())) > 1:
-    each = ", ".join(f"process {k} has {count}" for k, count in sorted(counts.items()))
-    raise UsageError(
-      f"the processes have different numbers of devices: {each}. Each feeds an equal part of a "
-      "batch: give all the same number (--local_device_ids)"
-    )
   if len(devices) % fsdp:
     raise UsageError(f"config.fsdp={fsdp} does not divide the {len(devices)} devices; change it")
   if group_span > 1 and group_span % fsdp:

@@ -63,10 +63,11 @@ def measure(
     progress: is told what is being done.
   """
   devices = jax.local_devices()
-  batch_size = config.global_batch_size // num_hosts
+  # The hosts of a TPU slice know of each other without being told.
+  per_device = config.global_batch_size // max(num_hosts, jax.process_count()) // len(devices)
   if jax.default_backend() == "cpu":
-    batch_size = min(batch_size, _CPU_BATCH * len(devices))
-  batch_size -= batch_size % len(devices)
+    per_device = min(per_device, _CPU_BATCH)
+  batch_size = max(1, per_device) * len(devices)
   model = dict(config.model)
   if (model.get("bn_group_size") or 0) > batch_size:
     model["bn_group_size"] = batch_size

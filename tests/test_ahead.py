@@ -221,6 +221,7 @@ def test_for_tpus():
     f"{base} --topology=v5e:2x4 --per-device-batch=4",
     f"{base} --topology=v5e:8x8 --per-device-batch=4 --only=train",
     f"{base} --topology=v5e:16x16 --per-device-batch=4 --only=train",
+    f"{base} --topology=v5e:2x2 --per-device-batch=4 --only=train",
     f"{base} --topology=v5e:2x2 --per-device-batch=2097152 --only=eval",
     f"{base} --topology=v5e:2x2 --config.global_batch_size=6",
     f"{base} --topology=v5e:3x3",
@@ -241,8 +242,8 @@ def test_for_tpus():
   assert "config.global_batch_size=6 is not divisible by the 4 devices" in errors[1]
   assert "cannot compile for topology 'v5e:3x3'" in errors[2]
 
-  small, middle, large = map(json.loads, outputs)
-  assert [each["chips"] for each in (small, middle, large)] == [8, 64, 256]
+  small, middle, large, least = map(json.loads, outputs)
+  assert [each["chips"] for each in (least, small, middle, large)] == [4, 8, 64, 256]
   evaluation = small["steps"]["eval"]
   assert sum(one["bytes"] for one in evaluation["collectives"]) == 32 * 4 + 4 * 4  # losses, counts
   train = small["steps"]["train"]
@@ -254,7 +255,7 @@ def test_for_tpus():
   # Weak scaling: the traffic of a chip is that of one sum of the gradients, on any number of them.
   model = lip_jax.models.abstract_model(**small["model"], num_classes=1000)
   gradients = 4 * cost.count_parameters(model)
-  for each in (small, middle, large):
+  for each in (least, small, middle, large):
     reduced, vote = each["steps"]["train"]["collectives"]
     assert (reduced["kind"], reduced["dtype"]) == ("all-reduce", "f32")
     assert reduced["bytes"] == pytest.approx(gradients, rel=0.05)

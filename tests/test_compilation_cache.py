@@ -28,12 +28,17 @@ def compile_in(tmp_path):
 def test_programs_that_were_cut_off_are_compiled_and_kept_again(compile_in, caplog):
   files = compile_in()
   assert files
-  assert compile_in() == files  # found there
+  times = [file.stat().st_mtime_ns for file in files]
+  other = files[0].with_name("other-cache")
+  other.write_bytes(b"(\xb5/\xfd of another compression")
+  assert compile_in() == sorted([*files, other])
+  assert [file.stat().st_mtime_ns for file in files] == times
+  other.unlink()
   files[0].write_bytes(files[0].read_bytes()[:-10])
   files[-1].write_bytes(b"")
   assert compile_in() == files
-  assert f"{files[0]} is damaged" in caplog.text
-  assert f"{files[-1]} is damaged" in caplog.text
+  assert f"{files[0]} was cut off" in caplog.text
+  assert f"{files[-1]} was cut off" in caplog.text
   caplog.clear()
   assert compile_in() == files
-  assert "damaged" not in caplog.text
+  assert "cut off" not in caplog.text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lip_jax import cli, doctor, hosts
+from lip_jax import cli, doctor, hosts, step_bench
 from lip_jax import config as config_lib
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -112,6 +112,11 @@ def test_one_fault_leaves_the_other_checks_alone(tmp_path, monkeypatch):
   assert odd["workdir"][0].text.startswith("the check failed: ValueError")
 
 
+def test_a_host_measures_its_part_of_a_batch(tmp_path):
+  config = write_config(tmp_path / "run", global_batch_size=64)
+  assert step_bench.measure(config, num_hosts=4, seconds=0.1).batch_size == 16
+
+
 @pytest.fixture
 def address():
   with socket.socket() as free:
@@ -137,7 +142,7 @@ def hosts_of(address, count, ids, seconds):
 
 
 def test_hosts_that_reach_each_other(address):
-  # Process 0 comes last: the others try again. Its port is free again afterwards.
+  # Twice: the port is free again afterwards.
   for _ in range(2):
     for text in hosts_of(address, 3, (1, 2, 0), 60):
       assert text.startswith(
@@ -147,8 +152,10 @@ def test_hosts_that_reach_each_other(address):
 
 
 def test_hosts_that_are_missing_are_named(address):
-  for text in hosts_of(address, 4, (0, 2), 5):
-    assert "problem  2 of 4 processes have connected (missing: processes 1, 3) after 5 s; " in text
+  for text in hosts_of(address, 4, (0, 2), 6):
+    # One of the two gives up first.
+    assert "problem  2 of 4 processes have connected (missing: processes 1, 3" in text
+    assert ") after 6 s; start the same command on every host" in text
     assert text.endswith("; --distributed=off checks this host alone")
   [text] = hosts_of(address, 2, (1,), 0.2)
   assert f"process 0 does not answer at {address} after 0.2 s (Connection refused); is it" in text

@@ -1,9 +1,12 @@
 """Which process this is, by flags and environments. Real runs: tests/e2e/test_processes.py."""
 
+import http.server
 import sys
+import threading
 
 import jax
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from lip_jax import hosts
 from lip_jax.errors import UsageError
@@ -68,6 +71,45 @@ def test_open_mpi(environment):
   assert place(hosts.plan(hosts.Options())) == (f"10.0.0.7:{65535 - 2**12 + 1 + 10}", 2, 1, 0)
   environment(OMPI_COMM_WORLD_SIZE="1", OMPI_COMM_WORLD_RANK="0")
   assert hosts.plan(hosts.Options()) is None
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+  """What a Cloud TPU VM's metadata server answers."""
+
+  def do_GET(self):
+    name = self.path.rpartition("/")[2]
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(
+      {
+        "agent-worker-number": b"1",
+        "worker-network-endpoints": b"a:0:10.0.0.7,b:1:10.0.0.8",
+        "tpu-env": b"ACCELERATOR_TYPE: 'v5litepod-16'",
+      }[name]
+    )
+
+  def log_message(self, *_):
+    pass
+
+
+def test_cloud_tpu(environment, monkeypatch):
+  monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+  monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+  platforms = jax.config.jax_platforms
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment(GCE_METADATA_IP=f"127.0.0.1:{server.server_port}")
+    try:
+      jax.config.update("jax_platforms", "tpu,cpu")
+      assert place(hosts.plan(hosts.Options())) == ("10.0.0.7:8482", 2, 1, None)
+      assert hosts.plan(hosts.Options(distributed="off")) is None
+      environment(TPU_WORKER_HOSTNAMES="10.0.0.5,10.0.0.6,10.0.0.7", TPU_WORKER_ID="2")  # on GKE
+      assert place(hosts.plan(hosts.Options())) == ("10.0.0.5:8482", 3, 2, None)
+      jax.config.update("jax_platforms", "cpu")
+      assert hosts.plan(hosts.Options()) is None
+    finally:
+      jax.config.update("jax_platforms", platforms)
+      server.shutdown()
 
 
 def test_kubernetes_without_its_package(environment, monkeypatch):

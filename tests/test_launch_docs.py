@@ -45,7 +45,7 @@ def test_scripts_and_manifests_can_be_read():
     if path.suffix == ".yaml":
       kinds = [document["kind"] for document in yaml.safe_load_all(path.read_text())]
       assert kinds[-1] in ("Job", "JobSet", "RoleBinding")
-    else:
+    elif path.name != "Dockerfile":
       subprocess.run(["bash", "-n", path], check=True)
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from lip_jax import hosts, sharding
+from lip_jax import hosts
 from lip_jax.errors import UsageError
 from lip_jax.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
 
@@ -55,7 +55,6 @@ def main():
 
 
 def run(args):
-  sharding.make_mesh()
   for step in range(args.steps):
     total = multihost_utils.process_allgather(jnp.int32(args.process)).sum()
     assert total == args.count * (args.count - 1) // 2
