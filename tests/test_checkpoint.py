@@ -2,9 +2,14 @@
 
 import errno
 import gc
+import os
 import resource
 import shutil
+import socket
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +55,12 @@ def sharded(mesh):
   return place
 
 
-def save(workdir, *steps, keep=2, **metrics):
+def save(workdir, *steps, keep=2, divide=lambda leaf: leaf, **metrics):
   with Checkpoints(workdir, keep=keep) as checkpoints:
     for step in steps:
       score = metrics.get(f"top1_{step}")
       checkpoints.save(
-        make_state(step),
+        jax.tree.map(divide, make_state(step)),
         {"position": step, "order": [0.1, 1e-300]},
         step=step,
         metrics=None if score is None else {"top1": score, "count": 10},
@@ -101,11 +106,31 @@ def damages(size):
     )
 
 
-def test_damage_to_any_file_is_passed_over_or_harmless(tmp_path, caplog):
-  save(tmp_path / "whole", 2, 4, top1_2=0.5, top1_4=0.75)
+def save_by_two_processes(workdir):
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  script = Path(__file__).with_name("save_on_hosts.py")
+  processes = [
+    subprocess.Popen(
+      [sys.executable, script, workdir, address, str(process), "2"],
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    for process in range(2)
+  ]
+  assert [process.wait(timeout=120) for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_damage_to_any_file_is_passed_over_or_harmless(tmp_path, caplog, processes):
+  if processes == 1:
+    save(tmp_path / "whole", 2, 4, top1_2=0.5, top1_4=0.75)
+  else:
+    save_by_two_processes(tmp_path / "whole")
   latest = tmp_path / "whole" / "checkpoints" / "4"
   files = sorted(path.relative_to(latest) for path in latest.rglob("*") if path.is_file())
   assert len(files) >= 8
+  assert len([file for file in files if "process_1" in str(file)]) >= 2 * (processes - 1)
   ends = Counter()
   for file in files:
     for name, change in damages((latest / file).stat().st_size):
