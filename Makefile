@@ -17,7 +17,7 @@ train: $(VENV)/.train  ## Train the embedded job (about 5 minutes on 2 cores) in
 	$(BIN)/python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
 
 test: $(VENV)/.test  ## Run all tests.
-	$(BIN)/python -m pytest -n auto --maxprocesses=8
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
 compare: $(VENV)/.train  ## Train the embedded job with each pooling, three seeds each (twelve trainings).
 	$(BIN)/python benchmarks/compare_pools.py --workdir=runs/compare_pools

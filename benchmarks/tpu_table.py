@@ -31,10 +31,6 @@ SHAPES = {
 }
 DIMENSIONS = {"v5e": 2, "v6e": 2, "v4": 3, "v5p": 3}
 
-# Chips of the slices, unless --sizes says others: the smallest and the largest; v5e shows that what
-# lies between is alike.
-SIZES = {"v5e": [8, 64, 256], "v6e": [8, 256], "v4": [8, 256], "v5p": [8, 256]}
-
 # Images on a chip: the greatest power of two, up to 256, that is to leave a tenth of the memory,
 # as the table shows; --greater tries the next one. Beyond 256, steps of a few chips would be so
 # large that the learning rate has to be tuned anew.
@@ -43,6 +39,10 @@ BATCHES = {
   "lip_resnet101": {"v5e": 128, "v6e": 256, "v4": 256, "v5p": 256},
   "lip_densenet121": {"v5e": 256, "v6e": 256, "v4": 256, "v5p": 256},
 }
+
+# Chips of the slices, unless --sizes says others.
+SIZES = [8, 256]
+BETWEEN = 64  # of EXAMPLE, to see that it is alike
 
 # What each option costs and saves, on one slice.
 EXAMPLE = ("lip_resnet50", "v5e", 8)
@@ -102,20 +102,18 @@ def main() -> None:
 
 def _programs(args: argparse.Namespace) -> Iterator[Program]:
   """In the order in which they are compiled."""
-  slices = sorted((size, generation) for generation, size in _slices(args))
-  for (size, generation), network in itertools.product(slices, args.networks):
+  for network, generation, size in sorted(_slices(args), key=lambda one: one[2]):
     yield _program(network, generation, size, factor=2 if args.greater else 1)
   if args.options:
     yield from _options_programs()
 
 
-def _slices(args: argparse.Namespace) -> list[tuple[str, int]]:
-  """Generation and chips of each, in the order of the table."""
-  return [
-    (generation, size)
-    for generation in args.generations
-    for size in sorted(args.sizes or SIZES[generation])
-  ]
+def _slices(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+  """Network, generation and chips of each row, in the order of the table."""
+  for network, generation in itertools.product(args.networks, args.generations):
+    sizes = args.sizes or SIZES + [BETWEEN] * ((network, generation) == EXAMPLE[:2])
+    for size in sorted(sizes):
+      yield network, generation, size
 
 
 def _program(network: str, generation: str, size: int, factor: int = 1) -> Program:
@@ -161,7 +159,7 @@ def _print_table(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -
     "| collectives, MB | / gradients | step, estimate | images/s/chip, estimate |"
   )
   print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-  for network, (generation, size) in itertools.product(args.networks, _slices(args)):
+  for network, generation, size in _slices(args):
     program = _program(network, generation, size)
     cells = [network, program.topology, str(size), str(program.batch)]
     print("| " + " | ".join(cells + _cells(results.get(program.key), network)) + " |")
