@@ -269,15 +269,38 @@ def test_the_fused_tail_keeps_images_apart_and_takes_none():
   np.testing.assert_allclose(shared(x), lip_jax.average_pool(x), rtol=1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_compiles_for_every_tpu_and_moves_little():
-  """Within 1.15 of the floor forward and 1.35 with the gradient; in a process of its own."""
-  command = [sys.executable, str(ROOT / "benchmarks" / "pool_tpu.py"), "--json"]
-  command += ["--implementations", "auto", "fused", "--shapes", "112x112x64", "28x28x256"]
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def compiled_for_tpus(*arguments):
+  """Rows of the benchmark, in a process of its own, which libtpu changes."""
+  command = [sys.executable, str(ROOT / "benchmarks" / "pool_tpu.py"), "--json", *arguments]
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
   done = subprocess.run(command, capture_output=True, text=True, env=environment)
   assert done.returncode == 0, done.stderr
-  rows = [json.loads(line) for line in done.stdout.splitlines()]
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [3, 20, 64])
+def test_compiles_for_tpus_with_any_batch(batch):
+  """Neither images nor channels fill the 128 lanes, nor always the 8 rows of a register."""
+  shapes = ["--shapes", "56x56x64", "28x28x96", "14x14x256"]
+  rows = compiled_for_tpus(
+    *("--implementations", "auto", "fused", "--generations", "v5e"),
+    *("--batch", str(batch), *shapes),
+  )
+  assert len(rows) == 6
+
+
+@needs_compiler
+def test_compiles_for_every_tpu_and_moves_little():
+  """Within 1.15 of the floor forward and 1.35 with the gradient."""
+  rows = compiled_for_tpus(
+    *("--implementations", "auto", "fused", "--shapes", "112x112x64", "28x28x256")
+  )
   assert [row["tpu"] for row in rows] == [
     name for name in ("v4", "v5e", "v5p", "v6e") for _ in "1234"
   ]

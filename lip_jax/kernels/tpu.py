@@ -469,9 +469,14 @@ def _overlapping(
   plan: _Plan, sizes: tuple[int, int], row: Callable[..., Any], column: Callable[..., Any]
 ) -> pl.BlockSpec:
   tile = plan.tile
+
+  def start(number: int, axis: int):
+    # Mosaic has to see that it lies on a register's edge: the only tile may be of any size.
+    return number * tile[axis] if plan.tiles[axis] > 1 else 0
+
   return pl.BlockSpec(
     tuple(pl.Element(size) for size in (*sizes, *tile)),
-    lambda a, b, i, j: (row(i), column(j), a * tile[0], b * tile[1]),
+    lambda a, b, i, j: (row(i), column(j), start(a, 0), start(b, 1)),
   )
 
 
