@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import tqdm
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from lip_jax import augment, class_names, loading, sharding, train_state, visualize
 from lip_jax import config as config_lib
@@ -60,6 +60,13 @@ def eval_step(
     "loss": float [N], zero where a row is padding; and the whole numbers "top1", "top5", "count"
     and "vote". Logits are averaged over crops.
   """
+  return _totals(_each_image(params, batch_stats, batch, graph=graph, data=data), votes)
+
+
+def _each_image(
+  params: Tree, batch_stats: Tree, batch: Batch, *, graph: nnx.GraphDef, data: Data
+) -> dict[str, jax.Array]:
+  """Loss and counts of every image, [N]."""
   model = train_state.merge(graph, params, batch_stats)
   model.eval()
   images = augment.normalize(batch["image"], data)
@@ -73,17 +80,33 @@ def eval_step(
   correct = (best == labels[:, None]) & mask[:, None]
   return {
     "loss": jnp.where(mask, loss, 0),  # summed on the host: in which order is not for XLA to say
-    "top1": correct[:, 0].sum(),
-    "top5": correct.sum(),
-    "count": mask.sum(),
-    "vote": votes.max(),
+    "top1": correct[:, 0],
+    "top5": correct.sum(axis=1),
+    "count": mask,
   }
 
 
+def _totals(each: dict[str, jax.Array], votes: jax.Array) -> dict[str, jax.Array]:
+  counts = {name: each[name].sum() for name in ("top1", "top5", "count")}
+  return {"loss": each["loss"], **counts, "vote": votes.max()}
+
+
 def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> Any:
-  """`eval_step`, jitted, with results on every device."""
+  """`eval_step`, jitted, each device with its own images, and with results on every device."""
+  rows = sharding.over_batch(mesh).spec
+  # As in training: kernels are not left to XLA's partitioner, which ahead of time has no rule for
+  # them and gives every TPU the whole batch.
+  each_image = jax.shard_map(
+    functools.partial(_each_image, graph=graph, data=data),
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec(), rows),
+    out_specs=rows,
+    check_vma=False,
+  )
   return jax.jit(
-    functools.partial(eval_step, graph=graph, data=data),
+    lambda params, batch_stats, batch, votes: _totals(
+      each_image(params, batch_stats, batch), votes
+    ),
     out_shardings=sharding.replicated(mesh),
   )
 
