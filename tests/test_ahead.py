@@ -217,11 +217,13 @@ for line in sys.stdin:
 def test_for_tpus():
   """In a process of its own, which libtpu changes."""
   base = f"--config={ROOT}/configs/imagenet.py:resnet18,tiny --config.data.dataset=fake --json"
+  pooled = base.replace("resnet18", "lip_resnet_small")
   lines = [
     f"{base} --topology=v5e:2x4 --per-device-batch=4",
     f"{base} --topology=v5e:8x8 --per-device-batch=4 --only=train",
     f"{base} --topology=v5e:16x16 --per-device-batch=4 --only=train",
     f"{base} --topology=v5e:2x2 --per-device-batch=4 --only=train",
+    f"{pooled} --topology=v5e:2x2 --per-device-batch=4 --only=eval",
     f"{base} --topology=v5e:2x2 --per-device-batch=2097152 --only=eval",
     f"{base} --topology=v5e:2x2 --config.global_batch_size=6",
     f"{base} --topology=v5e:3x3",
@@ -242,7 +244,9 @@ def test_for_tpus():
   assert "config.global_batch_size=6 is not divisible by the 4 devices" in errors[1]
   assert "cannot compile for topology 'v5e:3x3'" in errors[2]
 
-  small, middle, large, least = map(json.loads, outputs)
+  small, middle, large, least, lip = map(json.loads, outputs)
+  # A device evaluates its own images, also where kernels pool them.
+  assert sum(one["bytes"] for one in lip["steps"]["eval"]["collectives"]) == 16 * 4 + 4 * 4
   assert [each["chips"] for each in (least, small, middle, large)] == [4, 8, 64, 256]
   evaluation = small["steps"]["eval"]
   assert sum(one["bytes"] for one in evaluation["collectives"]) == 32 * 4 + 4 * 4  # losses, counts
