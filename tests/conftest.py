@@ -1,6 +1,7 @@
 """Eight fake CPU devices, quick compilation, and arrays of different rank do not mix silently."""
 
 import importlib.util
+import logging
 import os
 from unittest import mock
 
@@ -19,6 +20,23 @@ import pytest
 from fixture_bucket import local_bucket
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def logger():
+  """lip_jax's, as it was before what a test calls sets it up for a terminal."""
+  log = logging.getLogger("lip_jax")
+  before = log.level, log.propagate, log.handlers
+  yield log
+  log.level, log.propagate, log.handlers = before
+
+
+@pytest.fixture
+def messages(caplog):
+  """What lip_jax has logged so far in this test; other libraries may log at any time."""
+  return lambda: [
+    record.getMessage() for record in caplog.records if record.name.startswith("lip_jax")
+  ]
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """A bucket on this machine, which all clients use that training uses: gcsfs and TensorStore."""
 
 import contextlib
-import socket
 from collections.abc import Iterator
+
+from fixture_ports import free_port
 
 
 @contextlib.contextmanager
@@ -13,9 +14,7 @@ def local_bucket(name: str = "bucket") -> Iterator[tuple[str, dict[str, str]]]:
   """
   from gcp_storage_emulator.server import create_server
 
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   address = f"http://127.0.0.1:{port}"
   server = create_server("127.0.0.1", port, in_memory=True, default_bucket=name)
   server.start()

@@ -5,7 +5,6 @@ import gc
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fixture_ports import free_port
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -107,9 +107,7 @@ def damages(size):
 
 
 def save_by_two_processes(workdir):
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  address = f"127.0.0.1:{free_port()}"
   script = Path(__file__).with_name("save_on_hosts.py")
   processes = [
     subprocess.Popen(

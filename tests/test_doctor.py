@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from fixture_ports import free_port
 
 from lip_jax import cli, doctor, hosts, step_bench
 from lip_jax import config as config_lib
@@ -119,9 +120,7 @@ def test_a_host_measures_its_part_of_a_batch(tmp_path):
 
 @pytest.fixture
 def address():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return f"127.0.0.1:{free.getsockname()[1]}"
+  return f"127.0.0.1:{free_port()}"
 
 
 def hosts_of(address, count, ids, seconds):

@@ -1,3 +1,4 @@
+import itertools
 import logging
 import re
 import time
@@ -5,44 +6,40 @@ import time
 from lip_jax.watchdog import Watchdog
 
 
-def hang_here(seconds):
-  time.sleep(seconds)
+def hang_here(until):
+  deadline = time.monotonic() + 60
+  while not until():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
 
 
-def test_reports_what_takes_too_long_and_where(caplog):
+def test_reports_what_takes_too_long_and_where(caplog, messages):
   caplog.set_level(logging.INFO, "lip_jax")
-  logging.getLogger("lip_jax").propagate = True
-  with Watchdog(seconds=0.2, first_seconds=10, factor=20) as watchdog:
+  with Watchdog(seconds=0.5, first_seconds=60, factor=20) as watchdog:
     watchdog.doing("step 1")
-    hang_here(0.4)  # which compiles
+    time.sleep(0.7)  # which compiles
     for step in range(2, 8):
       watchdog.doing(f"step {step}")
       time.sleep(0.005)
-    assert not caplog.records
+    assert not messages()
     watchdog.doing("step 8")
-    hang_here(1.1)
+    hang_here(lambda: len(messages()) == 2)
     watchdog.doing(None)
-    time.sleep(0.5)
-  *reports, end = [record.getMessage() for record in caplog.records]
-  assert 2 <= len(reports) <= 3  # at 0.2, 0.4 and 0.8 s
+    hang_here(lambda: "has ended" in messages()[-1])
+  *reports, end = messages()
+  begun = r"step 8 takes (\d+\.\d) s so far \(usually 0\.0\d+ s\); it is at\nMainThread:"
+  times = [float(re.match(begun, report)[1]) for report in reports]
+  assert times[0] >= 0.5
+  for before, after in itertools.pairwise(times):
+    assert after >= 2 * before - 0.2  # for rounding
   for report in reports:
-    assert re.match(r"step 8 takes 0\.\d s so far \(usually 0\.00\d+ s\)", report), report
-    assert "MainThread" in report
     assert "in hang_here" in report
-  assert re.match(r"step 8 has ended, after about 1\.\d s", end)
+  assert float(re.fullmatch(r"step 8 has ended, after about (\d+\.\d) s", end)[1]) >= times[-1]
 
 
-def test_what_usually_takes_long_may_do_so(caplog):
+def test_what_usually_takes_long_may_do_so(messages):
   with Watchdog(seconds=0.05, first_seconds=10, factor=20) as watchdog:
     for step in range(6):
       watchdog.doing(f"evaluation batch {step}")
       time.sleep(0.1)
-  assert not caplog.records
-
-
-def test_costs_little():
-  with Watchdog() as watchdog:
-    begin = time.perf_counter()
-    for step in range(20_000):
-      watchdog.doing(f"step {step}")
-    assert (time.perf_counter() - begin) / 20_000 < 50e-6  # about 3 us on an idle machine
+  assert not messages()

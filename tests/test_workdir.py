@@ -53,7 +53,7 @@ def test_other_urls_are_refused():
       workdir_lib.absolute(url)
 
 
-def test_a_bucket_takes_what_a_run_writes(bucket, caplog):
+def test_a_bucket_takes_what_a_run_writes(bucket, messages):
   url = f"{bucket}/runs/first"
   path = workdir_lib.check_access(url + "/")
   assert str(path) == url
@@ -75,7 +75,7 @@ def test_a_bucket_takes_what_a_run_writes(bucket, caplog):
     writer.write(4, "validation", {"top1": 0.5})
   assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 4]
   assert len(list((path / "tensorboard").iterdir())) == 2  # one of each part of the run
-  assert not caplog.records
+  assert not messages()
 
 
 def test_a_copy_that_fails_is_reported_and_made_up_for(bucket, caplog):

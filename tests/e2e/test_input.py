@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import fixture_numbered
 import pytest
 import read_numbered
+from fixture_ports import free_port
 
 HERE = Path(__file__).parent
 LENGTHS = (9, 1, 14, 3, 10)
@@ -27,9 +27,7 @@ def start(script, *arguments, **options):
 
 def evaluate(process_count, *folders):
   """What each process printed."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   processes = [
     start(
       "evaluate_numbered.py", port, p, process_count, *folders,

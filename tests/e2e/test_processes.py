@@ -13,15 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from fixture_ports import free_port
 
 SCRIPT = Path(__file__).with_name("run_on_hosts.py")
 LIVENESS_TIMEOUT = 4  # seconds
-
-
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
 
 
 class Run:

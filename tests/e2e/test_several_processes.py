@@ -2,22 +2,16 @@
 
 import json
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fixture_ports import free_port
 
 CONFIG = Path(__file__).parents[2] / "configs" / "imagenet.py"
 STEPS = 20
-
-
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
 
 
 class Processes:
