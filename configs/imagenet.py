@@ -7,7 +7,7 @@ Command:   python train.py --config=configs/imagenet.py:lip_resnet50 --workdir=r
 Data:      imagenet2012 as TFDS or `lip-jax data prepare` make it (docs/data.md);
            --config.data.data_dir=DIR if it is not in ~/tensorflow_datasets. To try a machine
            without it: --config.data.dataset=fake
-Hardware:  not yet run here
+Hardware:  not yet run here; docs/tpu.md has the batch for each TPU and what it would take
 Expected:  the paper's top-1 and top-5 in percent, one crop of 224 px; "-" where the figure could
            not be obtained (lip_jax/paper.py says where each is from). `lip-jax tables` adds ours.
 

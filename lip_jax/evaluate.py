@@ -36,31 +36,39 @@ Batch = Mapping[str, jax.Array]
 EvalStep = Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]
 
 
-def eval_step(
-  params: Tree,
-  batch_stats: Tree,
-  batch: Batch,
-  votes: jax.Array,
-  *,
-  graph: nnx.GraphDef,
-  data: Data,
-) -> dict[str, jax.Array]:
+def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> jax.stages.Wrapped:
   """Losses and counts of one batch, masked.
 
   Args:
-    params: of the model.
-    batch_stats: of the model.
-    batch: "image" [N, H, W, 3] or, of several crops, [N, crops, H, W, 3] uint8, "label" [N] int,
-      "mask" [N], zero where a row is padding.
-    votes: int [devices], from `sharding.Votes`; passed through as the greatest of them.
-    graph: of the model.
     data: how images are normalized, and whether crops are mirrored, too (`eval_crops` 10).
+    graph: of the model.
+    mesh: each of its devices computes its own images.
 
   Returns:
+    A jitted function. It takes the model's params and batch_stats, a batch of "image" [N, H, W, 3]
+    or, of several crops, [N, crops, H, W, 3] uint8, "label" [N] int and "mask" [N], zero where a
+    row is padding, and votes, int [devices], from `sharding.Votes`. It returns, on every device,
     "loss": float [N], zero where a row is padding; and the whole numbers "top1", "top5", "count"
-    and "vote". Logits are averaged over crops.
+    and "vote", the greatest of the votes. Logits are averaged over crops.
   """
-  return _totals(_each_image(params, batch_stats, batch, graph=graph, data=data), votes)
+  rows = sharding.over_batch(mesh).spec
+  # As in training: kernels are not left to XLA's partitioner, which ahead of time has no rule for
+  # them and gives every TPU the whole batch.
+  each_image = jax.shard_map(
+    functools.partial(_each_image, graph=graph, data=data),
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec(), rows),
+    out_specs=rows,
+    check_vma=False,
+  )
+
+  def step(params: Tree, batch_stats: Tree, batch: Batch, votes: jax.Array) -> dict[str, jax.Array]:
+    each = each_image(params, batch_stats, batch)
+    counts = {name: each[name].sum() for name in ("top1", "top5", "count")}
+    # Losses are summed on the host: in which order is not for XLA to say.
+    return {"loss": each["loss"], **counts, "vote": votes.max()}
+
+  return jax.jit(step, out_shardings=sharding.replicated(mesh))
 
 
 def _each_image(
@@ -79,40 +87,15 @@ def _each_image(
   _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
   correct = (best == labels[:, None]) & mask[:, None]
   return {
-    "loss": jnp.where(mask, loss, 0),  # summed on the host: in which order is not for XLA to say
+    "loss": jnp.where(mask, loss, 0),
     "top1": correct[:, 0],
     "top5": correct.sum(axis=1),
     "count": mask,
   }
 
 
-def _totals(each: dict[str, jax.Array], votes: jax.Array) -> dict[str, jax.Array]:
-  counts = {name: each[name].sum() for name in ("top1", "top5", "count")}
-  return {"loss": each["loss"], **counts, "vote": votes.max()}
-
-
-def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> Any:
-  """`eval_step`, jitted, each device with its own images, and with results on every device."""
-  rows = sharding.over_batch(mesh).spec
-  # As in training: kernels are not left to XLA's partitioner, which ahead of time has no rule for
-  # them and gives every TPU the whole batch.
-  each_image = jax.shard_map(
-    functools.partial(_each_image, graph=graph, data=data),
-    mesh=mesh,
-    in_specs=(PartitionSpec(), PartitionSpec(), rows),
-    out_specs=rows,
-    check_vma=False,
-  )
-  return jax.jit(
-    lambda params, batch_stats, batch, votes: _totals(
-      each_image(params, batch_stats, batch), votes
-    ),
-    out_shardings=sharding.replicated(mesh),
-  )
-
-
 def arguments(config: Config, state: TrainState, mesh: Mesh) -> tuple[Tree, Tree, Any, Any]:
-  """Shapes, dtypes and placement of the arguments of `eval_step`, to compile it without data."""
+  """Shapes, dtypes and placement of the arguments of the step, to compile it without data."""
   rows, size = config.eval_batch_size, config.data.image_size
   crops = min(config.data.eval_crops, 5)  # mirrored on the device
   place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
@@ -142,7 +125,7 @@ def evaluate(
   nor on the order of images, but for what rounding in the network itself depends on.
 
   Args:
-    step: jitted `eval_step`, whose results are on every device.
+    step: of `jitted_step`, for the same mesh.
     params: of the model.
     batch_stats: of the model.
     batches: this process's rows of each batch, padded and masked.

@@ -1,7 +1,6 @@
 """Exact evaluation: sums and counts, masked, divided once."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +50,7 @@ class ReadsTheFirstPixels(nnx.Module):
 def run(images, labels, batch_size, devices=1, num_classes=8):
   model = ReadsTheFirstPixels(num_classes)
   mesh = sharding.make_mesh(jax.devices()[:devices])
-  step = jax.jit(
-    functools.partial(evaluate.eval_step, graph=nnx.graphdef(model), data=IDENTITY),
-    out_shardings=sharding.replicated(mesh),
-  )
+  step = evaluate.jitted_step(IDENTITY, nnx.graphdef(model), mesh)
 
   def batches():
     for start in range(0, len(images), batch_size):
@@ -94,13 +90,9 @@ def test_logits_are_averaged_over_crops_and_their_mirror_images():
   model = ReadsTheMiddle()
   own, mirrored = (images[:, :, 1, column].astype(np.float64) for column in (2, 1))
   for crops, logits in ((5, own.mean(1)), (10, (own.mean(1) + mirrored.mean(1)) / 2)):
-    sums = evaluate.eval_step(
-      *train_state.split(model),
-      batch,
-      jnp.zeros(1, jnp.int32),
-      graph=nnx.graphdef(model),
-      data=dataclasses.replace(IDENTITY, eval_crops=crops),
-    )
+    data = dataclasses.replace(IDENTITY, eval_crops=crops)
+    step = evaluate.jitted_step(data, nnx.graphdef(model), sharding.make_mesh(jax.devices()[:1]))
+    sums = step(*train_state.split(model), batch, jnp.zeros(1, jnp.int32))
     loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(6), labels]
     np.testing.assert_allclose(sums["loss"][:5], loss[:5], rtol=1e-5)
     assert float(sums["loss"][5]) == 0
