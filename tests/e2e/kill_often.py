@@ -79,8 +79,8 @@ def kill_once(rng, flags, workdir, log):
     time.sleep(rng.uniform(0, 0.5))
   if kind == "step":
     start_size = size_of(metrics)
-    # Its first act is to remove the lines after the checkpoint.
-    wait_until(lambda: size_of(metrics) < start_size or not start_size, process)
+    # Its first act is to remove the lines after the checkpoint, if there are any.
+    wait_until(lambda: size_of(metrics) != start_size, process)
     start_size = size_of(metrics)
     wait_until(lambda: size_of(metrics) > start_size, process)
     time.sleep(rng.uniform(0, 0.2))
