@@ -9,7 +9,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
-  # Most of the tests' time is compiling: a quarter of it this way. tests/e2e runs the usual way.
+  # Most of the tests' time is compiling: a quarter of it this way. Processes get flags of their
+  # own.
   + " --xla_backend_optimization_level=0"
   + " --xla_llvm_disable_expensive_passes=true"
   + " --xla_cpu_use_fusion_emitters=false"
@@ -25,10 +26,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True)
 def logger():
   """lip_jax's, as it was before what a test calls sets it up for a terminal."""
-  log = logging.getLogger("lip_jax")
-  before = log.level, log.propagate, log.handlers
+  log, root = logging.getLogger("lip_jax"), logging.getLogger()
+  level, propagate, handlers, root_level = log.level, log.propagate, [*log.handlers], root.level
   yield log
-  log.level, log.propagate, log.handlers = before
+  log.propagate, log.handlers = propagate, handlers
+  log.setLevel(level)
+  root.setLevel(root_level)
 
 
 @pytest.fixture

@@ -82,21 +82,23 @@ def test_ten_images_count_ten(batch_size, devices, num_classes):
   assert result["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
-def test_logits_are_averaged_over_crops_and_their_mirror_images():
+@pytest.mark.parametrize("devices", [1, 2])
+def test_logits_are_averaged_over_crops_and_their_mirror_images(devices):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 9, (6, 5, 4, 4, 3), np.uint8)
   labels = rng.integers(0, 3, 6).astype(np.int32)
   batch = {"image": images, "label": labels, "mask": np.asarray([1, 1, 1, 1, 1, 0], np.float32)}
-  model = ReadsTheMiddle()
+  model, mesh = ReadsTheMiddle(), sharding.make_mesh(jax.devices()[:devices])
   own, mirrored = (images[:, :, 1, column].astype(np.float64) for column in (2, 1))
   for crops, logits in ((5, own.mean(1)), (10, (own.mean(1) + mirrored.mean(1)) / 2)):
     data = dataclasses.replace(IDENTITY, eval_crops=crops)
-    step = evaluate.jitted_step(data, nnx.graphdef(model), sharding.make_mesh(jax.devices()[:1]))
-    sums = step(*train_state.split(model), batch, jnp.zeros(1, jnp.int32))
+    step = evaluate.jitted_step(data, nnx.graphdef(model), mesh)
+    sums = step(*train_state.split(model), batch, np.arange(devices, dtype=np.int32))
     loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(6), labels]
     np.testing.assert_allclose(sums["loss"][:5], loss[:5], rtol=1e-5)
     assert float(sums["loss"][5]) == 0
     assert int(sums["count"]) == 5
+    assert int(sums["vote"]) == devices - 1
 
 
 def test_the_loss_does_not_depend_on_the_order_of_images():

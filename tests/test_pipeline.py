@@ -135,7 +135,7 @@ def grain_threads():
 
 def wait_for_threads_to_end():
   for thread in grain_threads():
-    thread.join(timeout=5)
+    thread.join(timeout=60)
   assert not grain_threads()
 
 

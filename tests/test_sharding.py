@@ -15,7 +15,9 @@ def numbered(count):
 
 
 def feed_threads():
-  return [thread for thread in threading.enumerate() if thread.name.startswith("lip-")]
+  return [
+    thread for thread in threading.enumerate() if thread.name.startswith(("lip-feed", "lip-watch"))
+  ]
 
 
 def test_batches_come_in_order_and_lie_on_all_devices():

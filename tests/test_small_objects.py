@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lip_jax.data.cluttered_digits import SOURCES, ClutteredDigits, draw_scene
 from lip_jax.data.preprocess import decode_jpeg
@@ -23,8 +24,10 @@ def small_objects():
   spec = importlib.util.spec_from_file_location("small_objects", PATH)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  before = jax.config.jax_compilation_cache_dir
   yield module
-  jax.config.update("jax_compilation_cache_dir", None)  # for the tests after these
+  jax.config.update("jax_compilation_cache_dir", before)  # for the tests after these
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

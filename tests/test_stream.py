@@ -54,7 +54,7 @@ def our_threads():
 
 def wait_for_threads_to_end():
   for thread in our_threads():
-    thread.join(timeout=5)
+    thread.join(timeout=60)
   assert not our_threads()
 
 

@@ -120,7 +120,7 @@ def stranger(folder):
 
     threading.Thread(target=answer, daemon=True).start()
     port = server.getsockname()[1]
-    flags = [["--connect-timeout=1"]] * 2
+    flags = [["--connect-timeout=30"], ["--connect-timeout=1"]]
     run = Run(folder, flags, numbers=[1, 0], counts=[2, 2], address=f"127.0.0.1:{port}")
     with contextlib.closing(run):
       return run.end()

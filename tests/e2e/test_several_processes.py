@@ -127,7 +127,7 @@ def test_stopped_killed_and_moved_to_another_machine_it_is_the_same_run(
     for _, out, _ in ends
   }
   step = int(stopped.removeprefix("stopped at step ").partition(";")[0])
-  assert 4 <= step <= 8
+  assert 4 <= step < STEPS - 6  # with room for the kill
   assert (workdir / "checkpoints" / str(step)).is_dir()
 
   run = Processes(training, workdir, 2, 4)

@@ -74,7 +74,7 @@ def test_asked_to_stop_it_saves_and_goes_on_there(training, uninterrupted, tmp_p
   assert code == 0, output
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.latest_step
-  assert at <= step <= at + 3
+  assert at <= step < STEPS
   assert f"stopped at step {step}; the same command goes on from {workdir}/checkpoints/{step}" in (
     output
   )
