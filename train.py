@@ -29,7 +29,7 @@ from absl import app, flags
 from ml_collections.config_flags import config_flags
 
 if TYPE_CHECKING:
-  from lip_jax import hosts
+  from lip_jax.distributed import hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, for example configs/cluttered_digits.py.", lock_config=True
@@ -97,11 +97,11 @@ def main(argv: Sequence[str]) -> None:
   # Imported here, so that --help and misspelt flags are answered at once.
   import jax
 
-  from lip_jax import hosts
+  from lip_jax.distributed import hosts
+  from lip_jax.distributed.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
   from lip_jax.errors import UsageError
-  from lip_jax.metrics import log_to_stdout
-  from lip_jax.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
-  from lip_jax.trainer import NonFiniteLossError
+  from lip_jax.training.metrics import log_to_stdout
+  from lip_jax.training.trainer import NonFiniteLossError
 
   if len(argv) > 1:
     _fail(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help)")
@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _hosts_options() -> "hosts.Options":
-  from lip_jax import hosts
+  from lip_jax.distributed import hosts
   from lip_jax.errors import UsageError
 
   devices = _LOCAL_DEVICE_IDS.value
@@ -143,8 +143,8 @@ def _hosts_options() -> "hosts.Options":
 def _train(workdir: str) -> None:
   import jax
 
-  from lip_jax import config, trainer
   from lip_jax.errors import UsageError
+  from lip_jax.training import config, trainer
 
   if _CONFIG.value is None:
     raise UsageError("--config is missing; for example --config=configs/cluttered_digits.py")
@@ -167,13 +167,14 @@ def _train(workdir: str) -> None:
 def _evaluate(workdir: str) -> None:
   import jax
 
-  from lip_jax import config, evaluate
+  from lip_jax.classification import evaluation
+  from lip_jax.training import config
 
   overridden = _CONFIG.value
   run = config.from_dict(overridden.to_dict()) if overridden else config.load(workdir)
   if _DATA_DIR.value:
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=_DATA_DIR.value))
-  step, metrics = evaluate.evaluate_checkpoint(run, workdir, _CHECKPOINT.value)
+  step, metrics = evaluation.evaluate_checkpoint(run, workdir, _CHECKPOINT.value)
   if jax.process_index() > 0:
     return
   _report(metrics)

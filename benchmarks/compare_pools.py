@@ -17,10 +17,11 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from lip_jax import config as config_lib
-from lip_jax import create_model, train_state, trainer
+from lip_jax import create_model
 from lip_jax.errors import UsageError
-from lip_jax.metrics import log_to_stdout
+from lip_jax.training import config as config_lib
+from lip_jax.training import train_state, trainer
+from lip_jax.training.metrics import log_to_stdout
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
 

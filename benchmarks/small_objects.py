@@ -27,16 +27,18 @@ from typing import Any
 import jax
 import tqdm
 
-from lip_jax import config as config_lib
-from lip_jax import evaluate, sharding, train_state, trainer
-from lip_jax.checkpoint import Checkpoints, has_checkpoints
-from lip_jax.cost import count_parameters, multiply_adds
+from lip_jax.classification import evaluation
 from lip_jax.data import pipeline
 from lip_jax.data.cluttered_digits import ClutteredDigits, Condition
 from lip_jax.data.source import open_split
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.metrics import log_to_stdout
 from lip_jax.models import abstract_model
+from lip_jax.models.cost import count_parameters, multiply_adds
+from lip_jax.training import config as config_lib
+from lip_jax.training import train_state, trainer
+from lip_jax.training.checkpoint.checkpoints import Checkpoints, has_checkpoints
+from lip_jax.training.metrics import log_to_stdout
 
 CONFIG = Path(__file__).parents[1] / "configs" / "small_objects.py"
 
@@ -188,7 +190,7 @@ def evaluate_conditions(
     last = checkpoints.resolve("latest")
     params, batch_stats = checkpoints.restore_weights(last, sharding.replicated(mesh))
   options = train_state.model_options(config, num_classes=10)
-  step = evaluate.jitted_step(config.data, train_state.graph_of(**options), mesh)
+  step = evaluation.jitted_step(config.data, train_state.graph_of(**options), mesh)
   batch_stats = train_state.averaged(batch_stats)
   found = {}
   for condition in tqdm.tqdm(
@@ -202,7 +204,7 @@ def evaluate_conditions(
       global_batch_size=config.eval_batch_size,
       num_threads=config.data.num_threads,
     )
-    results = evaluate.evaluate(step, params, batch_stats, batches, mesh)
+    results = evaluation.evaluate(step, params, batch_stats, batches, mesh)
     assert results is not None  # nobody asks to stop
     found[condition.split] = results
   return found

@@ -32,10 +32,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lip_jax import config as config_lib
-from lip_jax import create_model, sharding, torch_weights
+from lip_jax import create_model
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.train_step import Program
+from lip_jax.models import torch_names
+from lip_jax.training import config as config_lib
+from lip_jax.training.train_step import Program
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = (
@@ -216,7 +218,7 @@ def _torch_step(
   model = create_model(network, num_classes=CLASSES, rngs=nnx.Rngs(0))
   weights = {
     name: torch.tensor(value, device=device)
-    for name, value in torch_weights.to_torch_state_dict(model).items()
+    for name, value in torch_names.to_torch_state_dict(model).items()
     if not name.endswith("num_batches_tracked")
   }
   for name, value in weights.items():

@@ -173,9 +173,9 @@ print("logits of the classes:", net(jnp.zeros((8, 48, 48, 3))).shape)
 
 # %%
 from configs.cluttered_digits import get_config
-from lip_jax import config as config_lib
-from lip_jax import trainer
-from lip_jax.metrics import log_to_stdout
+from lip_jax.training import config as config_lib
+from lip_jax.training import trainer
+from lip_jax.training.metrics import log_to_stdout
 
 config = get_config()
 config.model.pool = "lip"  # or average, max, strided, soft, dpp_lite_sym, ...

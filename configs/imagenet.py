@@ -9,7 +9,7 @@ Data:      imagenet2012 as TFDS or `lip-jax data prepare` make it (docs/data.md)
            without it: --config.data.dataset=fake
 Hardware:  not yet run here; docs/tpu.md has the batch for each TPU and what it would take
 Expected:  the paper's top-1 and top-5 in percent, one crop of 224 px; "-" where the figure could
-           not be obtained (lip_jax/paper.py says where each is from). `lip-jax tables` adds ours.
+           not be obtained (lip_jax/tools/paper.py has the sources). `lip-jax tables` adds ours.
 
   argument                  top-1  top-5  our result
   table1_strided            76.40  93.15  not yet run
@@ -51,15 +51,16 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from lip_jax import list_models, paper
+from lip_jax import list_models
 from lip_jax.errors import UsageError
+from lip_jax.tools import paper
 
 
 def get_config(arg: str = "lip_resnet50") -> ConfigDict:
   """Configuration of a model or row.
 
   Args:
-    arg: one of `lip_jax.list_models()` or the name of one of `lip_jax.paper.ROWS`; and ",tiny".
+    arg: one of `lip_jax.list_models()` or a name of `lip_jax.tools.paper.ROWS`; and ",tiny".
 
   Raises:
     UsageError: anything else, with what there is.

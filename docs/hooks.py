@@ -108,7 +108,7 @@ def _slug(title: str) -> str:
 
 def _tables() -> Iterator[str]:
   """The paper's tables, as `lip-jax tables` has them, without the commands."""
-  from lip_jax import paper
+  from lip_jax.tools import paper
 
   def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2f}"

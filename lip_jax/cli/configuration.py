@@ -8,8 +8,8 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from lip_jax import config as config_lib
 from lip_jax.errors import UsageError
+from lip_jax.training import config as config_lib
 
 
 def load(file: str, changes: Sequence[str] = ()) -> config_lib.Config:

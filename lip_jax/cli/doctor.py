@@ -56,8 +56,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-  from lip_jax import doctor, hosts
   from lip_jax.cli import configuration
+  from lip_jax.distributed import hosts
+  from lip_jax.tools import doctor
 
   subject = doctor.Subject(
     workdir=args.workdir,

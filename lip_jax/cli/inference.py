@@ -79,7 +79,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-  from lip_jax import loading
+  from lip_jax.export import loading
 
   if Path(args.path).is_file() and args.path.endswith(_SUFFIXES):
     if args.model is None:
@@ -100,7 +100,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _evaluate(args: argparse.Namespace) -> None:
   try:
-    from lip_jax.evaluate import evaluate_loaded
+    from lip_jax.classification.evaluation import evaluate_loaded
   except ImportError as error:
     raise UsageError(f"evaluation needs lip-jax[train] ({error}); install it") from error
 
@@ -139,7 +139,7 @@ def _named(source: dict[str, Any]) -> str:
 def _predict(args: argparse.Namespace) -> int:
   import numpy as np
 
-  from lip_jax import predict
+  from lip_jax.classification import prediction
   from lip_jax.visualize import figures
 
   if args.importance:
@@ -148,10 +148,10 @@ def _predict(args: argparse.Namespace) -> int:
     progress("loading the network")
     model, config = _load(args)
     progress("computing")
-    images = list(predict.read(args.images, config))
+    images = list(prediction.read(args.images, config))
     readable = [image for image in images if image.pixels is not None]
     pixels = np.array([image.pixels for image in readable])
-    predictions = predict.predict(model, config, pixels, args.top) if readable else []
+    predictions = prediction.predict(model, config, pixels, args.top) if readable else []
   finally:
     progress("")
   found = iter(predictions)
@@ -174,11 +174,12 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _draw(model: Any, config: dict[str, Any], pixels: Any, out: str) -> None:
-  from lip_jax import predict, visualize
+  from lip_jax import visualize
+  from lip_jax.classification import prediction
 
   try:
     drawn = visualize.draw_importance(
-      model, pixels, lambda images: predict.normalize(images, config), out
+      model, pixels, lambda images: prediction.normalize(images, config), out
     )
   except (OSError, ValueError) as error:
     raise UsageError(

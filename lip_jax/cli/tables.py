@@ -9,8 +9,8 @@ from lip_jax.cli.arguments import positive
 from lip_jax.cli.output import progress, table
 
 if TYPE_CHECKING:
-  from lip_jax.cost import Cost
-  from lip_jax.paper import Row
+  from lip_jax.models.cost import Cost
+  from lip_jax.tools.paper import Row
 
 
 def add_commands(commands: Any) -> None:
@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
-  from lip_jax import cost
+  from lip_jax.models import cost
 
   total = len(args.names or cost.default_names())
   costs = []
@@ -65,7 +65,7 @@ def _models(args: argparse.Namespace) -> None:
   )
 
 
-_SOURCES = "lip_jax/paper.py has the sources"
+_SOURCES = "lip_jax/tools/paper.py has the sources"
 _PAPER_SIZE = 224  # pixels, of the images that the paper's multiply-adds are of
 
 
@@ -106,7 +106,7 @@ def _cost_values(one: "Cost", image_size: int) -> dict[str, Any]:
 
 
 def _tables(args: argparse.Namespace) -> None:
-  from lip_jax import paper
+  from lip_jax.tools import paper
 
   results = {row.name: paper.result(row, args.runs) for row in paper.ROWS}
   if args.json:

@@ -5,9 +5,9 @@ import json
 import jax
 import numpy as np
 
-from lip_jax import config as config_lib
-from lip_jax.checkpoint import Checkpoints
-from lip_jax.train_step import Program
+from lip_jax.training import config as config_lib
+from lip_jax.training.checkpoint.checkpoints import Checkpoints
+from lip_jax.training.train_step import Program
 
 
 def final_state(workdir):

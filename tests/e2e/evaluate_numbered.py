@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lip_jax import sharding, train_state
-from lip_jax.config import Data
+from lip_jax.classification.evaluation import Evaluator
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.evaluate import Evaluator
+from lip_jax.training import train_state
+from lip_jax.training.config import Data
 
 
 class Linear(nnx.Module):

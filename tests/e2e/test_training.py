@@ -7,8 +7,8 @@ import pytest
 from compare_runs import assert_same_run, metrics_of
 from tensorboardX.proto.event_pb2 import Event
 
-from lip_jax.checkpoint import Checkpoints
 from lip_jax.data import tfrecord
+from lip_jax.training.checkpoint.checkpoints import Checkpoints
 
 STEPS = 32
 
