@@ -21,8 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lip_jax import visualize
 from lip_jax.classification import augment
-from lip_jax.data import pipeline
-from lip_jax.data.source import RecordStream, Source, open_split
+from lip_jax.data import pipeline, transforms
+from lip_jax.data.source import Source, open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names, loading
@@ -184,7 +184,7 @@ class Evaluator:
   """
 
   def __init__(
-    self, config: Config | Job, source: Source | RecordStream, graph: nnx.GraphDef, mesh: Mesh
+    self, config: Config | Job, source: Source, graph: nnx.GraphDef, mesh: Mesh
   ):
     self._config = config
     self._source = source
@@ -283,9 +283,11 @@ class Evaluator:
   def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:
     return pipeline.eval_batches(
       self._source,
-      image_size=self._config.data.image_size,
-      resize=self._config.data.eval_resize,
-      crops=min(self._config.data.eval_crops, 5),  # mirrored on the device
+      transforms.EvalCrop(
+        self._config.data.image_size,
+        self._config.data.eval_resize,
+        crops=min(self._config.data.eval_crops, 5),  # mirrored on the device
+      ),
       global_batch_size=self._config.eval_batch_size,
       num_threads=self._config.data.num_threads,
       process_index=jax.process_index(),
@@ -294,7 +296,7 @@ class Evaluator:
 
 
 def evaluate_model(
-  model: nnx.Module, source: Source | RecordStream, job: Config | Job, mesh: Mesh
+  model: nnx.Module, source: Source, job: Config | Job, mesh: Mesh
 ) -> dict[str, float]:
   """Exact "loss", "top1", "top5", "count" over a split, and "images_per_second" without compiling.
 

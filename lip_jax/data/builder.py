@@ -17,7 +17,7 @@ from tensorflow_datasets.core import constants as tfds_constants
 from tensorflow_datasets.core import read_only_builder
 
 from lip_jax.data import imagenet
-from lip_jax.data.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.errors import UsageError
 
 _BUCKETS = ("gs://", "s3://", "az://")

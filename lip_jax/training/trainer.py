@@ -18,7 +18,7 @@ from etils import epath
 from lip_jax import visualize
 from lip_jax.classification import fine_tuning
 from lip_jax.classification.evaluation import Evaluator
-from lip_jax.data import pipeline
+from lip_jax.data import pipeline, transforms
 from lip_jax.data.source import open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
@@ -111,11 +111,9 @@ def _train(
   draw_steps = max(1, round(config.importance_every_epochs * steps_per_epoch))
   loader = pipeline.train_loader(
     source,
-    image_size=config.data.image_size,
-    crop_scale=config.data.crop_scale,
+    transforms.TrainCrop(config.data.image_size, config.data.crop_scale),
     global_batch_size=config.global_batch_size,
     seed=config.seed,
-    shuffle_window=config.data.shuffle_window,
     num_threads=config.data.num_threads,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
