@@ -560,6 +560,33 @@ def test_five_crops_are_the_centre_and_the_corners(whole):
   assert five["mask"].sum() == COUNT
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_may_be_of_any_shape_and_grey(whole, channels):
+  transform = TrainCrop((12, 20), (0.3, 1.0), channels=channels)
+  (train,) = take(whole, 1, transform=transform)
+  assert train["image"].shape == (8, 12, 20, channels)
+  for crops in (1, 5):
+    transform = EvalCrop((12, 20), (16, 24), crops=crops, channels=channels)
+    (batch,) = eval_batches(whole, transform, global_batch_size=40)
+    assert batch["image"].shape == (40, *(5,) * (crops == 5), 12, 20, channels)
+  if channels == 1:
+    (colours,) = take(whole, 1, transform=TrainCrop((12, 20), (0.3, 1.0)))
+    luma = colours["image"] @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(luma - train["image"][..., 0]).max() <= 1
+
+
+def test_parts_have_about_the_shape_of_the_result(tmp_path):
+  """A circle stays one, more or less, however wide the result is."""
+  grid = np.hypot(*np.mgrid[-100:100, -200:200])
+  circles = np.repeat(((grid < 60) * 255).astype(np.uint8)[..., None], 3, -1)
+  fixture_numbered.write(tmp_path, (1,), {0: simplejpeg.encode_jpeg(circles)})
+  (batch,) = take(
+    fixture_numbered.open_memory(tmp_path), 1, transform=TrainCrop((40, 80), (0.9, 1.0))
+  )
+  for image in batch["image"][..., 0] > 127:
+    assert 0.7 < image.any(0).sum() / image.any(1).sum() < 1.4
+
+
 def test_evaluation_can_be_left_early(whole):
   batches = eval_batches(whole, EvalCrop(16), global_batch_size=4)
   next(batches)
