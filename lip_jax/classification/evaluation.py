@@ -183,9 +183,7 @@ class Evaluator:
     mesh: to evaluate on.
   """
 
-  def __init__(
-    self, config: Config | Job, source: Source, graph: nnx.GraphDef, mesh: Mesh
-  ):
+  def __init__(self, config: Config | Job, source: Source, graph: nnx.GraphDef, mesh: Mesh):
     self._config = config
     self._source = source
     self._graph = graph

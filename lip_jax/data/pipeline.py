@@ -249,7 +249,7 @@ def eval_batches(
       array[...] = 0
 
   options = _read_options(num_threads, prefetch)
-  shapes = {**transform.shapes, "mask": ((), np.float32)}
+  shapes: Shapes = {**transform.shapes, "mask": ((), np.float32)}
   make = _BatchMaker(fill, shapes, local_batch_size, 0, options)
   num_parts = math.ceil(len(source) / global_batch_size) * process_count
   parts = grain.MapDataset.range(num_parts)[process_index::process_count]

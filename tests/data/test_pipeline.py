@@ -20,8 +20,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lip_jax.data import pipeline
-from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.data.pipeline import eval_batches, train_loader
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.data.records import ImageLabelParser, ParsedRecords
 from lip_jax.data.source import Source, open_split
 from lip_jax.data.transforms import EvalCrop, TrainCrop
@@ -216,7 +216,9 @@ def test_crops_do_not_depend_on_the_size_of_batches(whole):
 def test_every_position_has_crops_of_its_own(data_dir):
   # One image over and over: what differs is the crop.
   one = open_split("numbered_images/whole", "train[:1]", data_dir)
-  images = np.concatenate([batch["image"] for batch in take(one, 8, transform=TrainCrop(16, (0.1, 0.5)))])
+  images = np.concatenate(
+    [batch["image"] for batch in take(one, 8, transform=TrainCrop(16, (0.1, 0.5)))]
+  )
   assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
   (other,) = take(one, 1, transform=TrainCrop(16, (0.1, 0.5)), seed=1)
   assert not (other["image"][:, None] == images).all(axis=(2, 3, 4)).any()
@@ -335,7 +337,13 @@ def test_unreadable_images_are_replaced_by_the_next_ones(broken, caplog):
 def test_the_number_of_skipped_images_belongs_to_the_batches_that_were_seen(
   broken, caplog, messages
 ):
-  options = {"transform": TrainCrop(16), "global_batch_size": 2, "seed": 0, "num_threads": 3, "prefetch": 30}
+  options = {
+    "transform": TrainCrop(16),
+    "global_batch_size": 2,
+    "seed": 0,
+    "num_threads": 3,
+    "prefetch": 30,
+  }
   positions, counts = [], []
   with train_loader(broken, **options) as loader:
     for _ in range(20):

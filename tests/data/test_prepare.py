@@ -412,7 +412,9 @@ def test_convert_keeps_every_byte(prepared, tmp_path):
     assert examples("imagenet2012", split, tmp_path / "out") == examples(
       "imagenet2012", split, root
     )
-  assert "prepared already" in convert_to_array_record("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
+  assert "prepared already" in convert_to_array_record(
+    "imagenet2012", tmp_path / "tfrecord", tmp_path / "out"
+  )
   assert tfds.builder_from_directory(
     tmp_path / "out" / "imagenet2012" / "5.1.0"
   ).info.features.keys() == {"image", "label", "file_name"}

@@ -2,7 +2,7 @@
 
   python evaluate_numbered.py PORT PROCESS_INDEX PROCESS_COUNT FOLDER...
 
-Prints what the evaluation of each folder, out of memory and out of its files, returned, or its error.
+Prints what the evaluation of each folder, out of memory and out of its files, returned or said.
 """
 
 import json
