@@ -164,8 +164,8 @@ def train_loader(
     transform: makes the rows of batches, such as `transforms.TrainCrop(224, (0.08, 1.0))`.
     global_batch_size: images of all processes in a step.
     seed: decides on the order and on what is random in `transform`.
-    process_index: which process this is.
-    process_count: number of processes that share each batch.
+    process_index: which process this is, of `process_count` that share each batch.
+    process_count: see `process_index`.
     num_threads: threads that read and decode, each one batch at a time; None is one for each core,
       at most 32.
     prefetch: batches made ahead; None is two more than there are threads.
@@ -218,14 +218,7 @@ def eval_batches(
   Yields the transform's arrays, stacked: [local batch, ...]; and "mask": float32 [local batch], 1
   for images and 0 for the rows that fill up the last batches, which are zero.
 
-  Args:
-    source: where the images come from.
-    transform: makes the rows of batches, such as `transforms.EvalCrop(224, 256)`.
-    global_batch_size: images of all processes in a step.
-    process_index: which process this is.
-    process_count: number of processes that share each batch.
-    num_threads: as for `train_loader`.
-    prefetch: as for `train_loader`.
+  `transform` may be `transforms.EvalCrop(224, 256)`; the others as for `train_loader`.
 
   Raises:
     UsageError: `global_batch_size` cannot be divided among the processes. When iterating: a file is

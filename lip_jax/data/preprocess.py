@@ -150,17 +150,7 @@ def random_resized_crop(
   """Resizes a random part of an image, as torchvision's `RandomResizedCrop` does.
 
   Ten draws of an area and an aspect ratio; if none fits into the image, the largest central part
-  whose aspect ratio is allowed.
-
-  Args:
-    image: uint8 [H, W, 3].
-    rng: where the randomness comes from.
-    size: of the result.
-    scale: least and greatest area of the part, in parts of the image's.
-    ratio: least and greatest width / height of the part.
-
-  Returns:
-    uint8 [*size, 3].
+  whose aspect ratio is allowed. uint8 [H, W, 3] -> [*size, 3]; see `decode_random_resized_crop`.
   """
   top, left, height, width = _random_part(image.shape[0], image.shape[1], rng, scale, ratio)
   return _resize_part(image, top, left, height, width, height_and_width(size))

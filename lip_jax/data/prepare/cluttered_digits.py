@@ -4,14 +4,20 @@ Handwritten digits on a coloured, noisy ground among fragments of other digits. 
 local and its place varies, which is what importance-based pooling is for. Nothing is downloaded.
 """
 
+import contextlib
+import io
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import simplejpeg
 import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import constants as tfds_constants
 
 from lip_jax.data.prepare.cluttered_scene import ClutteredDigitsConfig, Condition, draw_scene
+from lip_jax.errors import UsageError
 
 _JPEG_QUALITY = 90
 
@@ -31,6 +37,31 @@ _CITATION = """
   doi = {10.24432/C50P49},
 }
 """
+
+
+def _sizes(
+  name: str,
+  canvas: int,
+  heights: tuple[int, ...],
+  fragments: tuple[int, ...],
+  *,
+  count: int,
+  num_train: int,
+) -> ClutteredDigitsConfig:
+  """Size and clutter apart: `count` images of each pair, and of the validation split."""
+  return ClutteredDigitsConfig(
+    name=name,
+    description=f"One whole digit in {canvas}x{canvas} pixels; size and clutter apart.",
+    canvas=canvas,
+    digits=(1, 1),
+    digit_height=(heights[0], heights[-1]),
+    fragments=(fragments[0], fragments[-1]),
+    light_grounds=False,
+    num_train=num_train,
+    num_validation=count,
+    conditions=tuple(itertools.starmap(Condition, itertools.product(heights, fragments))),
+    num_condition=count,
+  )
 
 
 class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
@@ -68,36 +99,8 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
       num_train=2_000,
       num_validation=500,
     ),
-    ClutteredDigitsConfig(
-      name="sizes",
-      description="One whole digit in 28x28 pixels; size and clutter apart (benchmarks).",
-      canvas=28,
-      digits=(1, 1),
-      digit_height=(8, 18),
-      fragments=(0, 8),
-      light_grounds=False,
-      num_train=30_000,
-      num_validation=1_000,
-      conditions=tuple(
-        itertools.starmap(Condition, itertools.product((8, 11, 14, 18), (0, 2, 4, 8)))
-      ),
-      num_condition=1_000,
-    ),
-    ClutteredDigitsConfig(
-      name="sizes_large",
-      description="One whole digit in 64x64 pixels; size and clutter apart (benchmarks).",
-      canvas=64,
-      digits=(1, 1),
-      digit_height=(8, 32),
-      fragments=(0, 24),
-      light_grounds=False,
-      num_train=60_000,
-      num_validation=2_000,
-      conditions=tuple(
-        itertools.starmap(Condition, itertools.product((8, 12, 20, 32), (0, 6, 12, 24)))
-      ),
-      num_condition=2_000,
-    ),
+    _sizes("sizes", 28, (8, 11, 14, 18), (0, 2, 4, 8), count=1_000, num_train=30_000),
+    _sizes("sizes_large", 64, (8, 12, 20, 32), (0, 6, 12, 24), count=2_000, num_train=60_000),
   ]
   DEFAULT_BUILDER_CONFIG_NAME = "classify"
 
@@ -162,3 +165,43 @@ class _LocalDatasetInfo(tfds.core.DatasetInfo):
 
   def initialize_from_bucket(self) -> None:
     pass
+
+
+def open_builder(config: str | None, data_dir: str, *, prepare: bool) -> ClutteredDigits | None:
+  """The builder of a prepared data set; None if it is not there, and not to be made.
+
+  Raises:
+    UsageError: it cannot be made, or only a part of it is there.
+  """
+  builder = ClutteredDigits(config=config, data_dir=data_dir)
+  if prepare and not _is_prepared(builder):
+    _write(builder)
+    builder = ClutteredDigits(config=config, data_dir=data_dir)
+  return builder if _is_prepared(builder) else None
+
+
+def _is_prepared(builder: ClutteredDigits) -> bool:
+  return (epath.Path(builder.data_dir) / tfds_constants.DATASET_INFO_FILENAME).exists()
+
+
+def _write(builder: ClutteredDigits) -> None:
+  """Writes the data set; TFDS does it aside and renames at the end."""
+  print(f"making {builder.info.full_name} in {builder.data_dir}, this once", file=sys.stderr)
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()  # it would fill a log file
+  try:
+    # TFDS talks of a download, on stdout, which belongs to the caller.
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+      )
+  except OSError as error:
+    # Of several processes that prepare at once, one renames; the others find its files there.
+    if not _is_prepared(builder):
+      raise UsageError(
+        f"cannot write data set {builder.info.full_name} to {builder.data_dir}: {error}; "
+        "choose another directory with --config.data.data_dir=DIR"
+      ) from error
+  if not _is_prepared(builder):
+    raise UsageError(f"{builder.data_dir} holds no whole data set: delete it and run this again")

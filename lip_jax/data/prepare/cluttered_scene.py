@@ -30,15 +30,10 @@ _TRIES = 40
 
 
 class Condition(NamedTuple):
-  """One size of the digit and one density of clutter.
+  """One size of the digit and one density of clutter."""
 
-  Attributes:
-    digit_height: of the digit's ink, pixels.
-    fragments: pieces of clutter tried.
-  """
-
-  digit_height: int
-  fragments: int
+  digit_height: int  # of the digit's ink, pixels
+  fragments: int  # pieces of clutter tried
 
   @property
   def split(self) -> str:
@@ -50,30 +45,20 @@ class Condition(NamedTuple):
 class ClutteredDigitsConfig(tfds.core.BuilderConfig):
   """What the images of one configuration look like, and how many there are.
 
-  Ranges include both ends.
-
-  Attributes:
-    canvas: side of the square image, pixels.
-    digits: least and most whole digits in an image.
-    digit_height: least and greatest height of a digit's ink, pixels.
-    fragments: least and most pieces of clutter tried; one that finds no free place is left out.
-    light_grounds: whether half of the images have dark ink on a light ground; without, all have
-      light ink on a dark ground, which a small network learns several times faster.
-    num_train: images in the train split.
-    num_validation: images in the validation split.
-    conditions: each has a split of its own, of the validation split's digits.
-    num_condition: images in each of those splits.
+  Pairs are the least and the greatest value. With `light_grounds`, half of the images have dark ink
+  on a light ground; without, all have light ink on a dark ground, which a small network learns
+  several times faster. Each of the conditions has a split of its own.
   """
 
-  canvas: int
-  digits: tuple[int, int]
-  digit_height: tuple[int, int]
-  fragments: tuple[int, int]
+  canvas: int  # side of the square image, pixels
+  digits: tuple[int, int]  # whole digits in an image
+  digit_height: tuple[int, int]  # of a digit's ink, pixels
+  fragments: tuple[int, int]  # pieces of clutter tried; one that finds no free place is left out
   light_grounds: bool
   num_train: int
   num_validation: int
   conditions: tuple[Condition, ...] = ()
-  num_condition: int = 0
+  num_condition: int = 0  # images of each, with the validation split's digits
 
   def at(self, condition: Condition) -> "ClutteredDigitsConfig":
     """The look of the images of one condition."""
@@ -111,19 +96,12 @@ class Box(NamedTuple):
 
 
 class Scene(NamedTuple):
-  """One picture and what is in it.
+  """One picture and what is in it."""
 
-  Attributes:
-    image: uint8 [canvas, canvas, 3], RGB.
-    boxes: ink boxes of the whole digits, the largest first.
-    labels: classes of the whole digits, in the same order.
-    sources: indices of all the UCI digits that ink was taken from, clutter included.
-  """
-
-  image: np.ndarray
-  boxes: list[Box]
-  labels: list[int]
-  sources: list[int]
+  image: np.ndarray  # uint8 [canvas, canvas, 3], RGB
+  boxes: list[Box]  # of the ink of the whole digits, the largest first
+  labels: list[int]  # of the same
+  sources: list[int]  # indices of all the UCI digits that ink was taken from, clutter included
 
 
 def draw_scene(config: ClutteredDigitsConfig, split: str, k: int) -> Scene:
@@ -259,14 +237,7 @@ def _take_place(
 ) -> Box | None:
   """Finds a random box of which at most the part `overlap` is taken, and takes it.
 
-  Args:
-    rng: where the randomness comes from.
-    taken: bool [canvas, canvas], changed in place.
-    shape: height and width of the box.
-    overlap: part of the box's area that may be taken already.
-
-  Returns:
-    The box, or None if none was found.
+  None if none was found. `taken` is bool [canvas, canvas], changed in place.
   """
   height, width = shape
   for down, right in rng.random((_TRIES, 2)).tolist():

@@ -6,6 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -65,10 +66,11 @@ def index_train_tar(path: str | Path, class_names: Sequence[str]) -> TarImages:
   members: list[tuple[str, int, int, int]] = []
   found = set()
   with _open_tar(path) as file:
-    outer = _headers(file, path, 0, os.fstat(file.fileno()).st_size)
-    for tar_name, tar_offset, tar_size in tqdm(
+    outer = _members(file, path)
+    for tar, member in tqdm(
       outer, desc="classes", total=len(class_names), unit=" tar", disable=None
     ):
+      tar_name = os.path.basename(member.name)
       name = tar_name.removesuffix(".tar")
       if name == tar_name or name not in labels or name in found:
         raise UsageError(
@@ -77,10 +79,14 @@ def index_train_tar(path: str | Path, class_names: Sequence[str]) -> TarImages:
           "unpacked, use `lip-jax data prepare folder`"
         )
       found.add(name)
-      inner = list(_headers(file, f"{path}, {tar_name}", tar_offset, tar_size))
-      if not inner:
+      inner = tar.extractfile(member)
+      assert inner is not None  # it is a file
+      count = len(members)
+      for _, image in _members(inner, f"{path}, {tar_name}"):
+        offset = member.offset_data + image.offset_data
+        members.append((os.path.basename(image.name), labels[name], offset, image.size))
+      if len(members) == count:
         raise UsageError(f"{tar_name} in {path} is empty; copy {path} again")
-      members += [(image, labels[name], offset, size) for image, offset, size in inner]
   missing = [name for name in class_names if name not in found]
   if missing:
     raise UsageError(
@@ -107,7 +113,8 @@ def index_validation_tar(
   labels = {name: label for label, name in enumerate(class_names)}
   members: dict[int, tuple[str, int, int, int]] = {}
   with _open_tar(path) as file:
-    for name, offset, size in _headers(file, path, 0, os.fstat(file.fileno()).st_size):
+    for _, member in _members(file, path):
+      name = os.path.basename(member.name)
       match = _VALIDATION_NAME.fullmatch(name)
       number = int(match[1]) if match else 0
       if not 1 <= number <= len(image_labels) or number in members:
@@ -115,7 +122,7 @@ def index_validation_tar(
           f"{path} holds {name}; expected ILSVRC2012_val_00000001.JPEG to "
           f"ILSVRC2012_val_{len(image_labels):08d}.JPEG, each once, as in ILSVRC2012_img_val.tar"
         )
-      members[number] = (name, labels[image_labels[number - 1]], offset, size)
+      members[number] = (name, labels[image_labels[number - 1]], member.offset_data, member.size)
   if len(members) < len(image_labels):
     raise UsageError(
       f"{path} holds {len(members):,} of {len(image_labels):,} images; it is cut short: copy it "
@@ -131,47 +138,20 @@ def _open_tar(path: str) -> io.FileIO:
   return io.FileIO(path)
 
 
-class _Window(io.RawIOBase):
-  """A part of a file, as a file."""
-
-  def __init__(self, file: io.FileIO, start: int, size: int):
-    self._file, self._start, self._size, self._position = file.fileno(), start, size, 0
-
-  def read(self, size: int = -1) -> bytes:
-    left = max(0, self._size - self._position)
-    wanted = left if size < 0 else min(size, left)
-    data = os.pread(self._file, wanted, self._start + self._position)
-    self._position += len(data)
-    return data
-
-  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-    self._position = start + offset
-    return self._position
-
-  def tell(self) -> int:
-    return self._position
-
-  def seekable(self) -> bool:
-    return True
-
-  def readable(self) -> bool:
-    return True
-
-
-def _headers(file: io.FileIO, where: str, start: int, size: int) -> Iterator[tuple[str, int, int]]:
-  """Base name, offset in `file`, and size of the files in the tar at [start, start + size)."""
+def _members(file: IO[bytes], where: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+  """The files in an uncompressed tar file, and the open tar file."""
   try:
-    window = _Window(file, start, size)
-    with tarfile.open(fileobj=window, mode="r:") as tar:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
       for member in tar:
         if member.isfile():
           if member.offset_data + member.size > size:
             raise tarfile.ReadError("unexpected end of data")
-          yield os.path.basename(member.name), start + member.offset_data, member.size
+          yield tar, member
       # Zeros end a tar file. At a header that is cut or overwritten tarfile just stops as well.
-      window.seek(tar.offset)
-      if window.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
+      file.seek(tar.offset)
+      if file.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
   except tarfile.TarError as error:
     raise UsageError(
