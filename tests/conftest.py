@@ -43,6 +43,16 @@ def messages(caplog):
 
 
 @pytest.fixture
+def files_of():
+  """What lies in a directory: content by path. For "a refused command changes nothing"."""
+  return lambda directory: {
+    path.relative_to(directory): path.read_bytes()
+    for path in sorted(directory.rglob("*"))
+    if path.is_file()
+  }
+
+
+@pytest.fixture
 def x64():
   """float64 for the time of a test."""
   with jax.enable_x64(True):
