@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lip_jax.training.config import Augment, Data
+from lip_jax.classification.config import Augment, Data
 
 # Luma of RGB, as in ITU-R BT.601, which Pillow and torchvision use for "grey".
 _GREY = (0.299, 0.587, 0.114)

@@ -417,7 +417,7 @@ def test_center_crop_of_odd_shapes(shape):
 
 
 def test_center_crop_larger_than_the_side_is_refused():
-  with pytest.raises(ValueError, match="224.* pixels from .*200"):
+  with pytest.raises(ValueError, match=r"224.* pixels from .*200"):
     preprocess.resize_and_center_crop(IMAGE, 224, 200)
 
 
