@@ -99,9 +99,9 @@ def find_offsets(paths: Iterable[str]) -> dict[str, np.ndarray]:
     found = dict(zip(paths, pool.map(_read_index, paths), strict=True))
     missing = [path for path, offsets in found.items() if offsets is None]
     if missing:
-      logger.info(
-        "indexing %d TFRecord files in %s, this once", len(missing), os.path.dirname(missing[0])
-      )
+      directory = os.path.dirname(missing[0])
+      how = ", which reads all of them" if "://" in directory else ""
+      logger.info("indexing %d TFRecord files in %s, this once%s", len(missing), directory, how)
       # Processes that begin together meet different files.
       random.Random(os.urandom(8)).shuffle(missing)
       jobs = {pool.submit(_make_index, path): path for path in missing}
@@ -149,12 +149,9 @@ def _read_index(path: str) -> np.ndarray | None:
       data = place.read_bytes()
     except Exception:  # not there, or out of reach
       continue
-    data, checksum = data[:-4], data[-4:]
-    if (
-      len(data) < 24 or len(data) % 8 or google_crc32c.value(data).to_bytes(4, "little") != checksum
-    ):
-      continue
-    values = np.frombuffer(data, "<i8")
+    if len(data) < 28 or len(data) % 8 != 4 or data != _with_checksum(data[4:]):
+      continue  # damaged
+    values = np.frombuffer(data[4:], "<i8")
     version = version or _version(path)
     if tuple(values[:2].tolist()) == version:
       return values[2:]
@@ -162,7 +159,7 @@ def _read_index(path: str) -> np.ndarray | None:
 
 
 def _with_checksum(data: bytes) -> bytes:
-  return data + google_crc32c.value(data).to_bytes(4, "little")
+  return google_crc32c.value(data).to_bytes(4, "little") + data
 
 
 def _version(path: str) -> tuple[int, int]:
