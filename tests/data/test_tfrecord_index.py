@@ -125,7 +125,7 @@ def test_where_nothing_can_be_written_it_is_made_each_time(folder, cache, caplog
   assert "5 indices cannot be kept" in record.getMessage()
 
 
-MAKE = """
+MAKE = r"""
 import os, sys, time
 import fixture_numbered
 from lip_jax.data import tfrecord
