@@ -20,12 +20,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from lip_jax import visualize
-from lip_jax.classification import augment
 from lip_jax.data import pipeline
 from lip_jax.data.source import RecordStream, Source, open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names, loading
+from lip_jax.ops.images import normalize
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
 from lip_jax.training.checkpoint.checkpoints import Checkpoints
@@ -81,7 +81,7 @@ def _each_image(
   """Loss and counts of every image, [N]."""
   model = train_state.merge(graph, params, batch_stats)
   model.eval()
-  images = augment.normalize(batch["image"], data)
+  images = normalize(batch["image"], data.mean, data.std)
   if data.eval_crops == 10:
     images = jnp.concatenate([images, images[..., ::-1, :]], axis=1)
   logits = model(images.reshape(-1, *images.shape[-3:]))
@@ -276,8 +276,9 @@ class Evaluator:
       images = images[:, 0]  # the central crop
     model = train_state.merge(self._graph, params, batch_stats)
     model.eval()
+    data = self._config.data
     return visualize.importance_figure(
-      model, images, lambda x: augment.normalize(jnp.asarray(x), self._config.data)
+      model, images, lambda x: normalize(jnp.asarray(x), data.mean, data.std)
     )
 
   def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:
