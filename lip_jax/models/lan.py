@@ -64,14 +64,10 @@ class LocalPool(nnx.Module):
   def importance(self, x: jax.Array) -> jax.Array:
     """F(x) of each pixel of each window, divided by its sum over the window.
 
-    The layer's output is the sum of importance times pixels (for `LpPool` see there). Divided
-    because F may be known up to a factor per window only, and may itself depend on the window.
-
-    Args:
-      x: [N, H, W, C].
-
-    Returns:
-      [N, H', W', window_h * window_w, C], the window row by row; zero outside the image.
+    [N, H, W, C] -> [N, H', W', window_h * window_w, C], the window row by row; zero outside the
+    image. The layer's output is the sum of importance times pixels (for `LpPool` see there).
+    Divided because F may be known up to a factor per window only, and may itself depend on the
+    window.
     """
     return self._shares(self._log_importance(x))
 
@@ -134,12 +130,9 @@ class SoftPool(LocalPool):
 
 
 class ExpPool(LocalPool):
-  """F = exp(beta * x) with a learned beta, a scalar: from average (0) towards max pools.
+  """F = exp(beta * x) with a learned beta, a scalar: from average (0) towards max pooling.
 
-  Args:
-    beta: its initial value.
-    dtype: of the computation; beta is kept in at least float32.
-    **windows: window, stride and padding, as for `LocalPool`.
+  Beta is kept in at least float32; window, stride and padding are as for `LocalPool`.
   """
 
   def __init__(self, beta: float = 1.0, *, dtype: Dtype = jnp.float32, **windows: IntOrPair):
@@ -160,10 +153,6 @@ class LpPool(LocalPool):
   Its `importance` is that of the sum that it is: weights w = |x|^(p - 1) / (n^(1 / p) *
   (sum |x|^p)^(1 - 1 / p)) over the n pixels of a window, with y = sum(w |x|). They sum to one at
   p = 1 and for constant |x| only (see `lip_jax.lp_pool`).
-
-  Args:
-    p: at least 1.
-    **windows: window, stride and padding, as for `LocalPool`.
   """
 
   def __init__(self, p: float = 2.0, **windows: IntOrPair):
@@ -301,9 +290,7 @@ class LIP(LocalPool):
 class AdaptiveLIP(nnx.Module):
   """`lip_jax.adaptive_lip_pool` with the logits of a logit module: [N, H, W, C] -> [N, h, w, C].
 
-  Args:
-    logits: as for `LIP`.
-    output_size: of the result in pixels, an int or a pair (h, w).
+  `output_size` is that of the result in pixels, an int or a pair (h, w).
   """
 
   def __init__(self, logits: Callable[[jax.Array], jax.Array], output_size: IntOrPair):

@@ -36,10 +36,9 @@ def adaptive_lip_pool(
 
   Args:
     x: features, [N, H, W, C], floating point.
-    logits: logarithms of the importance, [N, H, W, C], or [N, H, W, 1] to share one map among all
-      channels; floating point.
+    logits: as for `lip_pool`.
     output_size: of the result in pixels, an int or a pair (h, w), at most (H, W).
-    logit_range: (low, high), a promise that every logit lies between the two, as for `lip_pool`.
+    logit_range: as for `lip_pool`.
 
   Returns:
     [N, h, w, C], in the dtype of x.
@@ -74,18 +73,8 @@ def adaptive_lip_pool(
 def global_lip_pool(x: jax.Array, logits: jax.Array) -> jax.Array:
   """Computes `sum(x * exp(logits)) / sum(exp(logits))` over all pixels of each image.
 
-  Precision and range are those of `adaptive_lip_pool`, of which this is the 1 x 1 case.
-
-  Args:
-    x: features, [N, H, W, C], floating point.
-    logits: logarithms of the importance, [N, H, W, C] or [N, H, W, 1], floating point.
-
-  Returns:
-    [N, C], in the dtype of x.
-
-  Raises:
-    ValueError: shapes that do not match, or images without pixels.
-    TypeError: x or logits that are not floating point.
+  The 1 x 1 case of `adaptive_lip_pool`, with its precision, range and errors: [N, C], in the dtype
+  of x.
   """
   check_array("x", x)
   check_logits(x, logits)

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 import lip_jax
-from lip_jax.models.logit_modules import Projection
-from lip_jax.ops.adaptive import AdaptiveLIP, GlobalLIP, adaptive_lip_pool, global_lip_pool
+from lip_jax import AdaptiveLIP, GlobalLIP, Projection
+from lip_jax.ops.adaptive import adaptive_lip_pool, global_lip_pool
 
 SIZES = [
   # (H, W), output size
