@@ -1,6 +1,6 @@
 """Poolings that average each window by a local importance: LIP's relatives, as pure functions.
 
-The LAN family, local aggregation and normalization (section 3.1 of Gao, Wang and Wu, "LIP: Local
+The LAN family, local aggregation and normalization (equation 1 of Gao, Wang and Wu, "LIP: Local
 Importance-based Pooling", ICCV 2019): y = sum(F(x) * x) / sum(F(x)) over each window, with an
 importance F >= 0. The poolings differ in F alone: one for average pooling, exp(G(x)) with a learned
 G for LIP (`lip_jax.lip_pool`). `lip_jax.lan` has the same as layers, which also give their
