@@ -51,25 +51,20 @@ def forward(
   blocks = blocks_of(x, h, geometry, backward=False)
   assert blocks is not None, "the caller asks `supports`"
   rows, columns = blocks.rows, blocks.columns
-  height, width = rows.windows, columns.windows
-  shape = _turned((x.shape[0], height, width, x.shape[3]), blocks)
+  y_shape = (x.shape[0], rows.windows, columns.windows, x.shape[3])
   y = pl.pallas_call(
     functools.partial(_forward_kernel, blocks=blocks, gated=affine is not None, shift=shift),
     grid=blocks.grid,
-    in_specs=[
-      _pixels(blocks),
-      _pixels(blocks),
-      *[_per_channel(blocks)] * (0 if affine is None else 3),
-    ],
+    in_specs=[*[_pixels(blocks)] * 2, *[_per_channel(blocks)] * len(affine or ())],
     out_specs=pl.BlockSpec(
       (rows.units, columns.units, *blocks.tile), lambda a, b, i, j: (i, j, a, b)
     ),
-    out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
+    out_shape=jax.ShapeDtypeStruct([y_shape[axis] for axis in blocks.order], x.dtype),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4),
     cost_estimate=cost(blocks, x, h, backward=False),
     interpret=interpret,
     name="lip_pool_forward",
-  )(_turn(x, blocks), _turn(h, blocks), *_turn_affine(affine, blocks))
+  )(_turn(x, blocks), _turn(h, blocks), *_turn_statistics(affine or (), blocks))
   return _turn_back(y, blocks)
 
 
@@ -90,15 +85,14 @@ def backward(
   gated = affine is not None
   block = (rows.units * rows.stride, columns.units * columns.stride, *blocks.tile)
   out = pl.BlockSpec(block, lambda a, b, i, j: (i, j, a, b))
-  turned = _turned(x.shape, blocks)
+  turned = [x.shape[axis] for axis in blocks.order]
   sums_shape = jax.ShapeDtypeStruct(turned[2:], jnp.float32)
   scratch = pltpu.VMEM((rows.needed, columns.needed, *blocks.tile), jnp.float32)
   results = pl.pallas_call(
     functools.partial(_backward_kernel, blocks=blocks, gated=gated, shift=shift),
     grid=blocks.grid,
     in_specs=[
-      _pixels(blocks),
-      _pixels(blocks),
+      *[_pixels(blocks)] * 2,
       _windows(blocks),
       *[_per_channel(blocks)] * (3 if gated else 0),
     ],
@@ -116,14 +110,10 @@ def backward(
     cost_estimate=cost(blocks, x, h, backward=True),
     interpret=interpret,
     name="lip_pool_backward",
-  )(_turn(x, blocks), _turn(h, blocks), _turn(g, blocks), *_turn_affine(affine, blocks))
+  )(_turn(x, blocks), _turn(h, blocks), _turn(g, blocks), *_turn_statistics(affine or (), blocks))
   dx, dh, *sums = results
-  back = (lambda s: s.T) if blocks.batch_last else (lambda s: s)
-  return (
-    _turn_back(dx, blocks),
-    _turn_back(dh, blocks),
-    (back(sums[0]), back(sums[1])) if gated else None,
-  )
+  sums = _turn_statistics(sums, blocks)
+  return _turn_back(dx, blocks), _turn_back(dh, blocks), (sums[0], sums[1]) if gated else None
 
 
 def _forward_kernel(x_ref, h_ref, *refs, blocks: Blocks, gated: bool, shift: float | None):
@@ -338,23 +328,18 @@ def _clip(index, size: int):
   return jnp.clip(index, 0, size - 1)
 
 
-def _turned(shape: Sequence[int], blocks: Blocks) -> tuple[int, ...]:
-  n, height, width, c = shape
-  return (height, width, c, n) if blocks.batch_last else (height, width, n, c)
-
-
 def _turn(a: jax.Array, blocks: Blocks) -> jax.Array:
   # Without the barrier XLA writes arrays with other readers twice, as they are and turned.
-  a = lax.optimization_barrier(a)
-  return a.transpose((1, 2, 3, 0) if blocks.batch_last else (1, 2, 0, 3))
+  return lax.optimization_barrier(a).transpose(blocks.order)
 
 
 def _turn_back(a: jax.Array, blocks: Blocks) -> jax.Array:
-  return a.transpose((3, 0, 1, 2) if blocks.batch_last else (2, 0, 1, 3))
+  return a.transpose([blocks.order.index(axis) for axis in range(4)])
 
 
-def _turn_affine(affine: Affine | None, blocks: Blocks) -> list[jax.Array]:
-  return [] if affine is None else [a.T if blocks.batch_last else a for a in affine]
+def _turn_statistics(statistics: Sequence[jax.Array], blocks: Blocks) -> list[jax.Array]:
+  """To the kernel, and back."""
+  return [a.T if blocks.batch_last else a for a in statistics]
 
 
 def _pixels(blocks: Blocks) -> pl.BlockSpec:

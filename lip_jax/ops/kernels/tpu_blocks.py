@@ -68,6 +68,11 @@ class Blocks(NamedTuple):
   columns: Axis
 
   @property
+  def order(self) -> tuple[int, int, int, int]:
+    """Of the axes N, H, W and C in the kernel."""
+    return (1, 2, 3, 0) if self.batch_last else (1, 2, 0, 3)
+
+  @property
   def grid(self) -> tuple[int, int, int, int]:
     return (*self.tiles, self.rows.steps, self.columns.steps)
 
