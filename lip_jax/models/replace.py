@@ -125,8 +125,8 @@ def replace_downsampling(
     )
 
   calls, expected = _calls(model, arguments)
-  width = {} if logit_width is None else {"width": logit_width}
-  logits = Projection if logit == "projection" else functools.partial(Bottleneck, **width)
+  width: dict[str, Any] = {} if logit_width is None else {"width": logit_width}
+  logits = Projection if logit == "projection" else Bottleneck
   report: list[Replacement] = []
   pools: dict[str, LIP] = {}
   for path in dict.fromkeys([*(path for path, _ in calls), *found]):
@@ -134,11 +134,13 @@ def replace_downsampling(
     try:
       if skip is not None and skip(path, layer):
         raise _LeftAloneError("skip said so")
-      geometry, channels, dtype = _plan(layer, [call for name, call in calls if name == path])
+      geometry, channels, dtype = _fit(layer, [call for name, call in calls if name == path])
     except _LeftAloneError as reason:
       report.append(Replacement(path, _describe(layer), None, str(reason)))
       continue
-    pools[path] = LIP(logits(channels, channels, dtype=dtype, rngs=rngs), **geometry._asdict())
+    pools[path] = LIP(
+      logits(channels, channels, **width, dtype=dtype, rngs=rngs), **geometry._asdict()
+    )
     after = f"LIP {_size(geometry.window)}, stride {_stride(geometry.stride)}"
     if isinstance(layer, nnx.Conv):
       after += f", then Conv {_size(layer.kernel_size)}, stride 1"
@@ -296,7 +298,7 @@ def _trace(model: nnx.Module, arguments: tuple, edit: Edit) -> list[jax.ShapeDty
   return jax.eval_shape(call, state, *arguments)
 
 
-def _plan(layer: Any, calls: list[_Call | None]) -> tuple[Geometry, int, Dtype]:
+def _fit(layer: Any, calls: list[_Call | None]) -> tuple[Geometry, int, Dtype]:
   """Windows, channels and dtype of the LIP that takes the place of a layer, if there is one."""
   if not calls:
     raise _LeftAloneError("not called with this example")
@@ -313,8 +315,8 @@ def _plan(layer: Any, calls: list[_Call | None]) -> tuple[Geometry, int, Dtype]:
     raise _LeftAloneError(
       f"called with {' and '.join(map(str, channels))} channels; give each call its own attribute"
     )
-  plan = _conv_geometry if isinstance(layer, nnx.Conv) else _pool_geometry
-  return plan(layer, known), channels[0], jnp.result_type(*(x.dtype for x, _ in known))
+  geometry = _conv_geometry if isinstance(layer, nnx.Conv) else _pool_geometry
+  return geometry(layer, known), channels[0], jnp.result_type(*(x.dtype for x, _ in known))
 
 
 def _pool_geometry(layer: functools.partial, calls: list[_Call]) -> Geometry:
