@@ -182,7 +182,7 @@ folders.save(
 )
 print(sorted(path.name for path in Path("fine_tuned").iterdir()), loaded["class_names"])
 
-PIL.Image.open(str(fine_tuned.importance_picture))
+PIL.Image.open(str(fine_tuned.pictures["importance"]))
 
 # %% [markdown]
 # From a terminal: `python train.py --config=... --workdir=... --weights=PATH`.

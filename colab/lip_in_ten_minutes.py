@@ -195,7 +195,7 @@ print(f"top-1: {100 * result.metrics['top1']:.2f} % of {result.metrics['count']}
 # where the digit is.
 
 # %%
-PIL.Image.open(str(result.importance_picture))
+PIL.Image.open(str(result.pictures["importance"]))
 
 # %% [markdown]
 # Next: [look_inside](look_inside.ipynb) evaluates this network and looks further into it,

@@ -59,8 +59,8 @@ def write_run(workdir, images, metrics):
   config = config_lib.from_dict(values)
   workdir.mkdir(parents=True)
   (workdir / "config.json").write_text(config_lib.to_json(config))
-  class_names.write(workdir, CLASSES)
-  optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
+  (workdir / class_names.FILE).write_text(class_names.to_json(CLASSES))
+  optimizer = optim.optimizer(config.optim, optax.constant_schedule(0.0))
   with Checkpoints(workdir) as checkpoints:
     for step, result in metrics.items():
       params, batch_stats = train_state.split(make_model(str(step)))

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lip_jax.classification.config import Augment, Data
 from lip_jax.ops.images import normalize
-from lip_jax.training.config import Augment, Data
 
 # Luma of RGB, as in ITU-R BT.601, which Pillow and torchvision use for "grey".
 _GREY = (0.299, 0.587, 0.114)

@@ -8,8 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,19 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from lip_jax import visualize
+from lip_jax.classification.config import Data
 from lip_jax.data import pipeline
 from lip_jax.data.source import RecordStream, Source, open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.export import class_names, loading
+from lip_jax.export import class_names
 from lip_jax.ops.images import normalize
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
-from lip_jax.training.checkpoint.checkpoints import Checkpoints
-from lip_jax.training.config import Config, Data
-from lip_jax.training.train_state import TrainState, Tree
-from lip_jax.training.workdir import absolute
+from lip_jax.training.train_state import Tree
 
 if TYPE_CHECKING:
-  from matplotlib.figure import Figure
+  pass
 
 Batch = Mapping[str, jax.Array]
 EvalStep = Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]
@@ -51,9 +48,9 @@ def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> jax.stages.Wrapp
   Returns:
     A jitted function. It takes the model's params and batch_stats, a batch of "image" [N, H, W, 3]
     or, of several crops, [N, crops, H, W, 3] uint8, "label" [N] int and "mask" [N], zero where a
-    row is padding, and votes, int [devices], from `sharding.Votes`. It returns, on every device,
+    row is padding, and stop, int [devices], from `sharding.StopFlags`. It returns, on every device,
     "loss": float [N], zero where a row is padding; and the whole numbers "top1", "top5", "count"
-    and "vote", the greatest of the votes. Logits are averaged over crops.
+    and "stop", the greatest of the flags. Logits are averaged over crops.
   """
   rows = sharding.over_batch(mesh).spec
   # As in training: kernels are not left to XLA's partitioner, which ahead of time has no rule for
@@ -66,11 +63,11 @@ def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> jax.stages.Wrapp
     check_vma=False,
   )
 
-  def step(params: Tree, batch_stats: Tree, batch: Batch, votes: jax.Array) -> dict[str, jax.Array]:
+  def step(params: Tree, batch_stats: Tree, batch: Batch, stop: jax.Array) -> dict[str, jax.Array]:
     each = each_image(params, batch_stats, batch)
     counts = {name: each[name].sum() for name in ("top1", "top5", "count")}
     # Losses are summed on the host: in which order is not for XLA to say.
-    return {"loss": each["loss"], **counts, "vote": votes.max()}
+    return {"loss": each["loss"], **counts, "stop": stop.max()}
 
   return jax.jit(step, out_shardings=sharding.replicated(mesh))
 
@@ -98,21 +95,32 @@ def _each_image(
   }
 
 
-def arguments(config: Config, state: TrainState, mesh: Mesh) -> tuple[Tree, Tree, Any, Any]:
-  """Shapes, dtypes and placement of the arguments of the step, to compile it without data."""
-  rows, size = config.eval_batch_size, config.data.image_size
-  crops = min(config.data.eval_crops, 5)  # mirrored on the device
+def lower(
+  data: Data, batch_size: int, graph: nnx.GraphDef, mesh: Mesh, params: Tree, batch_stats: Tree
+) -> jax.stages.Lowered:
+  """The program of `jitted_step` for batches of `batch_size` images; needs no data.
+
+  Args:
+    data: how images are prepared.
+    batch_size: over all devices.
+    graph: of the network.
+    mesh: to evaluate on.
+    params: arrays, or their shapes; likewise batch_stats.
+    batch_stats: of the network.
+  """
+  crops = min(data.eval_crops, 5)  # mirrored on the device
+  size = data.image_size
   place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
   batch = {
-    "image": place((rows, *([crops] if crops > 1 else []), size, size, 3), jnp.uint8),
-    "label": place((rows,), jnp.int32),
-    "mask": place((rows,), jnp.float32),
+    "image": place((batch_size, *([crops] if crops > 1 else []), size, size, 3), jnp.uint8),
+    "label": place((batch_size,), jnp.int32),
+    "mask": place((batch_size,), jnp.float32),
   }
   weights = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-    (state.params, jax.eval_shape(train_state.averaged, state.batch_stats)),
+    (params, batch_stats),
   )
-  return *weights, batch, place((mesh.size,), jnp.int32)
+  return jitted_step(data, graph, mesh).lower(*weights, batch, place((mesh.size,), jnp.int32))
 
 
 def evaluate(
@@ -140,17 +148,17 @@ def evaluate(
   losses: list[np.ndarray] = []
 
   def add(batch: Mapping[str, jax.Array]) -> bool:
-    """Counts a batch; whether a process voted to stop."""
+    """Counts a batch; whether a process was asked to stop."""
     for name in counts:
       counts[name] += int(batch[name])
     losses.append(np.asarray(batch["loss"]))
-    return bool(batch["vote"])
+    return bool(batch["stop"])
 
-  votes = sharding.Votes(mesh)
+  flags = sharding.StopFlags(mesh)
   pending = None
   with sharding.Prefetch(batches, mesh) as feed:
     for batch in feed:
-      current = step(params, batch_stats, batch, votes(stop()))
+      current = step(params, batch_stats, batch, flags(stop()))
       if pending is not None and add(pending):  # of the batch before, while this one runs
         return None
       pending = current
@@ -166,72 +174,58 @@ def evaluate(
   }
 
 
-class Job(NamedTuple):
-  """An evaluation that is not a training run's."""
-
-  data: Data
-  eval_batch_size: int
-
-
 class Evaluator:
-  """Validation of train states of one run.
+  """Validation of networks of one structure; all processes call it together.
 
   Args:
-    config: of the run, or what `Evaluator` needs of one.
-    source: its validation split.
-    graph: of its model.
+    data: how images are prepared.
+    batch_size: images at once, over all devices.
+    source: the validation split.
+    graph: of the network.
     mesh: to evaluate on.
+    num_figures: images of `figures`; at most those of one batch are taken.
   """
 
   def __init__(
-    self, config: Config | Job, source: Source | RecordStream, graph: nnx.GraphDef, mesh: Mesh
+    self,
+    data: Data,
+    batch_size: int,
+    source: Source | RecordStream,
+    graph: nnx.GraphDef,
+    mesh: Mesh,
+    *,
+    num_figures: int = 0,
   ):
-    self._config = config
+    self._data = data
+    self._batch_size = batch_size
     self._source = source
     self._graph = graph
     self._mesh = mesh
-    self._step: Any = jitted_step(config.data, graph, mesh)
-    whole = sharding.replicated(mesh)
+    self._num_figures = num_figures
+    self._step: Any = jitted_step(data, graph, mesh)
 
-    def weights(params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
-      # Gathered before they are averaged: in the same order on any number of devices.
-      batch_stats = jax.lax.with_sharding_constraint(batch_stats, whole)
-      return params, train_state.averaged(batch_stats)
-
-    self._weights = jax.jit(weights, out_shardings=whole)
+  def compile(self, params: Tree, batch_stats: Tree) -> None:
+    """Compiles the step, so that what follows is evaluation alone."""
+    self._step = lower(
+      self._data, self._batch_size, self._graph, self._mesh, params, batch_stats
+    ).compile()
 
   def __call__(
-    self, state: TrainState, stop: Callable[[], bool] = lambda: False
+    self, params: Tree, batch_stats: Tree, stop: Callable[[], bool] = lambda: False
   ) -> dict[str, float] | None:
     """Exact "loss", "top1", "top5" and "count" over the validation split.
 
     Args:
-      state: what to evaluate.
+      params: as the network has them, whole on every device.
+      batch_stats: likewise.
       stop: asked before each batch; once any process says yes, the result is None.
 
     Raises:
       UnreadableImagesError: images of the split cannot be read; names those of all processes.
     """
-    params, batch_stats = self._weights(state.params, state.batch_stats)
-    return self.evaluate(params, batch_stats, stop)
-
-  def compile(self, params: Tree, batch_stats: Tree) -> None:
-    """Compiles the step, so that what follows is evaluation alone."""
-    with contextlib.closing(self._batches()) as batches:
-      batch = sharding.put_batch(next(batches), self._mesh)
-    votes = sharding.Votes(self._mesh)(False)
-    self._step = self._step.lower(params, batch_stats, batch, votes).compile()
-
-  def evaluate(
-    self,
-    params: Tree,
-    batch_stats: Tree,
-    stop: Callable[[], bool] = lambda: False,
-  ) -> dict[str, float] | None:
-    """As a call, of parameters and batch statistics as the model has them."""
     progress = tqdm.tqdm(
       desc="validation",
-      total=math.ceil(len(self._source) / self._config.eval_batch_size),
+      total=math.ceil(len(self._source) / self._batch_size),
       leave=False,
       disable=jax.process_index() != 0 or not sys.stderr.isatty(),
     )
@@ -253,95 +247,68 @@ class Evaluator:
       raise pipeline.UnreadableImagesError(self._source, faults)
     return results
 
-  def importance_figure(self, state: TrainState, count: int) -> "Figure | None":
-    """Draws the importance maps of the first validation images.
+  def figures(self, params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
+    """Importance maps of the first validation images as a picture, uint8 [H, W, 3].
 
-    All processes have to call it; the first one draws.
-
-    Args:
-      state: of the model.
-      count: number of images; at most those of one batch are taken.
-
-    Returns:
-      None on other processes, and if the model has no LIP layer.
+    All processes have to call it; the first one draws. Empty where the network has no LIP layer.
     """
+    if not self._num_figures:
+      return {}
     # On the host, as one process cannot compute with what lies on the devices of others.
-    params, batch_stats = jax.device_get(self._weights(state.params, state.batch_stats))
+    params, batch_stats = jax.device_get((params, batch_stats))
     if jax.process_index() != 0:
-      return None
+      return {}
     with contextlib.closing(self._batches()) as batches:
       batch = next(batches)
-    images = batch["image"][batch["mask"] > 0][:count]
+    images = batch["image"][batch["mask"] > 0][: self._num_figures]
     if images.ndim == 5:
       images = images[:, 0]  # the central crop
     model = train_state.merge(self._graph, params, batch_stats)
     model.eval()
-    data = self._config.data
-    return visualize.importance_figure(
+    data = self._data
+    figure = visualize.importance_figure(
       model, images, lambda x: normalize(jnp.asarray(x), data.mean, data.std)
     )
+    return {} if figure is None else {"importance": visualize.figure_to_array(figure)}
 
   def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:
     return pipeline.eval_batches(
       self._source,
-      image_size=self._config.data.image_size,
-      resize=self._config.data.eval_resize,
-      crops=min(self._config.data.eval_crops, 5),  # mirrored on the device
-      global_batch_size=self._config.eval_batch_size,
-      num_threads=self._config.data.num_threads,
+      image_size=self._data.image_size,
+      resize=self._data.eval_resize,
+      crops=min(self._data.eval_crops, 5),  # mirrored on the device
+      global_batch_size=self._batch_size,
+      num_threads=self._data.num_threads,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
 
 
 def evaluate_model(
-  model: nnx.Module, source: Source | RecordStream, job: Config | Job, mesh: Mesh
+  model: nnx.Module, source: Source | RecordStream, data: Data, batch_size: int
 ) -> dict[str, float]:
   """Exact "loss", "top1", "top5", "count" over a split, and "images_per_second" without compiling.
 
   Args:
     model: in evaluation mode.
     source: the split.
-    job: how its images are prepared, and how many are taken at once.
-    mesh: to evaluate on.
+    data: how its images are prepared.
+    batch_size: images at once, made a multiple of the devices.
 
   Raises:
     UnreadableImagesError: images of the split cannot be read.
   """
+  mesh = sharding.make_mesh()
   params, batch_stats = jax.device_put(
     jax.device_get(train_state.split(model)), sharding.replicated(mesh)
   )
-  evaluator = Evaluator(job, source, nnx.graphdef(model), mesh)
+  batch_size = math.ceil(batch_size / mesh.size) * mesh.size
+  evaluator = Evaluator(data, batch_size, source, nnx.graphdef(model), mesh)
   evaluator.compile(params, batch_stats)
   start = time.perf_counter()
-  results = evaluator.evaluate(params, batch_stats)
+  results = evaluator(params, batch_stats)
   assert results is not None  # nothing cancels it
   return {**results, "images_per_second": results["count"] / (time.perf_counter() - start)}
-
-
-def evaluate_checkpoint(
-  config: Config, workdir: str | Path, which: str = "best"
-) -> tuple[int, dict[str, float]]:
-  """(step, validation metrics) of a checkpoint of the run in `workdir`.
-
-  Args:
-    config: of the run, whose data, batch size and dtype may be others than in training.
-    workdir: directory of the run.
-    which: "best", "latest" or a step number.
-
-  Raises:
-    UsageError: there is no such run or checkpoint.
-  """
-  mesh = sharding.make_mesh()
-  sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh.size)
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    step = checkpoints.resolve(which)
-    checkpoint = checkpoints.path(step)
-  source = open_split(config.data.dataset, config.data.validation_split, config.data.data_dir)
-  model, classes = loading.load_checkpoint(checkpoint, config.model, jnp.dtype(config.dtype))
-  names = class_names.of_run(absolute(workdir), config, classes)
-  class_names.check(classes, names, source.class_names, source.name)
-  return step, evaluate_model(model, source, config, mesh)
 
 
 def evaluate_loaded(
@@ -372,7 +339,7 @@ def evaluate_loaded(
     UsageError: there is no data set, its classes are not the network's, or images are unreadable.
   """
   source = config["source"]
-  run = config_lib.load(source["path"]) if source["kind"] == "training run" else None
+  run: Any = config_lib.load(source["path"]) if source["kind"] == "training run" else None
   if dataset is None and run is None:
     raise UsageError(
       f"{source['path']} does not say what data it is for; give --data, such as --data imagenet2012"
@@ -400,8 +367,6 @@ def evaluate_loaded(
   )
   images = open_split(data.dataset, data.validation_split, data.data_dir)
   class_names.check(config["num_classes"], config["class_names"], images.class_names, images.name)
-  mesh = sharding.make_mesh()
   batch_size = batch_size or (run.eval_batch_size if run else 128)
-  batch_size = math.ceil(batch_size / mesh.size) * mesh.size
-  results = evaluate_model(model, images, Job(data, batch_size), mesh)
+  results = evaluate_model(model, images, data, batch_size)
   return {**results, "data": images.name}

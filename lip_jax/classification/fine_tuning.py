@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lip_jax.classification.config import Config
 from lip_jax.export import class_names, folders, loading
-from lip_jax.training.config import Config
 from lip_jax.training.train_state import TrainState, Tree
 
 log = logging.getLogger("lip_jax")

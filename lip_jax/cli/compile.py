@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from lip_jax.cli import configuration
 from lip_jax.cli.arguments import positive
 from lip_jax.cli.output import progress, table
 
@@ -38,14 +39,7 @@ def add_commands(commands: Any) -> None:
     metavar="NAME",
     help="TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
   )
-  parser.add_argument(
-    "--set",
-    action="append",
-    default=[],
-    metavar="KEY=VALUE",
-    help="a value of the configuration, such as dtype=bfloat16 or model.pool=average; may be "
-    "repeated; --config.KEY=VALUE, as train.py has it, is the same",
-  )
+  configuration.add_changes(parser)
   parser.add_argument(
     "--per-device-batch",
     type=positive,
@@ -65,7 +59,6 @@ def add_commands(commands: Any) -> None:
 
 def _compile(args: argparse.Namespace) -> None:
   _prepare_process()
-  from lip_jax.cli import configuration
   from lip_jax.tools import aot_compile
 
   config = configuration.load(args.config, args.set)

@@ -30,8 +30,10 @@ MAX_LINE = 1 << 20  # bytes that a message can have
 LOOPBACK = "127.0.0.1"
 
 
-class MissingProcessError(RuntimeError):
+class MissingProcessError(UsageError):
   """Not all processes of the run came; says which, and what to do."""
+
+  status = 75
 
 
 @dataclasses.dataclass(frozen=True)

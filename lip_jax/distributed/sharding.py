@@ -147,21 +147,21 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   }
 
 
-class Votes:
-  """What each process votes, as arrays that a step can reduce: one number for each device."""
+class StopFlags:
+  """Whether each process was asked to stop, as arrays that a step reduces to one answer for all."""
 
   def __init__(self, mesh: Mesh):
     here = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
     self._arrays = {
-      vote: jax.make_array_from_process_local_data(
-        over_batch(mesh), np.full(here, vote, np.int32), (mesh.size,)
+      flag: jax.make_array_from_process_local_data(
+        over_batch(mesh), np.full(here, flag, np.int32), (mesh.size,)
       )
-      for vote in (False, True)
+      for flag in (False, True)
     }
 
-  def __call__(self, vote: bool) -> jax.Array:
-    """Int32 [devices], 1 on those of this process if it votes yes."""
-    return self._arrays[vote]
+  def __call__(self, stop: bool) -> jax.Array:
+    """Int32 [devices], 1 on those of this process if it was asked to stop."""
+    return self._arrays[stop]
 
 
 class Prefetch(Iterator[dict[str, jax.Array]]):

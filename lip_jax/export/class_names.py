@@ -8,25 +8,26 @@ from etils import epath
 from lip_jax.errors import UsageError
 from lip_jax.export import validation
 from lip_jax.training.config import Config
-from lip_jax.training.workdir import read_text, write_text
+from lip_jax.training.workdir import read_text
 
-_FILE = "classes.json"
+FILE = "classes.json"
 _KEY = "class_names"
 
 
-def write(workdir: epath.Path, names: Sequence[str]) -> None:
-  """Writes `<workdir>/classes.json`, which appears when it is complete.
+def to_json(names: Sequence[str]) -> str:
+  """What a run's `classes.json` holds, of the data set's classes in the order of the labels."""
+  return json.dumps({_KEY: for_people(names)}, indent=0, ensure_ascii=False) + "\n"
 
-  Args:
-    workdir: of a run; exists.
-    names: of the data set's classes, in the order of the labels.
-  """
-  text = json.dumps({_KEY: for_people(names)}, indent=0, ensure_ascii=False)
-  write_text(workdir / _FILE, text + "\n")
+
+def read(workdir: epath.Path) -> list[str] | None:
+  """The names in a run's `classes.json`; None where there is no such file."""
+  path = workdir / FILE
+  text = read_text(path)
+  return None if text is None else validation.parse_json(text, str(path)).get(_KEY)
 
 
 def of_run(workdir: epath.Path, config: Config, num_classes: int) -> list[str] | None:
-  """Names of a run's classes: what `write` wrote, else its data set's, if that is here.
+  """Names of a run's classes: what `classes.json` says, else its data set's, if that is here.
 
   Args:
     workdir: of the run.
@@ -36,11 +37,9 @@ def of_run(workdir: epath.Path, config: Config, num_classes: int) -> list[str] |
   Raises:
     UsageError: the file holds something else.
   """
-  path = workdir / _FILE
-  text = read_text(path)
-  if text is not None:
-    names = validation.parse_json(text, str(path)).get(_KEY)
-    return validation.check_class_names(names, num_classes, str(path))
+  names = read(workdir)
+  if names is not None:
+    return validation.check_class_names(names, num_classes, str(workdir / FILE))
   try:
     from lip_jax.data.source import open_split
 

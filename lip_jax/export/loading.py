@@ -23,7 +23,7 @@ _CLASSIFIERS = ("fc.bias", "classifier.bias")
 
 
 def load(
-  path: str | Path, *, dtype: Dtype | None = jnp.float32
+  path: str | Path, *, dtype: Dtype | None = jnp.float32, checkpoint: str | None = None
 ) -> tuple[nnx.Module, dict[str, Any]]:
   """A network in evaluation mode, on the default device, and what is known of it.
 
@@ -32,11 +32,12 @@ def load(
 
   Args:
     path: a training run's directory (its best checkpoint, or the latest if none was evaluated), one
-      of its checkpoints `RUN/checkpoints/STEP`, an exported folder, or `hf://ORGANISATION/NAME` or
-      `hf://ORGANISATION/NAME@REVISION` on the Hugging Face hub, which needs lip-jax[hub]. A
-      training run needs lip-jax[train].
+      of its checkpoints `RUN/checkpoints/STEP`, gs://BUCKET/RUN, an exported folder, or
+      `hf://ORGANISATION/NAME` or `hf://ORGANISATION/NAME@REVISION` on the Hugging Face hub, which
+      needs lip-jax[hub]. A training run needs lip-jax[train].
     dtype: of the computation; parameters and statistics become float32 (float64 for float64). None:
       what a training run computed in, and float32 for the others.
+    checkpoint: of a training run: "best", "latest" or a step number.
 
   Returns:
     (model, config). Whatever the path, config has
@@ -59,13 +60,17 @@ def load(
   text = str(path)
   if text.startswith(_HUB):
     return _load_hub(text, dtype)
+  if text.startswith("gs://"):
+    return _load_run(text, checkpoint, dtype)
   if re.match(r"\w+://", text):
     raise UsageError(
       f"{text} is neither a local path nor hf://ORGANISATION/NAME; copy it to a disk"
     )
   run = folders.find_run(path)
   if run is not None:
-    return _load_run(*run, dtype)
+    return _load_run(run[0], checkpoint or run[1], dtype)
+  if checkpoint is not None:
+    raise UsageError(f"{path} is no training run: it has no checkpoint {checkpoint}; leave it out")
   model, values = folders.load(path, dtype=_or_float32(dtype))
   return model, _config_of_export(values, "exported folder", str(Path(path).resolve()))
 
@@ -127,7 +132,7 @@ def _load_hub(text: str, dtype: Dtype | None) -> tuple[nnx.Module, dict[str, Any
 
 
 def _load_run(
-  run: Path, step: str | None, dtype: Dtype | None
+  run: Path | str, step: str | None, dtype: Dtype | None
 ) -> tuple[nnx.Module, dict[str, Any]]:
   try:
     from lip_jax.training import config as config_lib
@@ -138,7 +143,8 @@ def _load_run(
       "lip-jax[train], or export the run where it was trained and load that folder"
     ) from error
   config = config_lib.load(run)
-  validation.check_links(run / "checkpoints")
+  if isinstance(run, Path):
+    validation.check_links(run / "checkpoints")
   with Checkpoints(run, read_only=True) as checkpoints:
     best = "latest" if checkpoints.best_step is None else "best"
     number = checkpoints.resolve(step or best)
@@ -199,7 +205,7 @@ def load_checkpoint(
 
 
 def config_of_run(
-  run: Path, config: Any, num_classes: int, step: int, metrics: Mapping[str, Any] | None
+  run: Path | str, config: Any, num_classes: int, step: int, metrics: Mapping[str, Any] | None
 ) -> dict[str, Any]:
   """What `load` says of a training run.
 
@@ -211,18 +217,14 @@ def config_of_run(
     metrics: validation results saved with it, if it was evaluated.
   """
   from lip_jax.export import class_names
+  from lip_jax.training.workdir import absolute
 
   data = config.data
   values = {
     "model": dict(config.model),
     "num_classes": num_classes,
-    "preprocess": {
-      "image_size": data.image_size,
-      "resize": data.eval_resize or data.image_size,
-      "mean": list(data.mean),
-      "std": list(data.std),
-    },
-    "class_names": class_names.of_run(run, config, num_classes),
+    "preprocess": config.preprocess(),
+    "class_names": class_names.of_run(absolute(run), config, num_classes),
     "data": {key: getattr(data, key) for key in ("dataset", "data_dir", "validation_split")},
     "evaluation": metrics and dict(metrics, data=f"{data.dataset} {data.validation_split}"),
   }

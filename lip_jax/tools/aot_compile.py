@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from lip_jax.classification import evaluation
 from lip_jax.data import fake
 from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.tools import paper
 from lip_jax.tools.collectives import Collective, collectives
+from lip_jax.training import task as task_lib
 from lip_jax.training.config import Config
+from lip_jax.training.task import Task
 from lip_jax.training.train_step import Program
 
 
@@ -165,7 +166,7 @@ def train_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> F
   Raises:
     UsageError: a batch that cannot be divided among the devices, or too little memory.
   """
-  program = _program(config, classes, devices)
+  _, program = _program(config, classes, devices)
   found = _compile(lambda: program.update.lower(*program.arguments()))
   if devices[0].platform != "tpu":
     return found
@@ -179,14 +180,15 @@ def train_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> F
 
 def eval_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> Figures:
   """Figures of the evaluation step of a run, as `train_step`."""
-  program = _program(config, classes, devices)
-  step = evaluation.jitted_step(config.data, program.graph, program.mesh)
-  return _compile(lambda: step.lower(*evaluation.arguments(config, program.state, program.mesh)))
+  task, program = _program(config, classes, devices)
+  weights = jax.eval_shape(program.weights, program.state)
+  return _compile(lambda: task.lower_evaluation(program.graph, program.mesh, *weights))
 
 
-def _program(config: Config, classes: int, devices: Sequence[jax.Device]) -> Program:
+def _program(config: Config, classes: int, devices: Sequence[jax.Device]) -> tuple[Task, Program]:
+  task = task_lib.make(config, num_classes=classes)
   # How long an epoch is decides about constants of the learning rate, and nothing else.
-  return Program(config, num_classes=classes, steps_per_epoch=1000, devices=devices)
+  return task, Program(task, steps_per_epoch=1000, devices=devices)
 
 
 def roofline(figures: Figures, chip: Chip) -> Roofline:

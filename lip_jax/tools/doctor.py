@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lip_jax.distributed import hosts
 from lip_jax.distributed.roll import MissingProcessError
@@ -243,7 +244,7 @@ def _speed(
   from lip_jax.data import bench
   from lip_jax.tools import step_bench
 
-  data = subject.config.data
+  data: Any = subject.config.data
   dataset = subject.dataset or data.dataset
   progress(f"reading {dataset}, {subject.bench_seconds:g} s")
   crops = {} if data.crop_scale is None else {"crop_scale": data.crop_scale}
@@ -255,7 +256,7 @@ def _speed(
       image_size=data.image_size,
       num_threads=data.num_threads,
       seconds=subject.bench_seconds,
-      **crops,  # type: ignore[arg-type]
+      **crops,
     )
   except UsageError:  # the verdict on the data set has it
     yield "warning", "not measured, because the data set cannot be read"

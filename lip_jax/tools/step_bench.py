@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from lip_jax.distributed import sharding
-from lip_jax.training import optim
+from lip_jax.training import task as task_lib
 from lip_jax.training.config import Config
 from lip_jax.training.train_step import Program, initializer
 
@@ -40,8 +40,8 @@ def state_bytes(config: Config) -> int:
 
   Those of this machine may hang, and are only a part of the devices of a run on several hosts.
   """
-  optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
-  init = initializer(config, optimizer, _CLASSES)
+  task = task_lib.make(config, num_classes=_CLASSES)
+  _, init = initializer(task, optax.constant_schedule(0.0))
   leaves = jax.tree.leaves(jax.eval_shape(init))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
@@ -80,25 +80,23 @@ def measure(
     fsdp=math.gcd(config.fsdp, len(devices)),
     accumulation_steps=math.gcd(config.accumulation_steps, batch_size // len(devices)),
   )
-  program = Program(config, num_classes=_CLASSES, steps_per_epoch=_STEPS_PER_EPOCH, devices=devices)
-  state, votes = program.init(), sharding.Votes(program.mesh)(False)
+  task = task_lib.make(config, num_classes=_CLASSES)
+  program = Program(task, steps_per_epoch=_STEPS_PER_EPOCH, devices=devices)
+  state, stop = program.init(), sharding.StopFlags(program.mesh)(False)
   rng = np.random.default_rng(0)
-  side = config.data.image_size
-  batch = sharding.put_batch(
-    {
-      "image": rng.integers(0, 256, (batch_size, side, side, 3), np.uint8),
-      "label": rng.integers(0, _CLASSES, batch_size, np.int32),
-    },
-    program.mesh,
-  )
+  noise = {
+    name: rng.integers(0, 256 if one.dtype == np.uint8 else 1, one.shape).astype(one.dtype)
+    for name, one in task.batch_shapes(batch_size).items()
+  }
+  batch = sharding.put_batch(noise, program.mesh)
   progress(f"compiling the training step of {config.model['name']}, batch {batch_size}")
   start = time.perf_counter()
-  state, metrics = program.update(state, batch, votes)
+  state, metrics = program.update(state, batch, stop)
   jax.block_until_ready(metrics)
   compiled = time.perf_counter() - start
   start, count = time.perf_counter(), 0
   while count < 2 or time.perf_counter() - start < seconds:
-    state, metrics = program.update(state, batch, votes)
+    state, metrics = program.update(state, batch, stop)
     jax.block_until_ready(metrics)
     count += 1
     progress(f"training step {count}")

@@ -1,133 +1,207 @@
-"""What a training configuration holds: the fields' names, types and meaning, but no values.
+"""What every training run is configured by. A task adds fields of its own, such as
+`lip_jax.classification.config.Config`.
 
-Values live in `configs/`. Building a `Config` from a `ConfigDict` refuses unknown and missing keys
-by name.
+Defaults are those of the dataclasses; a file in `configs/` states what differs from them. Building
+a configuration refuses unknown and missing keys by name.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lip_jax.errors import UsageError
 from lip_jax.export import validation
 from lip_jax.training import workdir as workdir_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Augment:
-  """What the device does to training images beside mirroring them; all of it is off by default."""
+class TaskPlace(typing.NamedTuple):
+  """Where a task is defined, as "module:class": imported when a configuration asks for it."""
 
-  mixup: float = 0.0  # alpha of the Beta distribution of the share of the other image; 0: off
-  cutmix: float = 0.0  # the same for the area of the rectangle from the other image; 0: off
-  cutmix_probability: float = 0.5  # of CutMix for a batch, else mixup, where both are on
-  erasing: float = 0.0  # probability that a random rectangle of an image is erased
-  brightness: float = 0.0  # factors are drawn from 1 - this to 1 + this; 0: off
-  contrast: float = 0.0
-  saturation: float = 0.0
-  randaugment_ops: int = 0  # operations on each image; 0: off
-  randaugment_magnitude: float = 9.0  # their strength, 0 to 30
+  config: str
+  task: str
 
 
-@dataclasses.dataclass(frozen=True)
+# By the value of `config.task`. Tasks are built on this room, which therefore cannot import them.
+TASKS = {
+  "classification": TaskPlace(
+    "lip_jax.classification.config:Config", "lip_jax.classification.task:Classification"
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-  """Where images come from and what the host does to them."""
+  """Where examples come from; a task adds what the host does to them."""
 
   dataset: str  # TFDS name such as "imagenet2012", "folder:DIR", "fake" or "fake:N"
-  data_dir: str | None  # TFDS directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-  train_split: str
-  validation_split: str
-  image_size: int  # height and width that the network sees, in pixels
-  crop_scale: tuple[float, float] | None  # area of the random resized crop; None: no random crop
-  eval_resize: int | None  # shorter side before the central crop of evaluation; None: image_size
-  flip: bool  # mirror half of the training images
-  mean: tuple[float, float, float]  # RGB, in [0, 255]
-  std: tuple[float, float, float]
-  num_threads: int  # that read and decode
-  eval_crops: int = 1  # of which logits are averaged: 1 central, 5 with corners, 10 with mirrored
-  shuffle_window: int = 4096  # images shuffled among each other, where a data set is read in order
-  augment: Augment = Augment()
+  data_dir: str | None = None  # TFDS directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+  train_split: str = "train"
+  validation_split: str = "validation"
+  num_threads: int = 16  # that read and decode
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
-  """SGD and its learning rate; epochs may be fractions."""
+  """Optimizer and learning rate; epochs may be fractions.
 
-  base_lr: float  # learning rate for 256 images; scaled by global_batch_size / 256
-  schedule: str  # "step" or "cosine"
-  step_epochs: tuple[float, ...]  # where "step" multiplies the learning rate by step_factor
-  step_factor: float
-  warmup_epochs: float
-  warmup_lr: float  # learning rate that the warm-up starts from
-  momentum: float
-  weight_decay: float  # on all parameters, batch norm included
+  The defaults are the paper's recipe (section 4.1): momentum that is not Nesterov's, and weight
+  decay on all parameters, those of batch norm included.
+  """
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """One training run."""
-
-  model: Mapping[str, Any]  # "name" and the options of `create_model`
-  data: Data
-  optim: Optim
-  seed: int
-  num_epochs: float
-  global_batch_size: int  # images per step, over all devices
-  eval_batch_size: int  # the same in evaluation
-  dtype: str  # of the computation: "float32" or "bfloat16"
-  label_smoothing: float
-  log_every_steps: int
-  eval_every_epochs: float
-  checkpoint_every_steps: int
-  keep_checkpoints: int  # latest ones kept, beside the best
-  importance_images: int  # validation images in the importance picture drawn at the end; 0: none
-  importance_every_epochs: float = (
-    0.0  # the same picture for TensorBoard, with evaluations; 0: none
+  optimizer: str = "sgd"  # or "adamw", "lamb"
+  base_lr: float = 0.1  # for base_batch_size images; scaled by global_batch_size / base_batch_size
+  base_batch_size: int = 256
+  schedule: str = "step"  # or "cosine"
+  step_epochs: tuple[float, ...] = (30, 60, 80)  # where "step" multiplies by step_factor
+  step_factor: float = 0.1
+  warmup_epochs: float = 0.0
+  warmup_lr: float = 0.0  # learning rate that the warm-up starts from
+  momentum: float = 0.9  # of sgd
+  b1: float = (
+    0.9  # of adamw and lamb: decay of the mean of gradients, of that of their squares, and
   )
+  b2: float = 0.999
+  eps: float = 1e-8  # what keeps the denominator from zero
+  weight_decay: float = 1e-4
+  clip_norm: float | None = None  # largest norm of all gradients together; None: not clipped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One training run, as far as every task has it."""
+
+  task: str  # a key of `TASKS`
+  model: Mapping[str, Any]  # "name" and the options of the task's constructor
+  data: Data
+  optim: Optim = Optim()
+  seed: int = 0
+  num_epochs: float = 90.0
+  global_batch_size: int = 256  # examples per step, over all devices
+  eval_batch_size: int = 256  # the same in evaluation
+  dtype: str = "float32"  # of the computation; or "bfloat16"
+  ema_decay: float | None = None  # of an average of the parameters, which is then evaluated
+  log_every_steps: int = 100
+  eval_every_epochs: float = 1.0
+  checkpoint_every_steps: int = 1000
+  keep_checkpoints: int = 2  # latest ones kept, beside the best
   fsdp: int = 1  # devices that share one copy of parameters and optimizer state; 1: whole on each
-  accumulation_steps: int = 1  # parts of a device's images that are computed one after the other
+  accumulation_steps: int = 1  # parts of a device's examples, computed one after the other
   remat: bool = False  # keep activations between blocks only: less memory, a forward pass more
   gradient_dtype: str = "float32"  # in which gradients are added up over devices; or "bfloat16"
   watchdog_seconds: float = 300.0  # a step that takes longer is reported, and where it hangs
 
+  # How a run is watched, fed and spread over devices, not what it computes: these may change when
+  # it is resumed.
+  may_change: ClassVar[frozenset[str]] = frozenset(
+    (
+      "data.data_dir",
+      "data.num_threads",
+      "eval_batch_size",
+      "log_every_steps",
+      "eval_every_epochs",
+      "checkpoint_every_steps",
+      "keep_checkpoints",
+      "fsdp",
+      "accumulation_steps",
+      "remat",
+      "watchdog_seconds",
+    )
+  )
 
-# How a run is watched, fed and spread over devices, not what it computes: these may change when it
-# is resumed.
-_MAY_CHANGE = (
-  "data.data_dir",
-  "data.num_threads",
-  "data.eval_crops",
-  "eval_batch_size",
-  "log_every_steps",
-  "eval_every_epochs",
-  "checkpoint_every_steps",
-  "keep_checkpoints",
-  "importance_images",
-  "importance_every_epochs",
-  "fsdp",
-  "accumulation_steps",
-  "remat",
-  "watchdog_seconds",
-)
+  @property
+  def figure_every_epochs(self) -> float:
+    """How often the task's figures are drawn for TensorBoard, with evaluations; 0: never."""
+    return 0.0
+
+  def preprocess(self) -> dict[str, Any] | None:
+    """How inputs are prepared in evaluation, for who loads the network; None: there is no more."""
+    return None
+
+  def check(self) -> None:
+    """Raises UsageError for values that no run can have."""
+    for name in (
+      "num_epochs",
+      "global_batch_size",
+      "eval_batch_size",
+      "log_every_steps",
+      "eval_every_epochs",
+      "checkpoint_every_steps",
+      "fsdp",
+      "accumulation_steps",
+      "watchdog_seconds",
+    ):
+      check_positive(f"config.{name}", getattr(self, name))
+    check_positive("config.data.num_threads", self.data.num_threads)
+    check_positive("config.optim.base_batch_size", self.optim.base_batch_size)
+    if self.optim.clip_norm is not None:
+      check_positive("config.optim.clip_norm", self.optim.clip_norm)
+    check_choice("config.dtype", self.dtype, ("float32", "bfloat16"))
+    check_choice("config.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
+    check_choice("config.optim.schedule", self.optim.schedule, ("step", "cosine"))
+    check_choice("config.optim.optimizer", self.optim.optimizer, ("sgd", "adamw", "lamb"))
+    if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+      raise UsageError(f"config.ema_decay must be in (0, 1), or None, got {self.ema_decay}")
+    # While the newest is replaced or damaged, one has to be left.
+    if self.keep_checkpoints < 2:
+      raise UsageError(f"config.keep_checkpoints must be at least 2, got {self.keep_checkpoints}")
+    if not 0 <= self.seed < 2**32:
+      raise UsageError(f"config.seed must be in [0, 2**32), got {self.seed}")
+    reserved = sorted({"remat", "bn_axis_name"} & set(self.model))
+    if reserved:
+      raise UsageError(f"config.model.{reserved[0]} is set by the trainer; see config.remat")
+    if "name" not in self.model:
+      raise UsageError("config.model lacks name; set it to one of lip_jax.list_models()")
+
+
+def check_positive(name: str, value: float) -> None:
+  """Raises UsageError unless a number is positive and finite."""
+  if not 0 < value < math.inf:
+    raise UsageError(f"{name} must be positive, got {value}")
+
+
+def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
+  """Raises UsageError unless a value is one of those that are valid."""
+  if value not in valid:
+    raise UsageError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
+
+
+def find(place: str) -> Any:
+  """The class at "module:class"."""
+  module, _, name = place.partition(":")
+  return getattr(importlib.import_module(module), name)
+
+
+def config_class(values: Mapping[str, Any]) -> type[Config]:
+  """The configuration's class, by its "task" (default: classification).
+
+  Raises:
+    UsageError: there is no such task.
+  """
+  task = values.get("task", "classification")
+  if task not in TASKS:
+    raise UsageError(f"config.task must be one of {', '.join(TASKS)}, got {str(task)[:80]!r}")
+  return find(TASKS[task].config)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-  """`Config` from nested mappings, for example `ConfigDict.to_dict()`.
+  """Configuration from nested mappings, for example `ConfigDict.to_dict()`.
 
   Raises:
     UsageError: an unknown key, with the valid ones; a missing key; a value out of range.
   """
-  config = _build(Config, values, "config")
-  _check(config)
+  config = _build(config_class(values), values, "config")
+  config.check()
   return config
 
 
 def from_json(text: str) -> Config:
-  """`Config` from `to_json`'s text."""
+  """Configuration from `to_json`'s text."""
   return from_dict(json.loads(text))
 
 
@@ -156,12 +230,23 @@ def to_json(config: Config) -> str:
 
 def differences(new: Config, old: Config) -> list[str]:
   """Fields that make `new` another run than `old`, as "key: new value (was old value)"."""
-  new_flat, old_flat = _flatten(json.loads(to_json(new))), _flatten(json.loads(to_json(old)))
+  new_flat, old_flat = (flatten(json.loads(to_json(config))) for config in (new, old))
   return [
     f"{key}: {new_flat.get(key)!r} (was {old_flat.get(key)!r})"
     for key in sorted(new_flat | old_flat)
-    if key not in _MAY_CHANGE and new_flat.get(key) != old_flat.get(key)
+    if key not in new.may_change and new_flat.get(key) != old_flat.get(key)
   ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Values of nested mappings by their keys with dots between them."""
+  flat = {}
+  for key, value in values.items():
+    if isinstance(value, Mapping):
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = value
+  return flat
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
@@ -180,35 +265,37 @@ def _build(cls: type, values: Any, where: str) -> Any:
   ]
   if missing:
     raise UsageError(f"{where} lacks {', '.join(missing)}; set it in the config file")
-  arguments = {}
-  for name, field in fields.items():
-    if name not in values:
-      continue
-    value = values[name]
-    if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
-      value = _build(field.type, value, f"{where}.{name}")
-    elif isinstance(value, Mapping):
-      # Sequences are tuples here, too: JSON gives lists.
-      value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    elif isinstance(value, list):
-      value = tuple(value)
-    # `_build` has checked other settings, and `_check_augment` has better errors for its own.
-    settings = cls is Augment or dataclasses.is_dataclass(field.type)
-    if not settings and not _fits(value, field.type):
-      raise UsageError(f"{where}.{name} must be {_named(field.type)}, got {str(value)[:80]!r}")
-    arguments[name] = value
-  return cls(**arguments)
+  return cls(
+    **{
+      name: _value(field.type, values[name], f"{where}.{name}")
+      for name, field in fields.items()
+      if name in values
+    }
+  )
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+  """A value as a field of that type has it; JSON gives lists where there were tuples."""
+  if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+    return _build(kind, value, where)
+  if isinstance(value, Mapping):
+    value = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+  elif isinstance(value, list):
+    value = tuple(value)
+  if not _fits(value, kind):
+    raise UsageError(f"{where} must be {_named(kind)}, got {str(value)[:80]!r}")
+  return value
 
 
 def _fits(value: Any, kind: Any) -> bool:
-  """Whether a value is of a field's type. Numbers of a tuple are counted by `_check`, not here."""
+  """Whether a value is of a field's type. Numbers of a tuple are counted by `check`, not here."""
   if isinstance(kind, types.UnionType):
     return any(_fits(value, one) for one in typing.get_args(kind))
   kind = typing.get_origin(kind) or kind
   if kind in (int, float):
     return isinstance(value, kind | int) and not isinstance(value, bool)
   if kind is tuple:
-    # One number where several belong has a better error in `_check`.
+    # One number where several belong has a better error in `check`.
     values = value if isinstance(value, tuple) else (value,)
     return all(_fits(v, float) and abs(v) < math.inf for v in values)
   return isinstance(value, kind)
@@ -219,113 +306,3 @@ def _named(kind: Any) -> str:
   names |= {tuple: "finite numbers", Mapping: "settings", types.NoneType: "nothing"}
   kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
   return " or ".join(names.get(typing.get_origin(one) or one, str(one)) for one in kinds)
-
-
-def _check(config: Config) -> None:
-  """Raises UsageError for values that no run can have."""
-  for name in (
-    "num_epochs",
-    "global_batch_size",
-    "eval_batch_size",
-    "log_every_steps",
-    "eval_every_epochs",
-    "checkpoint_every_steps",
-    "fsdp",
-    "accumulation_steps",
-    "watchdog_seconds",
-  ):
-    if not 0 < getattr(config, name) < math.inf:
-      raise UsageError(f"config.{name} must be positive, got {getattr(config, name)}")
-  if not 0 <= config.importance_every_epochs < math.inf:
-    raise UsageError(
-      f"config.importance_every_epochs must be at least 0, got {config.importance_every_epochs}"
-    )
-  if config.importance_every_epochs and not config.importance_images:
-    raise UsageError(
-      f"config.importance_every_epochs={config.importance_every_epochs} draws no images: "
-      "config.importance_images is 0; set both or neither"
-    )
-  choices = {
-    "dtype": (config.dtype, ("float32", "bfloat16")),
-    "gradient_dtype": (config.gradient_dtype, ("float32", "bfloat16")),
-    "optim.schedule": (config.optim.schedule, ("step", "cosine")),
-  }
-  for name, (value, valid) in choices.items():
-    if value not in valid:
-      raise UsageError(f"config.{name} must be one of {', '.join(valid)}, got {value!r}")
-  if config.importance_images < 0:
-    raise UsageError(f"config.importance_images must be at least 0, got {config.importance_images}")
-  if not 0 <= config.label_smoothing < 1:
-    raise UsageError(f"config.label_smoothing must be in [0, 1), got {config.label_smoothing}")
-  # While the newest is replaced or damaged, one has to be left.
-  if config.keep_checkpoints < 2:
-    raise UsageError(f"config.keep_checkpoints must be at least 2, got {config.keep_checkpoints}")
-  if not 0 <= config.seed < 2**32:
-    raise UsageError(f"config.seed must be in [0, 2**32), got {config.seed}")
-  _check_data(config.data)
-  reserved = sorted({"remat", "bn_axis_name"} & set(config.model))
-  if reserved:
-    raise UsageError(f"config.model.{reserved[0]} is set by the trainer; see config.remat")
-  if "name" not in config.model:
-    raise UsageError("config.model lacks name; set it to one of lip_jax.list_models()")
-
-
-def _check_data(data: Data) -> None:
-  for name in ("image_size", "num_threads", "shuffle_window"):
-    if getattr(data, name) < 1:
-      raise UsageError(f"config.data.{name} must be positive, got {getattr(data, name)}")
-  for name in ("mean", "std"):
-    value = getattr(data, name)
-    if not isinstance(value, tuple) or len(value) != 3:
-      raise UsageError(f"config.data.{name} must be three numbers, for R, G and B, got {value}")
-  if min(data.std) <= 0:
-    raise UsageError(f"config.data.std must be positive, got {data.std}")
-  scale = data.crop_scale
-  if scale is not None and not (
-    isinstance(scale, tuple) and len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
-  ):
-    raise UsageError(
-      "config.data.crop_scale must be (least, greatest) with 0 < least <= greatest <= 1, "
-      f"got {scale}"
-    )
-  if data.eval_resize is not None and data.eval_resize < data.image_size:
-    raise UsageError(
-      f"config.data.eval_resize={data.eval_resize} must be at least config.data.image_size="
-      f"{data.image_size}"
-    )
-  if data.eval_crops not in (1, 5, 10):
-    raise UsageError(f"config.data.eval_crops must be 1, 5 or 10, got {data.eval_crops}")
-  _check_augment(data.augment)
-
-
-def _check_augment(augment: Augment) -> None:
-  limits = {
-    "cutmix_probability": 1,
-    "erasing": 1,
-    "brightness": 1,
-    "contrast": 1,
-    "saturation": 1,
-    "randaugment_magnitude": 30,
-  }
-  for name, value in dataclasses.asdict(augment).items():
-    limit = limits.get(name, math.inf)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= limit or value == math.inf:
-      upper = "" if limit == math.inf else f" and at most {limit}"
-      raise UsageError(
-        f"config.data.augment.{name} must be a number, at least 0{upper}, got {value!r}"
-      )
-  if not isinstance(augment.randaugment_ops, int):
-    raise UsageError(
-      f"config.data.augment.randaugment_ops must be a whole number, got {augment.randaugment_ops!r}"
-    )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in values.items():
-    if isinstance(value, dict):
-      flat.update(_flatten(value, f"{prefix}{key}."))
-    else:
-      flat[prefix + key] = value
-  return flat

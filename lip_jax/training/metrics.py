@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,6 @@ from lip_jax.training.bucket_sync import Mirror
 log = logging.getLogger("lip_jax")
 
 _FILE = "metrics.jsonl"
-_ON_THE_BAR = ("loss", "top1", "images_per_second", "data_stall")
 
 
 def log_to_stdout(level: int = logging.INFO) -> None:
@@ -49,6 +48,7 @@ class MetricsWriter:
     total_steps: where the progress bar ends.
     start_step: step to go on from.
     active: False on all processes but one: writes nothing.
+    shown: training metrics on the progress bar, beside the loss and the speed.
   """
 
   def __init__(
@@ -58,8 +58,10 @@ class MetricsWriter:
     total_steps: int,
     start_step: int,
     active: bool = True,
+    shown: Sequence[str] = (),
   ):
     self._active = active
+    self._shown = ("loss", *shown, "images_per_second", "data_stall")
     self._total = total_steps
     if not active:
       return
@@ -152,7 +154,7 @@ class MetricsWriter:
     if self._bar.disable:
       log.info("step %d/%d  %s  %s", step, self._total, prefix, text)
     elif prefix == "train":
-      shown = (f"{name} {values[name]:.3g}" for name in _ON_THE_BAR if name in values)
+      shown = (f"{name} {values[name]:.3g}" for name in self._shown if name in values)
       self._bar.set_postfix_str("  ".join(shown))
     else:
       self._bar.write(f"step {step}/{self._total}  {prefix}  {text}", file=sys.stderr)

@@ -1,20 +1,21 @@
-"""Learning-rate schedules and SGD as the paper's recipe has them (section 4.1)."""
+"""Learning-rate schedules and optimizers."""
 
 import optax
 
 from lip_jax.training.config import Optim
+from lip_jax.training.train_state import Tree
 
 
 def learning_rate(
   config: Optim, *, global_batch_size: int, steps_per_epoch: float, num_epochs: float
 ) -> optax.Schedule:
-  """Learning rate as a function of the step (Goyal et al. 2017).
+  """Learning rate as a function of the step (Goyal et al. 2017, the recipe of section 4.1).
 
-  The peak is base_lr * global_batch_size / 256. It is reached by a linear warm-up from warmup_lr
-  and then either multiplied by step_factor at each of step_epochs, or brought to zero by a cosine
-  that ends with the last epoch.
+  The peak is base_lr * global_batch_size / base_batch_size. It is reached by a linear warm-up from
+  warmup_lr and then either multiplied by step_factor at each of step_epochs, or brought to zero by
+  a cosine that ends with the last epoch.
   """
-  peak = config.base_lr * global_batch_size / 256
+  peak = config.base_lr * global_batch_size / config.base_batch_size
   warmup_steps = round(config.warmup_epochs * steps_per_epoch)
   if config.schedule == "cosine":
     decay_steps = round(num_epochs * steps_per_epoch) - warmup_steps
@@ -29,13 +30,31 @@ def learning_rate(
   return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-def sgd(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """SGD with plain momentum, weight decay on all parameters, in PyTorch's order of operations.
+def optimizer(
+  config: Optim, schedule: optax.Schedule, trained: Tree | None = None
+) -> optax.GradientTransformation:
+  """The optimizer of that name, with weight decay on all parameters that are trained.
 
-  v <- momentum * v + (gradient + weight_decay * p);  p <- p - lr * v.
+  Args:
+    config: "sgd" is PyTorch's, in its order of operations and with plain momentum:
+      v <- momentum * v + (gradient + weight_decay * p);  p <- p - lr * v.
+    schedule: learning rate of a step.
+    trained: whether each parameter is; None: all are. The others are left as they are, and have no
+      state.
   """
-  return optax.chain(
-    optax.add_decayed_weights(config.weight_decay),
-    optax.trace(decay=config.momentum, nesterov=False),
-    optax.scale_by_learning_rate(schedule),
-  )
+  clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+  decay = config.weight_decay
+  if config.optimizer == "sgd":
+    chosen = optax.chain(
+      *clip,
+      optax.add_decayed_weights(decay),
+      optax.trace(decay=config.momentum, nesterov=False),
+      optax.scale_by_learning_rate(schedule),
+    )
+  else:
+    make = {"adamw": optax.adamw, "lamb": optax.lamb}[config.optimizer]
+    adaptive = make(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=decay)
+    chosen = optax.chain(*clip, adaptive)
+  if trained is None:
+    return chosen
+  return optax.partition({True: chosen, False: optax.set_to_zero()}, trained)

@@ -1,5 +1,6 @@
 """What training changes from step to step, and how to get a model out of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,8 +10,6 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from lip_jax.distributed import sharding
-from lip_jax.models import abstract_model, create_model
-from lip_jax.training.config import Config
 
 Tree = dict[Any, Any]
 
@@ -21,38 +20,44 @@ class TrainState:
 
   `step` counts the updates made. Each array of `batch_stats` has an axis of batch-norm groups in
   front: each group of a step keeps its own, so that no traffic is needed and the state is the same
-  on any number of devices. `averaged` gives those of the network.
+  on any number of devices. `averaged` gives those of the network. `ema` is the exponential moving
+  average of the parameters, None where the run has none.
   """
 
   step: jax.Array
   params: Tree
   batch_stats: Tree
   opt_state: optax.OptState
-
-
-def graph_of(name: str, **options: Any) -> nnx.GraphDef:
-  """Static structure of `create_model(name, **options)`, without allocating its weights."""
-  return nnx.graphdef(abstract_model(name, **options))
+  ema: Tree | None = None
 
 
 def init(
-  optimizer: optax.GradientTransformation, seed: int, num_groups: int, name: str, **options
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  num_groups: int,
+  create: Callable[[nnx.Rngs], nnx.Module],
+  ema: bool = False,
 ) -> TrainState:
-  """State before the first step, of `create_model(name, **options)`. Meant for `jax.jit`.
+  """State before the first step. Meant for `jax.jit`.
 
   Args:
     optimizer: whose state is part of it.
     seed: of the weights.
     num_groups: groups of batch norm in a step.
-    name: of the model.
-    **options: of the model.
+    create: builds the network.
+    ema: whether it has an average of the parameters.
   """
-  model = create_model(name, rngs=nnx.Rngs(seed), **options)
-  params, batch_stats = split(model)
+  params, batch_stats = split(create(nnx.Rngs(seed)))
   batch_stats = jax.tree.map(
     lambda stat: jnp.broadcast_to(stat, (num_groups, *stat.shape)), batch_stats
   )
-  return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+  return TrainState(
+    jnp.zeros((), jnp.int32),
+    params,
+    batch_stats,
+    optimizer.init(params),
+    jax.tree.map(jnp.copy, params) if ema else None,
+  )
 
 
 def placed(state: TrainState, mesh: Mesh, group_span: int) -> TrainState:
@@ -77,6 +82,7 @@ def placed(state: TrainState, mesh: Mesh, group_span: int) -> TrainState:
       lambda leaf: place(leaf, sharding.over_groups(mesh, group_span)), state.batch_stats
     ),
     jax.tree.map(split_evenly, state.opt_state),
+    jax.tree.map(split_evenly, state.ema),
   )
 
 
@@ -90,11 +96,6 @@ def averaged(batch_stats: Tree) -> Tree:
     return stat.mean(axis=0) if jnp.issubdtype(stat.dtype, jnp.floating) else stat[0]
 
   return jax.tree.map(over_groups, batch_stats)
-
-
-def model_options(config: Config, num_classes: int) -> dict[str, Any]:
-  """Arguments of `create_model` for a run on data of `num_classes`."""
-  return {**config.model, "num_classes": num_classes, "dtype": jnp.dtype(config.dtype)}
 
 
 def split(model: nnx.Module) -> tuple[Tree, Tree]:

@@ -12,9 +12,10 @@ from flax import nnx
 from PIL import Image, ImageEnhance, ImageOps
 
 from lip_jax.classification import augment
+from lip_jax.classification.config import Augment, Config, Data
+from lip_jax.classification.task import Classification
 from lip_jax.distributed import sharding
 from lip_jax.training import train_state
-from lip_jax.training.config import Augment, Data
 from lip_jax.training.train_step import train_step
 
 KEY = jax.random.key(7)
@@ -23,16 +24,12 @@ KEY = jax.random.key(7)
 def data_config(flip=False, **changes):
   return Data(
     dataset="none",
-    data_dir=None,
-    train_split="train",
-    validation_split="validation",
     image_size=12,
     crop_scale=None,
     eval_resize=None,
     flip=flip,
     mean=(128.0, 120.0, 110.0),
     std=(60.0, 61.0, 62.0),
-    num_threads=1,
     augment=Augment(**changes),
   )
 
@@ -223,6 +220,7 @@ def test_training_on_mixed_images_has_soft_targets_and_the_dominant_label():
   labels = np.tile(np.arange(3, dtype=np.int32), 4)
   images = np.broadcast_to(255 * np.eye(3, dtype=np.uint8)[labels, None, None], (12, 4, 4, 3))
   data = dataclasses.replace(data_config(mixup=1.0), mean=(0.0, 0.0, 0.0), std=(255.0,) * 3)
+  config = Config(model={"name": "none"}, data=data, label_smoothing=smoothing)
   step = jax.jit(
     functools.partial(
       train_step,
@@ -230,10 +228,7 @@ def test_training_on_mixed_images_has_soft_targets_and_the_dominant_label():
       optimizer=optimizer,
       mesh=sharding.make_mesh(jax.devices()[:1]),
       group_span=1,
-      num_classes=3,
-      data=data,
-      label_smoothing=smoothing,
-      seed=0,
+      task=Classification(config, num_classes=3),
     )
   )
   shares = []

@@ -9,22 +9,17 @@ import pytest
 from flax import nnx
 
 from lip_jax.classification import evaluation
+from lip_jax.classification.config import Data
 from lip_jax.distributed import sharding
 from lip_jax.training import train_state
-from lip_jax.training.config import Data
 
 IDENTITY = Data(
   dataset="none",
-  data_dir=None,
-  train_split="train",
-  validation_split="validation",
   image_size=4,
   crop_scale=None,
   eval_resize=None,
-  flip=False,
   mean=(0.0, 0.0, 0.0),
   std=(1.0, 1.0, 1.0),
-  num_threads=1,
 )
 
 
@@ -100,7 +95,7 @@ def test_logits_are_averaged_over_crops_and_their_mirror_images(devices):
     np.testing.assert_allclose(sums["loss"][:5], loss[:5], rtol=1e-5)
     assert float(sums["loss"][5]) == 0
     assert int(sums["count"]) == 5
-    assert int(sums["vote"]) == devices - 1
+    assert int(sums["stop"]) == devices - 1
 
 
 def test_the_loss_does_not_depend_on_the_order_of_images():

@@ -9,6 +9,7 @@ import pytest
 from fixture_runs import CLASSES, NAME, OPTIONS, SIZE, make_model
 
 from lip_jax.classification import fine_tuning
+from lip_jax.classification.task import Classification
 from lip_jax.errors import UsageError
 from lip_jax.export import folders
 from lip_jax.training import config as config_lib
@@ -38,7 +39,7 @@ def first_state():
   values["model"].update(name=NAME, **OPTIONS)
   values["data"]["image_size"] = SIZE
   config = config_lib.from_dict(values | {"global_batch_size": 8, "eval_batch_size": 8})
-  program = Program(config, num_classes=2, steps_per_epoch=1.0)
+  program = Program(Classification(config, num_classes=2), steps_per_epoch=1.0)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), program.state)
   return config, zeros
 

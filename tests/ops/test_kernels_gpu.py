@@ -136,7 +136,12 @@ def test_lowers_through_triton(shape, gated, shift):
     y = gpu.forward(x, h, affine, THREE, shift)
     return y, gpu.backward(x, h, affine, g, THREE, shift)
 
-  text = run.trace(x, x, affine, g).lower(lowering_platforms=("cuda",)).as_text()
+  device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+  mesh = jax.sharding.AbstractMesh(
+    (1,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    text = run.trace(x, x, affine, g).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("custom_call @__gpu$xla.gpu.triton") == 2
 
 

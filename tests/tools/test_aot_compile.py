@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lip_jax
 from lip_jax import cli
+from lip_jax.classification.task import Classification
 from lip_jax.cli import configuration
 from lip_jax.models import cost
 from lip_jax.tools import aot_compile
@@ -108,7 +109,7 @@ all-gather-start(%convert.1), dimensions={0}
 def traffic_of_training(**changes):
   """(collectives on 8 CPU devices, bytes of parameters whole on each, of those split over fsdp)."""
   config = configuration.load(TINY, [*CHANGES, *(f"{k}={v}" for k, v in changes.items())])
-  program = Program(config, num_classes=10, steps_per_epoch=99)
+  program = Program(Classification(config, num_classes=10), steps_per_epoch=99)
   whole, split = [], []
   for path, leaf in jax.tree.leaves_with_path(program.state.params):
     # The last bias of a block and that of its shortcut have the same gradient: it is sent once.

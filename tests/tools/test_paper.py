@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from lip_jax import create_model, list_models
+from lip_jax.classification.task import Classification
 from lip_jax.errors import UsageError
 from lip_jax.tools import paper
 from lip_jax.training import config as config_lib
@@ -43,7 +44,9 @@ def two_steps(model):
   # Without decay, what changes has had a gradient. A learning rate of 0.1.
   undecayed = dataclasses.replace(config.optim, weight_decay=0.0, base_lr=25.6 / 8)
   config = dataclasses.replace(config, model=json.loads(model), optim=undecayed)
-  program = Program(config, num_classes=10, steps_per_epoch=99, devices=jax.devices()[:1])
+  program = Program(
+    Classification(config, num_classes=10), steps_per_epoch=99, devices=jax.devices()[:1]
+  )
   rng = np.random.default_rng(0)
   size = config.data.image_size
   batch = {

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,16 +9,7 @@ import pytest
 from lip_jax.training import optim
 from lip_jax.training.config import Optim
 
-PAPER = Optim(
-  base_lr=0.1,
-  schedule="step",
-  step_epochs=(30, 60, 80),
-  step_factor=0.1,
-  warmup_epochs=5,
-  warmup_lr=0.1,
-  momentum=0.9,
-  weight_decay=1e-4,
-)
+PAPER = Optim(warmup_epochs=5, warmup_lr=0.1)
 
 
 def rates(config, batch, epochs, steps_per_epoch=100, num_epochs=90):
@@ -55,7 +47,7 @@ def test_sgd_is_pytorchs():
   theirs = torch.nn.Parameter(torch.tensor(start))
   optimizer = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=1e-2)
   ours = jnp.asarray(start, jnp.float32)
-  transformation = optim.sgd(
+  transformation = optim.optimizer(
     dataclasses.replace(PAPER, weight_decay=1e-2), optax.constant_schedule(0.1)
   )
   state = transformation.init(ours)
@@ -71,8 +63,40 @@ def test_sgd_is_pytorchs():
 def test_weight_decay_reaches_batch_norm_and_biases():
   """Without a gradient, every parameter shrinks by lr * weight_decay."""
   params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(3), "bias": jnp.ones(3)}
-  transformation = optim.sgd(PAPER, optax.constant_schedule(0.5))
+  transformation = optim.optimizer(PAPER, optax.constant_schedule(0.5))
   zeros = {name: jnp.zeros_like(value) for name, value in params.items()}
   updates, _ = transformation.update(zeros, transformation.init(params), params)
   for update in updates.values():
     np.testing.assert_allclose(update, -0.5e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+def test_every_optimizer_finds_the_minimum(name):
+  config = dataclasses.replace(PAPER, optimizer=name, weight_decay=0.0)
+  transformation = optim.optimizer(config, optax.constant_schedule(0.05))
+  params = {"x": jnp.asarray([3.0, -2.0])}
+  state = transformation.init(params)
+  for _ in range(300):
+    updates, state = transformation.update({"x": params["x"] - 1}, state, params)
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(params["x"], 1.0, atol=0.1)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_before_the_weight_decay():
+  params = {"a": jnp.zeros(()), "b": jnp.full((), 2.0)}
+  config = dataclasses.replace(PAPER, clip_norm=1.0, weight_decay=0.5)
+  transformation = optim.optimizer(config, optax.constant_schedule(1.0))
+  grads = {"a": jnp.full((), 3.0), "b": jnp.full((), 4.0)}
+  updates, _ = transformation.update(grads, transformation.init(params), params)
+  np.testing.assert_allclose([updates["a"], updates["b"]], [-0.6, -0.8 - 1.0], rtol=1e-6)
+
+
+def test_what_is_not_trained_is_left_as_it_is_and_has_no_state():
+  params = {"stem": jnp.ones(3), "head": jnp.ones(3)}
+  trained = {"stem": False, "head": True}
+  transformation = optim.optimizer(PAPER, optax.constant_schedule(0.5), trained)
+  state = transformation.init(params)
+  assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 3  # momentum of the head
+  updates, _ = transformation.update(params, state, params)
+  np.testing.assert_array_equal(updates["stem"], 0)
+  np.testing.assert_allclose(updates["head"], -0.5 * (1 + 1e-4), rtol=1e-6)

@@ -16,43 +16,31 @@ from fixture_weights import image, weight
 from flax import nnx
 
 import lip_jax
+from lip_jax.classification.config import Config, Data
+from lip_jax.classification.task import Classification
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.models import layers
 from lip_jax.models.torch_names import torch_names
-from lip_jax.training import config as config_lib
 from lip_jax.training import optim, train_state
-from lip_jax.training.config import Data, Optim
+from lip_jax.training.config import Optim
 from lip_jax.training.train_step import Program, train_step
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = json.loads((DATA / "reference.json").read_text())["models"]
 
-PLAIN = Optim(
-  base_lr=0.1,
-  schedule="step",
-  step_epochs=(),
-  step_factor=0.1,
-  warmup_epochs=0,
-  warmup_lr=0.0,
-  momentum=0.9,
-  weight_decay=1e-4,
-)
+PLAIN = Optim(step_epochs=())
 
 
 def data_config(**changes):
   values = {
     "dataset": "none",
-    "data_dir": None,
-    "train_split": "train",
-    "validation_split": "validation",
     "image_size": 16,
     "crop_scale": None,
     "eval_resize": None,
     "flip": False,
     "mean": (128.0, 120.0, 110.0),
     "std": (60.0, 61.0, 62.0),
-    "num_threads": 1,
   }
   return Data(**{**values, **changes})
 
@@ -67,7 +55,7 @@ def test_three_steps_equal_the_authors_in_float64(name, x64):
     model, {key: weight(key, tuple(shape)) for key, shape in REFERENCE[name]["state_dict"].items()}
   )
   assert (spec["momentum"], spec["weight_decay"], spec["nesterov"]) == (0.9, 1e-4, False)
-  optimizer = optim.sgd(PLAIN, optax.constant_schedule(spec["lr"]))
+  optimizer = optim.optimizer(PLAIN, optax.constant_schedule(spec["lr"]))
   graph = nnx.graphdef(model)
   params, batch_stats = train_state.split(model)
   state = train_state.TrainState(
@@ -82,6 +70,8 @@ def test_three_steps_equal_the_authors_in_float64(name, x64):
   state = jax.device_put(state, sharding.replicated(mesh))
 
   # The fixture's images are normalized already: identity constants, and no uint8 on the way.
+  identity = data_config(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+  config = Config(model={"name": name}, data=identity, optim=PLAIN)
   step = jax.jit(
     functools.partial(
       train_step,
@@ -89,10 +79,7 @@ def test_three_steps_equal_the_authors_in_float64(name, x64):
       optimizer=optimizer,
       mesh=mesh,
       group_span=1,
-      num_classes=1000,
-      data=data_config(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
-      label_smoothing=0.0,
-      seed=0,
+      task=Classification(config, num_classes=1000),
     ),
     out_shardings=sharding.replicated(mesh),
   )
@@ -135,7 +122,7 @@ def test_three_steps_equal_the_authors_in_float64(name, x64):
 
 def tiny_config(dtype="float32", bn_group_size=4, global_batch_size=32, **changes):
   """Of a tiny network on images of 32 px."""
-  return config_lib.Config(
+  return Config(
     model={
       "name": "lip_resnet_small",
       "lip_stages": ("c4",),
@@ -151,23 +138,20 @@ def tiny_config(dtype="float32", bn_group_size=4, global_batch_size=32, **change
     eval_batch_size=32,
     dtype=dtype,
     label_smoothing=0.1,
-    log_every_steps=1,
-    eval_every_epochs=1,
-    checkpoint_every_steps=1,
-    keep_checkpoints=2,
-    importance_images=0,
     **changes,
   )
+
+
+def make_program(config, **options):
+  return Program(Classification(config, num_classes=10), steps_per_epoch=99, **options)
 
 
 @functools.cache
 def run_steps(devices, steps=3, **changes):
   """Losses, last state and compiled program of the steps of a tiny network, 32 images a step."""
-  program = Program(
-    tiny_config(**changes), num_classes=10, steps_per_epoch=99, devices=jax.devices()[:devices]
-  )
+  program = make_program(tiny_config(**changes), devices=jax.devices()[:devices])
   state = program.init()
-  votes = sharding.Votes(program.mesh)
+  stop = sharding.StopFlags(program.mesh)
   compiled = program.update.lower(*program.arguments()).compile()
   rng = np.random.default_rng(0)
   losses = []
@@ -177,7 +161,7 @@ def run_steps(devices, steps=3, **changes):
       "label": rng.integers(0, 10, 32, np.int32),
     }
     before = state
-    state, metrics = compiled(state, sharding.put_batch(batch, program.mesh), votes(False))
+    state, metrics = compiled(state, sharding.put_batch(batch, program.mesh), stop(False))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # given away, to save memory
     losses.append(float(metrics["loss"]))
   return losses, jax.device_get(state), compiled.as_text()
@@ -214,7 +198,7 @@ def test_fsdp_splits_parameters_and_optimizer_state():
   """All but small arrays: what a device holds is little more than its share."""
   config = tiny_config()
   config = dataclasses.replace(config, model={**config.model, "width": 64}, fsdp=4)
-  program = Program(config, num_classes=10, steps_per_epoch=9)
+  program = make_program(config)
   for part in (program.state.params, program.state.opt_state):
     leaves = jax.tree.leaves(part)
     here = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
@@ -246,10 +230,10 @@ def test_gradients_added_up_in_bfloat16_are_rounded(x64):
 def test_what_cannot_be_divided_is_refused(changes, message):
   config = tiny_config(**changes)
   if message is None:
-    Program(config, num_classes=10, steps_per_epoch=9)
+    make_program(config)
     return
   with pytest.raises(UsageError, match=re.escape(message)):
-    Program(config, num_classes=10, steps_per_epoch=9)
+    make_program(config)
 
 
 def test_normalizing_within_groups_needs_no_traffic_between_devices():

@@ -210,10 +210,13 @@ def _all_phases(array, axis, offsets, low, count):
 def _computed_once(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   """The arrays; on CPUs they go to memory, where XLA would compute them again for each user.
 
-  Elsewhere memory is what is short.
+  Elsewhere memory is what is short. One barrier each: JAX 0.12 cannot transpose one of several
+  arrays that do not all depend on what is differentiated by.
   """
   return lax.platform_dependent(
-    *arrays, cpu=lambda *a: lax.optimization_barrier(a), default=lambda *a: a
+    *arrays,
+    cpu=lambda *a: tuple(map(lax.optimization_barrier, a)),
+    default=lambda *a: a,
   )
 
 

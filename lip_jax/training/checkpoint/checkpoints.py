@@ -64,7 +64,9 @@ class Checkpoints:
     UsageError: the directory cannot be written, or, read only, does not exist.
   """
 
-  def __init__(self, workdir: PathLike, *, keep: int = 2, read_only: bool = False):
+  def __init__(
+    self, workdir: PathLike, *, keep: int = 2, read_only: bool = False, best_metric=None
+  ):
     self.directory = _directory(workdir)
     self._keep = keep
     self._read_only = read_only
