@@ -20,8 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lip_jax import visualize
 from lip_jax.classification.config import Data
-from lip_jax.data import pipeline
-from lip_jax.data.source import RecordStream, Source, open_split
+from lip_jax.data import pipeline, transforms
+from lip_jax.data.source import Source, open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
@@ -190,7 +190,7 @@ class Evaluator:
     self,
     data: Data,
     batch_size: int,
-    source: Source | RecordStream,
+    source: Source,
     graph: nnx.GraphDef,
     mesh: Mesh,
     *,
@@ -274,9 +274,11 @@ class Evaluator:
   def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:
     return pipeline.eval_batches(
       self._source,
-      image_size=self._data.image_size,
-      resize=self._data.eval_resize,
-      crops=min(self._data.eval_crops, 5),  # mirrored on the device
+      transforms.EvalCrop(
+        self._data.image_size,
+        self._data.eval_resize,
+        crops=min(self._data.eval_crops, 5),  # mirrored on the device
+      ),
       global_batch_size=self._batch_size,
       num_threads=self._data.num_threads,
       process_index=jax.process_index(),
@@ -285,7 +287,7 @@ class Evaluator:
 
 
 def evaluate_model(
-  model: nnx.Module, source: Source | RecordStream, data: Data, batch_size: int
+  model: nnx.Module, source: Source, data: Data, batch_size: int
 ) -> dict[str, float]:
   """Exact "loss", "top1", "top5", "count" over a split, and "images_per_second" without compiling.
 

@@ -205,7 +205,7 @@ def _data_dir(subject: Subject) -> Iterator[Verdict]:
 
 
 def _dataset(subject: Subject) -> Iterator[Verdict]:
-  from lip_jax.data.cluttered_digits import ClutteredDigits
+  from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
   from lip_jax.data.source import open_split
 
   data = subject.config.data if subject.config else None

@@ -146,14 +146,14 @@ def first_images(
   Raises:
     UsageError: as `open_split`; no data set is named.
   """
-  from lip_jax.data import pipeline
+  from lip_jax.data import pipeline, transforms
   from lip_jax.data.source import open_split
 
   data = data or _own_data(networks)
   source = open_split(data.dataset, data.split, data.data_dir)
   size, resize = _sizes(networks, margin)
   batches = pipeline.eval_batches(
-    source, image_size=size, resize=resize, global_batch_size=min(count, _BATCH), num_threads=2
+    source, transforms.EvalCrop(size, resize), global_batch_size=min(count, _BATCH), num_threads=2
   )
   pixels, labels = [], []
   with contextlib.closing(batches):

@@ -19,7 +19,7 @@ from fixture_weights import normal
 from flax import nnx
 
 from lip_jax import cli
-from lip_jax.data import cluttered_digits
+from lip_jax.data.prepare import cluttered_digits
 from lip_jax.errors import UsageError
 from lip_jax.export import folders, hub, onnx_model, saving, stablehlo
 from lip_jax.models import lan
