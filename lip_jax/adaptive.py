@@ -1,6 +1,6 @@
 """LIP to a given output size, and over whole images: two poolings and their layers.
 
-Equation 6 of Gao, Wang and Wu, "LIP: Local Importance-based Pooling", ICCV 2019, over windows that
+Equation 5 of Gao, Wang and Wu, "LIP: Local Importance-based Pooling", ICCV 2019, over windows that
 are cut to divide the image instead of having a fixed size. With constant logits both are averages:
 adaptive average pooling, and the global average pooling in front of a classifier.
 """

@@ -37,7 +37,7 @@ def record_logits() -> Iterator[list[tuple["LIP", jax.Array]]]:
 
 
 class LocalPool(nnx.Module):
-  """A pooling of the LAN family (section 3.1): x [N, H, W, C] -> [N, H', W', C].
+  """A pooling of the LAN family (equation 1): x [N, H, W, C] -> [N, H', W', C].
 
   Args:
     window: height and width of the window in pixels, an int or a pair (h, w).
@@ -108,7 +108,7 @@ class MaxPool(LocalPool):
 
 
 class StridedPool(LocalPool):
-  """Sampling at a fixed interval: F is one for a window's central pixel, zero for the others."""
+  """Sampling at a fixed interval (equation 3): F is one for a window's central pixel, else zero."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return pooling.strided_pool(x, **self._windows)
@@ -254,7 +254,7 @@ class DetailPreservingPool(LocalPool):
 
 
 class LIP(LocalPool):
-  """Local importance-based pooling: F = exp(G(x)) with a learned logit module G (section 3.2).
+  """Local importance-based pooling: F = exp(G(x)) with a learned logit module G: equations 4, 5.
 
   Args:
     logits: module from features [N, H, W, C] to logits [N, H, W, C]; its `logit_range`, if it has

@@ -32,6 +32,9 @@ def learning_rate(
 def sgd(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
   """SGD with plain momentum, weight decay on all parameters, in PyTorch's order of operations.
 
+  The two changes that section 4.1 makes to the recipe of Goyal et al. 2017: no Nesterov momentum,
+  and batch norms decay, too.
+
   v <- momentum * v + (gradient + weight_decay * p);  p <- p - lr * v.
   """
   return optax.chain(

@@ -1,6 +1,6 @@
 """The LAN family: poolings that average each window by a local importance, as pure functions.
 
-Local aggregation and normalization (section 3.1 of Gao, Wang and Wu, "LIP: Local Importance-based
+Local aggregation and normalization (equation 1 of Gao, Wang and Wu, "LIP: Local Importance-based
 Pooling", ICCV 2019): y = sum(F(x) * x) / sum(F(x)) over each window, with an importance F >= 0.
 The poolings differ in F alone: one for average pooling, exp(G(x)) with a learned G for LIP.
 `lip_jax.lan` has the same as layers, which also give their importance.
@@ -48,7 +48,7 @@ def lip_pool(
   implementation: Implementation = "auto",
   logit_range: tuple[float, float] | None = None,
 ) -> jax.Array:
-  """Computes `sum(x * exp(logits)) / sum(exp(logits))` over each window (equation 6 of the paper).
+  """Computes `sum(x * exp(logits)) / sum(exp(logits))` over each window (equation 5 of the paper).
 
   Constant logits give average pooling, `logits=x` gives SoftPool, and `logits=beta * x` approaches
   max pooling as beta grows. Positions outside the image count as logits of minus infinity: they
@@ -107,7 +107,7 @@ def gated_lip_pool(
 ) -> jax.Array:
   """`lip_pool` by logits 12 * sigmoid(InstanceNorm(features)), without the logits in memory.
 
-  The tail of the paper's logit modules (section 3.2) and the pooling as one operation: what it
+  The tail of the paper's logit modules (section 3.3) and the pooling as one operation: what it
   keeps for the gradient are its arguments and the statistics of the features. Logits are never
   rounded to the dtype of the features, whose bfloat16 would change importances by 3 %.
 

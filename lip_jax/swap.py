@@ -1,9 +1,10 @@
 """LIP in a user's own model: swaps its pooling and strided convolutions for LIP layers.
 
 A pooling becomes LIP with the same window and stride. A strided convolution becomes LIP and the
-same convolution at stride 1 (figure 4(b) of Gao, Wang and Wu, "LIP: Local Importance-based
-Pooling", ICCV 2019). Logit modules start at zero, so all of them start as average pooling, of the
-positions inside the image (`nnx.avg_pool` also counts those of its padding, by default).
+same convolution at stride 1 (in figure 4b of Gao, Wang and Wu, "LIP: Local Importance-based
+Pooling", ICCV 2019, one of 1x1). Logit modules start at zero, so all of them start as average
+pooling, of the positions inside the image (`nnx.avg_pool` also counts those of its padding, by
+default).
 """
 
 import dataclasses

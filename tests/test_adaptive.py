@@ -51,7 +51,7 @@ def gradients(output_size):
 
 
 def loop_pool(x, logits, output_size):
-  """Equation 6 in float64, one window at a time."""
+  """Equation 5 in float64, one window at a time."""
   h, w = output_size if isinstance(output_size, tuple) else (1, 1)
   x = wide(x)
   logits = np.broadcast_to(wide(logits), x.shape)

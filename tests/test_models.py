@@ -205,7 +205,7 @@ def test_lip_at_some_places_only(network):
 
 
 def test_a_downsampling_block_shares_the_trunk_that_its_input_feeds():
-  """Figure 4: one trunk for the LIP of the residual branch and that of the shortcut."""
+  """Section 3.3: one trunk for the LIP of the residual branch and that of the shortcut."""
   model = lip_jax.create_model("lip_resnet_small", width=4, num_classes=3, rngs=nnx.Rngs(0))
   transition = model.layer2[0].spatial
   x, h = images(1, 8)[..., :1] * jnp.ones((1, 1, 1, 16)), jnp.ones((1, 8, 8, 8))
