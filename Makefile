@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Material for MkDocs otherwise prints news of other projects at each start.
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help train test compare small_objects lint docs docs-serve ci clean
+.PHONY: help train test compare small_objects lint docs docs-serve ci clean interpreter
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
@@ -42,9 +42,15 @@ clean:  ## Remove the virtual environment and caches; keeps runs/.
 	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
 # A stamp per extra: installed again when the project's requirements change.
-$(VENV)/.%: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' || \
-	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/.%: pyproject.toml constraints.txt | interpreter
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
+
+# .venv's own, which is the one that was asked for, if one was.
+interpreter:
+	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' && \
+	  $(PYTHON) -m venv $(VENV); } || \
+	  { echo "Python 3.11 or newer is needed, with venv: make PYTHON=python3.13 ..."; exit 1; }
+	@test "$(origin PYTHON)" = file || test "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" || \
+	  { echo "$(VENV) is of $$($(BIN)/python -V), not of $(PYTHON): make clean, or add" \
+	  "VENV=.venv-$(notdir $(PYTHON))"; exit 1; }

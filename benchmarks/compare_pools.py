@@ -14,13 +14,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import jax
-from flax import nnx
-
-from lip_jax import config as config_lib
-from lip_jax import create_model, train_state, trainer
 from lip_jax.errors import UsageError
-from lip_jax.metrics import log_to_stdout
+from lip_jax.models import abstract_model
+from lip_jax.models.cost import count_parameters
+from lip_jax.training import config as config_lib
+from lip_jax.training import trainer
+from lip_jax.training.metrics import log_to_stdout
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
 
@@ -57,7 +56,7 @@ def main() -> None:
       print(f"== {name}, seed {seed}", flush=True)
       try:
         result = trainer.train(config, args.workdir / f"{name.replace(' ', '-')}-{seed}")
-      except (UsageError, trainer.NonFiniteLossError) as error:
+      except UsageError as error:
         sys.exit(f"error: {error}")
       if not result.finished:
         sys.exit(f"stopped; the same command goes on from {result.checkpoint}")
@@ -85,9 +84,7 @@ def _config(options: dict[str, str], seed: int, args: argparse.Namespace) -> con
 
 
 def _parameters(config: config_lib.Config) -> int:
-  options = train_state.model_options(config, num_classes=10)
-  model = nnx.eval_shape(lambda: create_model(rngs=nnx.Rngs(0), **options))
-  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  return count_parameters(abstract_model(**config.model, num_classes=10))
 
 
 if __name__ == "__main__":

@@ -420,7 +420,7 @@ def compare_evaluation(encoded: list[bytes], args: argparse.Namespace) -> None:
 
 def write_data_set(name: str, encoded: list[bytes], directory: str) -> None:
   """Writes JPEGs as a data set in ArrayRecord files, as `lip-jax data prepare folder` does."""
-  from lip_jax.data.prepare import prepare_folder
+  from lip_jax.data.prepare.datasets import prepare_folder
 
   with tempfile.TemporaryDirectory() as folder:
     for k, data in enumerate(encoded):

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lip_jax
-from lip_jax import pooling
+from lip_jax.ops import pooling
 
 SHAPES = (
   "112x112x64",

@@ -35,10 +35,10 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 import lip_jax
-from lip_jax import ahead
 from lip_jax.errors import UsageError
-from lip_jax.kernels import tpu
-from lip_jax.windows import Geometry
+from lip_jax.ops.kernels import tpu
+from lip_jax.ops.windows import Geometry
+from lip_jax.tools import aot_compile
 
 SHAPES = (
   (112, 112, 64),
@@ -98,7 +98,7 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
   for generation in args.generations:
-    device = ahead.topology(TOPOLOGIES[generation]).devices[0]
+    device = aot_compile.topology(TOPOLOGIES[generation]).devices[0]
     for shape in args.shapes:
       for implementation in args.implementations:
         found = _figures(device, (args.batch, *shape), implementation)
@@ -142,7 +142,7 @@ def _figures(
   kernels = [tpu.traffic(shape, x.dtype, geometry, backward=b) for b in (False, True)]
   result: dict[str, Any] = {}
   for name, program in programs.items():
-    moved = ahead.figures(program).bytes_accessed
+    moved = aot_compile.figures(program).bytes_accessed
     prefetched = _prefetched(program.as_text())
     floor = floors[name] * x.dtype.itemsize * x.size
     result[name] = {
@@ -158,7 +158,7 @@ def _figures(
   text = programs["with_gradient"].as_text()
   # Of large arrays, by operations that change the layout and nothing else.
   result["copies"] = len(re.findall(r"= bf16\[[\d,]{7,}\]\S* (?:copy|transpose)\(", text))
-  result["temporaries"] = ahead.figures(programs["with_gradient"]).temporaries
+  result["temporaries"] = aot_compile.figures(programs["with_gradient"]).temporaries
   return result
 
 

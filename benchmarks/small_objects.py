@@ -22,21 +22,25 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import tqdm
+from flax import nnx
 
-from lip_jax import config as config_lib
-from lip_jax import evaluate, sharding, train_state, trainer
-from lip_jax.checkpoint import Checkpoints, has_checkpoints
-from lip_jax.cost import count_parameters, multiply_adds
+from lip_jax.classification import evaluation
+from lip_jax.classification.config import Config
 from lip_jax.data import pipeline
 from lip_jax.data.cluttered_digits import ClutteredDigits, Condition
 from lip_jax.data.source import open_split
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.metrics import log_to_stdout
 from lip_jax.models import abstract_model
+from lip_jax.models.cost import count_parameters, multiply_adds
+from lip_jax.training import config as config_lib
+from lip_jax.training import train_state, trainer
+from lip_jax.training.checkpoint.checkpoints import Checkpoints, has_checkpoints
+from lip_jax.training.metrics import log_to_stdout
 
 CONFIG = Path(__file__).parents[1] / "configs" / "small_objects.py"
 
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       draw(shown, conditions, args.workdir / "small_objects.png")
       text = table(shown, conditions)
       (args.workdir / "table.md").write_text(text + "\n", encoding="utf-8")
-  except (UsageError, trainer.NonFiniteLossError) as error:
+  except UsageError as error:
     sys.exit(f"error: {error}")
   print(text)
   print(f"\nfigure: {args.workdir / 'small_objects.png'}")
@@ -128,7 +132,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   return args
 
 
-def make_config(name: str, seed: int, args: argparse.Namespace) -> config_lib.Config:
+def make_config(name: str, seed: int, args: argparse.Namespace) -> Config:
   """Configuration of one training: networks differ in their pooling only."""
   config = runpy.run_path(str(CONFIG))["get_config"](args.size)
   config.model.name = "resnet_small"
@@ -136,22 +140,22 @@ def make_config(name: str, seed: int, args: argparse.Namespace) -> config_lib.Co
   config.seed = seed
   config.data.data_dir = args.data_dir
   if args.quick:
-    config.data.validation_split += f"[:{QUICK_IMAGES}]"
+    config.data.validation_split = f"validation[:{QUICK_IMAGES}]"
     config.eval_batch_size = QUICK_IMAGES
     config.num_epochs = QUICK_STEPS * config.global_batch_size / _builder(config).num_train
-  return config_lib.from_dict(config.to_dict())
+  return cast(Config, config_lib.from_dict(config.to_dict()))
 
 
 def _builder(config: Any) -> Any:
   return ClutteredDigits.builder_configs[config.data.dataset.partition("/")[2]]
 
 
-def conditions_of(config: config_lib.Config) -> Sequence[Condition]:
+def conditions_of(config: Config) -> Sequence[Condition]:
   """The conditions that its data set has splits of."""
   return _builder(config).conditions
 
 
-def run(name: str, seed: int, config: config_lib.Config, args: argparse.Namespace) -> Result:
+def run(name: str, seed: int, config: Config, args: argparse.Namespace) -> Result:
   """Trains, or goes on training, and evaluates one network."""
   workdir = args.workdir / f"{name.replace(' ', '-')}-{seed}"
   resumed, start = has_checkpoints(workdir), time.perf_counter()
@@ -159,7 +163,7 @@ def run(name: str, seed: int, config: config_lib.Config, args: argparse.Namespac
   if not trained.finished:
     sys.exit(f"stopped; the same command goes on from {trained.checkpoint or 'the start'}")
   seconds = time.perf_counter() - start
-  model = abstract_model(**train_state.model_options(config, num_classes=10))
+  model = abstract_model(**config.model, num_classes=10)
   return {
     "network": name,
     "seed": seed,
@@ -174,7 +178,7 @@ def run(name: str, seed: int, config: config_lib.Config, args: argparse.Namespac
 
 
 def evaluate_conditions(
-  config: config_lib.Config, workdir: Path, images: int | None = None
+  config: Config, workdir: Path, images: int | None = None
 ) -> dict[str, dict[str, float]]:
   """Top-1, top-5, loss and count of a finished run in each condition, by its split.
 
@@ -187,8 +191,8 @@ def evaluate_conditions(
   with Checkpoints(workdir, read_only=True) as checkpoints:
     last = checkpoints.resolve("latest")
     params, batch_stats = checkpoints.restore_weights(last, sharding.replicated(mesh))
-  options = train_state.model_options(config, num_classes=10)
-  step = evaluate.jitted_step(config.data, train_state.graph_of(**options), mesh)
+  graph = nnx.graphdef(abstract_model(**config.model, num_classes=10))
+  step = evaluation.jitted_step(config.data, graph, mesh)
   batch_stats = train_state.averaged(batch_stats)
   found = {}
   for condition in tqdm.tqdm(
@@ -202,13 +206,13 @@ def evaluate_conditions(
       global_batch_size=config.eval_batch_size,
       num_threads=config.data.num_threads,
     )
-    results = evaluate.evaluate(step, params, batch_stats, batches, mesh)
+    results = evaluation.evaluate(step, params, batch_stats, batches, mesh)
     assert results is not None  # nobody asks to stop
     found[condition.split] = results
   return found
 
 
-def recipe(config: config_lib.Config) -> str:
+def recipe(config: Config) -> str:
   """Names all that decides a result beside the seed; changed, everything is trained again."""
   values = json.loads(config_lib.to_json(dataclasses.replace(config, seed=0)))
   values["data"]["data_dir"] = None
@@ -234,9 +238,7 @@ def write_results(workdir: Path, results: Sequence[Result]) -> None:
   os.replace(temporary, path)
 
 
-def find(
-  results: Sequence[Result], name: str, seed: int, config: config_lib.Config
-) -> Result | None:
+def find(results: Sequence[Result], name: str, seed: int, config: Config) -> Result | None:
   """The result of such a training, if there is one."""
   for result in results:
     if (result["network"], result["seed"], result["recipe"]) == (name, seed, recipe(config)):

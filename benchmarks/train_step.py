@@ -32,10 +32,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lip_jax import config as config_lib
-from lip_jax import create_model, sharding, torch_weights
+from lip_jax import create_model
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.train_step import Program
+from lip_jax.models import torch_names
+from lip_jax.training import config as config_lib
+from lip_jax.training import task as task_lib
+from lip_jax.training.train_step import Program
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = (
@@ -148,25 +151,25 @@ def _ours(network: str, args: argparse.Namespace) -> Candidate:
   values.dtype = args.dtype
   values.global_batch_size = values.eval_batch_size = args.batch
   values.data.image_size = args.image_size
+  values.data.eval_resize = None
   if args.batch % values.model.bn_group_size:
     values.model.bn_group_size = 0
   config = config_lib.from_dict(values.to_dict())
-  program = Program(
-    config, num_classes=CLASSES, steps_per_epoch=1e6, devices=jax.local_devices()[:1]
-  )
+  task = task_lib.make(config, num_classes=CLASSES)
+  program = Program(task, steps_per_epoch=1e6, devices=jax.local_devices()[:1])
   compiled = program.update.lower(*program.arguments()).compile()
   memory = compiled.memory_analysis()
   peak = None
   if memory is not None:
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak -= memory.alias_size_in_bytes
-  state, votes = program.init(), sharding.Votes(program.mesh)(False)
+  state, stop = program.init(), sharding.StopFlags(program.mesh)(False)
   images, labels = _batch(args)
   batch = sharding.put_batch({"image": images, "label": labels}, program.mesh)
 
   def step() -> None:
     nonlocal state
-    state, metrics = compiled(state, batch, votes)
+    state, metrics = compiled(state, batch, stop)
     jax.block_until_ready((state, metrics))
 
   return Candidate(network, network, step, peak)
@@ -216,7 +219,7 @@ def _torch_step(
   model = create_model(network, num_classes=CLASSES, rngs=nnx.Rngs(0))
   weights = {
     name: torch.tensor(value, device=device)
-    for name, value in torch_weights.to_torch_state_dict(model).items()
+    for name, value in torch_names.to_torch_state_dict(model).items()
     if not name.endswith("num_batches_tracked")
   }
   for name, value in weights.items():

@@ -66,10 +66,10 @@ FLOWERS = False
 import dataclasses
 
 from configs.cluttered_digits import get_config
-from lip_jax import config as config_lib
-from lip_jax import trainer
-from lip_jax.convert import convert
-from lip_jax.metrics import log_to_stdout
+from lip_jax.export.torch_convert import convert
+from lip_jax.training import config as config_lib
+from lip_jax.training import trainer
+from lip_jax.training.metrics import log_to_stdout
 
 log_to_stdout()
 config = get_config()
@@ -167,11 +167,11 @@ print(f"from scratch: {100 * from_scratch.metrics['top1']:.2f} %")
 # %%
 import PIL.Image
 
-from lip_jax import export
+from lip_jax.export import folders
 
 model, loaded = lip_jax.load("runs/fine_tuned")
 options = dict(loaded["model"])
-export.save(
+folders.save(
   "fine_tuned",
   model,
   name=options.pop("name"),
@@ -182,7 +182,7 @@ export.save(
 )
 print(sorted(path.name for path in Path("fine_tuned").iterdir()), loaded["class_names"])
 
-PIL.Image.open(str(fine_tuned.importance_picture))
+PIL.Image.open(str(fine_tuned.pictures["importance"]))
 
 # %% [markdown]
 # From a terminal: `python train.py --config=... --workdir=... --weights=PATH`.

@@ -173,9 +173,9 @@ print("logits of the classes:", net(jnp.zeros((8, 48, 48, 3))).shape)
 
 # %%
 from configs.cluttered_digits import get_config
-from lip_jax import config as config_lib
-from lip_jax import trainer
-from lip_jax.metrics import log_to_stdout
+from lip_jax.training import config as config_lib
+from lip_jax.training import trainer
+from lip_jax.training.metrics import log_to_stdout
 
 config = get_config()
 config.model.pool = "lip"  # or average, max, strided, soft, dpp_lite_sym, ...
@@ -195,7 +195,7 @@ print(f"top-1: {100 * result.metrics['top1']:.2f} % of {result.metrics['count']}
 # where the digit is.
 
 # %%
-PIL.Image.open(str(result.importance_picture))
+PIL.Image.open(str(result.pictures["importance"]))
 
 # %% [markdown]
 # Next: [look_inside](look_inside.ipynb) evaluates this network and looks further into it,

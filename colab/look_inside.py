@@ -61,9 +61,9 @@ PATH = None
 
 if PATH is None:
   from configs.cluttered_digits import get_config
-  from lip_jax import config as config_lib
-  from lip_jax import trainer
-  from lip_jax.metrics import log_to_stdout
+  from lip_jax.training import config as config_lib
+  from lip_jax.training import trainer
+  from lip_jax.training.metrics import log_to_stdout
 
   job = get_config()
   if SMALL:
@@ -85,7 +85,7 @@ print(config["source"])
 # run of ours does not know its data: then say `dataset="imagenet2012"` or `"folder:DIR"`.
 
 # %%
-from lip_jax.evaluate import evaluate_loaded
+from lip_jax.classification.evaluation import evaluate_loaded
 
 results = evaluate_loaded(model, config)
 print(f"top-1: {100 * results['top1']:.2f} %, top-5: {100 * results['top5']:.2f} %")

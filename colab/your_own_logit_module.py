@@ -119,7 +119,7 @@ print("gradients agree with finite differences")
 # places where that happens. `Pooled` makes one out of any pooling.
 
 # %%
-from lip_jax.downsample import PLACES, Pooled
+from lip_jax.models.downsample import PLACES, Pooled
 from lip_jax.models.resnet import ResNet
 
 

@@ -55,17 +55,17 @@ smoothing. Any value can be set, such as --config.dtype=bfloat16 or
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
-from lip_jax import list_models, paper
+from lip_jax import list_models
 from lip_jax.errors import UsageError
+from lip_jax.tools import paper
 
 
 def get_config(arg: str = "lip_resnet50") -> ConfigDict:
   """Configuration of a model or row.
 
   Args:
-    arg: one of `lip_jax.list_models()` or a name of `lip_jax.paper.NETWORKS`; and ",tiny".
+    arg: one of `lip_jax.list_models()` or a name of `lip_jax.tools.paper.NETWORKS`; and ",tiny".
 
   Raises:
     UsageError: anything else, with what there is.
@@ -76,78 +76,13 @@ def get_config(arg: str = "lip_resnet50") -> ConfigDict:
   model, options = _network(name)
 
   config = ConfigDict()
-  config.seed = 0
-  config.num_epochs = 90.0
-  config.global_batch_size = 256
-  config.eval_batch_size = 256
-  config.dtype = "float32"  # or bfloat16
-  config.gradient_dtype = "float32"  # in which they are added up over devices; or bfloat16
-  config.fsdp = 1  # devices that share parameters and optimizer state
-  config.accumulation_steps = 1  # parts of a device's images, one after the other
-  config.remat = False  # less memory, a forward pass more
-  config.label_smoothing = 0.0
-
-  config.model = ConfigDict()
-  config.model.name = model
-  config.model.pool = "lip" if model.startswith("lip_") else "original"
-  config.model.logit = "bottleneck"  # or projection
-  config.model.logit_width = 16 if model == "lip_resnet_small" else 128
-  config.model.logit_top = "norm_gate"  # or norm, gate, none
-  config.model.average_steps = 0
-  config.model.pool_parameter = placeholder(float)  # of pool exp or lp
-  config.model.structure = "baseline"  # or dense
-  config.model.lip_stages = ("stem", "c3", "c4", "c5")
-  config.model.update(options)
+  config.model = ConfigDict({"name": model, **options})
   if "densenet" in model:
-    config.model.bn_group_size = 64  # 0: the whole batch
+    config.model.bn_group_size = 64
   else:
     config.model.bn_group_size = 32
     config.model.zero_init_residual = True
-
-  config.data = ConfigDict()
-  config.data.dataset = paper.DATASET
-  config.data.data_dir = placeholder(str)  # ~/tensorflow_datasets
-  config.data.train_split = "train"
-  config.data.validation_split = "validation"
-  config.data.image_size = 224
-  config.data.crop_scale = (0.08, 1.0)
-  config.data.eval_resize = 256
-  config.data.flip = True
-  config.data.mean = (123.675, 116.28, 103.53)
-  config.data.std = (58.395, 57.12, 57.375)
-  config.data.num_threads = 16
-  config.data.eval_crops = 1
-  config.data.shuffle_window = 4096  # encoded images, of data sets in TFRecord format
-
-  # Beside crops and flips, all off: the recipe has none of them.
-  config.data.augment = ConfigDict()
-  config.data.augment.mixup = 0.0
-  config.data.augment.cutmix = 0.0
-  config.data.augment.cutmix_probability = 0.5  # where both are on
-  config.data.augment.erasing = 0.0
-  config.data.augment.brightness = 0.0
-  config.data.augment.contrast = 0.0
-  config.data.augment.saturation = 0.0
-  config.data.augment.randaugment_ops = 0
-  config.data.augment.randaugment_magnitude = 9.0
-
-  config.optim = ConfigDict()
-  config.optim.base_lr = 0.1  # per 256 images
-  config.optim.schedule = "step"
-  config.optim.step_epochs = (30, 60, 80)
-  config.optim.step_factor = 0.1
-  config.optim.warmup_epochs = 0.0
-  config.optim.warmup_lr = 0.0
-  config.optim.momentum = 0.9
-  config.optim.weight_decay = 1e-4
-
-  config.log_every_steps = 100
-  config.eval_every_epochs = 1.0
-  config.checkpoint_every_steps = 1000
-  config.keep_checkpoints = 2
-  config.watchdog_seconds = 300.0  # a step that takes longer is reported, and where it hangs
-  config.importance_images = 8
-  config.importance_every_epochs = 0.0  # how often they are drawn for TensorBoard; 0: never
+  config.data = ConfigDict({"dataset": paper.DATASET})
   if size:
     _shrink(config)
   return config
@@ -157,9 +92,9 @@ def _network(name: str) -> tuple[str, dict[str, Any]]:
   """Name of the model and its options."""
   if name in list_models():
     return name, {}
-  if name in paper.NETWORKS:
-    row = paper.NETWORKS[name]
-    return str(row.model), dict(row.options)
+  row = paper.NETWORKS.get(name)
+  if row and row.model:
+    return row.model, dict(row.options)
   raise UsageError(
     f"unknown network {name!r}; choose one of the models {', '.join(list_models())} or of the "
     f"paper's rows {', '.join(paper.NETWORKS)}; with ,tiny behind it for a trial"
@@ -174,7 +109,8 @@ def _shrink(config: ConfigDict) -> None:
 
   config.model.width = 8
   config.model.logit_width = 4
-  config.model.average_steps = min(config.model.average_steps, 1)
+  if "average_steps" in config.model:
+    config.model.average_steps = 1
   config.model.bn_group_size = 4
   if "densenet" in config.model.name:
     config.model.block_sizes = (1, 1, 1, 1)

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from lip_jax import lan
-from lip_jax.adaptive import AdaptiveLIP, GlobalLIP, adaptive_lip_pool, global_lip_pool
-from lip_jax.lan import LIP
-from lip_jax.logit_modules import Bottleneck, Projection
-from lip_jax.models import create_model, list_models
-from lip_jax.pooling import (
+from lip_jax.models import create_model, lan, list_models
+from lip_jax.models.lan import LIP
+from lip_jax.models.logit_modules import Bottleneck, Projection
+from lip_jax.models.replace import replace_downsampling
+from lip_jax.models.torch_names import load_torch_weights, to_torch_state_dict
+from lip_jax.ops.adaptive import AdaptiveLIP, GlobalLIP, adaptive_lip_pool, global_lip_pool
+from lip_jax.ops.pooling import (
   average_pool,
   detail_preserving_pool,
   exp_pool,
@@ -19,8 +20,6 @@ from lip_jax.pooling import (
   soft_pool,
   strided_pool,
 )
-from lip_jax.swap import replace_downsampling
-from lip_jax.torch_weights import load_torch_weights, to_torch_state_dict
 
 __version__ = "0.1.0"
 
@@ -55,7 +54,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
   """`lip_jax.load`, which needs safetensors, on first use."""
   if name == "load":
-    from lip_jax.loading import load
+    from lip_jax.export.loading import load
 
     return load
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

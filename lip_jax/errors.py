@@ -2,8 +2,10 @@
 
 
 class UsageError(ValueError):
-  """The user's input is at fault.
+  """The user's input is at fault, or what became of it.
 
   The message says what was given, what was expected and what to do. Commands print it without a
-  traceback.
+  traceback, and end with `status`.
   """
+
+  status = 1

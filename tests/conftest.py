@@ -5,6 +5,8 @@ import logging
 import os
 from unittest import mock
 
+import jaxlib.version
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
@@ -13,7 +15,8 @@ os.environ["XLA_FLAGS"] = (
   # own.
   + " --xla_backend_optimization_level=0"
   + " --xla_llvm_disable_expensive_passes=true"
-  + " --xla_cpu_use_fusion_emitters=false"
+  # Later ones have no other emitters, and end the process at a flag that they do not know.
+  + (" --xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else "")
 )
 
 import jax
@@ -40,6 +43,16 @@ def messages(caplog):
   return lambda: [
     record.getMessage() for record in caplog.records if record.name.startswith("lip_jax")
   ]
+
+
+@pytest.fixture
+def files_of():
+  """What lies in a directory: content by path. For "a refused command changes nothing"."""
+  return lambda directory: {
+    path.relative_to(directory): path.read_bytes()
+    for path in sorted(directory.rglob("*"))
+    if path.is_file()
+  }
 
 
 @pytest.fixture

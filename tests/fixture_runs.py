@@ -10,10 +10,12 @@ import optax
 from fixture_weights import weight
 from PIL import Image
 
-from lip_jax import class_names, export, optim, sharding, train_state
-from lip_jax import config as config_lib
-from lip_jax.checkpoint import Checkpoints
-from lip_jax.train_state import TrainState
+from lip_jax.distributed import sharding
+from lip_jax.export import class_names, folders
+from lip_jax.training import config as config_lib
+from lip_jax.training import optim, train_state
+from lip_jax.training.checkpoint.checkpoints import Checkpoints
+from lip_jax.training.train_state import TrainState
 
 NAME = "lip_resnet_small"
 OPTIONS = {"width": 2, "logit_width": 4, "bn_group_size": 4}
@@ -24,8 +26,8 @@ _CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
 
 def make_model(salt=""):
   """A network with arbitrary weights, without the time that initialisation takes."""
-  model = export.abstract_model(NAME, OPTIONS, num_classes=len(CLASSES))
-  for key, variable in export.flat_variables(model).items():
+  model = folders.abstract_model(NAME, OPTIONS, num_classes=len(CLASSES))
+  for key, variable in folders.flat_variables(model).items():
     name = salt + key.replace("var", "running_var")
     variable.set_value(jnp.asarray(weight(name, variable.shape), variable.dtype))
   return model
@@ -57,8 +59,8 @@ def write_run(workdir, images, metrics):
   config = config_lib.from_dict(values)
   workdir.mkdir(parents=True)
   (workdir / "config.json").write_text(config_lib.to_json(config))
-  class_names.write(workdir, CLASSES)
-  optimizer = optim.sgd(config.optim, optax.constant_schedule(0.0))
+  (workdir / class_names.FILE).write_text(class_names.to_json(CLASSES))
+  optimizer = optim.optimizer(config.optim, optax.constant_schedule(0.0))
   with Checkpoints(workdir) as checkpoints:
     for step, result in metrics.items():
       params, batch_stats = train_state.split(make_model(str(step)))

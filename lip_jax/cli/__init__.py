@@ -1,18 +1,30 @@
-"""The `lip-jax` command: networks and what they do, the paper's tables, data sets, machines."""
+"""The `lip-jax` command: training, networks and what they do, the paper's tables, data sets."""
 
 import argparse
+import difflib
 import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lip_jax import __version__
-from lip_jax.cli import compile, convert, data, doctor, export, inference, tables, visualize
+from lip_jax.cli import (
+  compile,
+  convert,
+  data,
+  doctor,
+  export,
+  inference,
+  tables,
+  train,
+  visualize,
+)
 from lip_jax.errors import UsageError
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
 # that --help and mistakes are answered at once.
-_COMMANDS = (inference, visualize, tables, convert, export, data, doctor, compile)
+_COMMANDS = (train, inference, visualize, tables, convert, export, data, doctor, compile)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     Exit status: 0; 1 after an error of the user's, which is printed in one line, or a fault that
-    was found; or 130 after Ctrl-C. Arguments that cannot be parsed end the process with 2.
+    was found; 75 where another process was lost; or 130 after Ctrl-C. Arguments that cannot be
+    parsed end the process with 2.
   """
-  parser = _parser()
   argv = sys.argv[1:] if argv is None else argv
-  # What configurations are changed by is written as train.py has it, too.
-  args = parser.parse_args([re.sub(r"^--config\.", "--set=", arg) for arg in argv])
+  args = _parse(argv)
   try:
     status = args.run(args) or 0
     sys.stdout.flush()
@@ -38,16 +49,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
-    return 1
+    return error.status
   except KeyboardInterrupt:
     print("error: interrupted", file=sys.stderr)
     return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog="lip-jax", description=__doc__)
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+  parser = _Parser(prog="lip-jax", description=__doc__)
   parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
   commands = parser.add_subparsers(metavar="COMMAND", required=True)
   for module in _COMMANDS:
     module.add_commands(commands)
-  return parser
+  args, unknown = parser.parse_known_args(
+    [re.sub(r"^--config\.", "--set=", argument) for argument in argv]
+  )
+  if unknown:
+    chosen = commands.choices[next(one for one in argv if one in commands.choices)]
+    flags = re.findall(r"--[\w-]+", chosen.format_help())
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+    chosen.error(
+      f"unexpected argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "")
+    )
+  return args

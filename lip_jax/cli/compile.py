@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from lip_jax.cli import configuration
 from lip_jax.cli.arguments import positive
 from lip_jax.cli.output import progress, table
 
 if TYPE_CHECKING:
-  from lip_jax.ahead import Chip, Figures, Topology
-  from lip_jax.config import Config
+  from lip_jax.tools.aot_compile import Chip, Figures, Topology
+  from lip_jax.training.config import Config
 
 _STEPS = {"train": "training step", "eval": "evaluation step"}
 
@@ -38,14 +39,7 @@ def add_commands(commands: Any) -> None:
     metavar="NAME",
     help="TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
   )
-  parser.add_argument(
-    "--set",
-    action="append",
-    default=[],
-    metavar="KEY=VALUE",
-    help="a value of the configuration, such as dtype=bfloat16 or model.pool=average; may be "
-    "repeated; --config.KEY=VALUE, as train.py has it, is the same",
-  )
+  configuration.add_changes(parser)
   parser.add_argument(
     "--per-device-batch",
     type=positive,
@@ -65,15 +59,14 @@ def add_commands(commands: Any) -> None:
 
 def _compile(args: argparse.Namespace) -> None:
   _prepare_process()
-  from lip_jax import ahead
-  from lip_jax.cli import configuration
+  from lip_jax.tools import aot_compile
 
   config = configuration.load(args.config, args.set)
-  topology = ahead.topology(args.topology)
+  topology = aot_compile.topology(args.topology)
   if args.per_device_batch:
-    config = ahead.with_batch(config, args.per_device_batch * len(topology.devices))
-  classes = args.num_classes or ahead.num_classes(config)
-  functions = {"train": ahead.train_step, "eval": ahead.eval_step}
+    config = aot_compile.with_batch(config, args.per_device_batch * len(topology.devices))
+  classes = args.num_classes or aot_compile.num_classes(config)
+  functions = {"train": aot_compile.train_step, "eval": aot_compile.eval_step}
   figures, seconds = {}, {}
   for step in [args.only] if args.only else _STEPS:
     started = time.monotonic()
@@ -127,7 +120,7 @@ def _values(
   figures: dict[str, "Figures"],
   seconds: dict[str, float],
 ) -> dict[str, Any]:
-  from lip_jax.ahead import roofline
+  from lip_jax.tools.aot_compile import roofline
 
   steps = {}
   for step, one in figures.items():
@@ -178,7 +171,7 @@ def _report(config: "Config", topology: "Topology", figures: dict[str, "Figures"
 
 def _column(one: "Figures", chip: "Chip", images: int) -> dict[str, str]:
   """What the table says of a step."""
-  from lip_jax.ahead import roofline
+  from lip_jax.tools.aot_compile import roofline
 
   bound = roofline(one, chip)
   return {

@@ -1,27 +1,40 @@
-"""Configurations given to a subcommand: a file, and values that are changed."""
+"""Configurations given to a command: a file, and values that are changed."""
 
+import argparse
+import ast
+import dataclasses
+import difflib
 import runpy
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
-from ml_collections.config_flags import config_flags
 
-from lip_jax import config as config_lib
 from lip_jax.errors import UsageError
+from lip_jax.training import config as config_lib
 
 
 def load(file: str, changes: Sequence[str] = ()) -> config_lib.Config:
-  """Configuration of a file, with values changed as train.py does it.
+  """Configuration of a file, with values changed.
 
   Args:
-    file: path of a configuration file, and behind a colon its argument.
-    changes: KEY=VALUE each, with dots between the keys of nested values.
+    file: path of a configuration file, and behind a colon the argument of its `get_config`.
+    changes: KEY=VALUE each, with dots between the keys of nested values. What can be None can be
+      set to None.
 
   Raises:
     UsageError: the file cannot be read, or a key or value is wrong.
   """
+  values = _read(file)
+  for change in changes:
+    _change(values, config_lib.config_class(values), change)
+  return config_lib.from_dict(values)
+
+
+def _read(file: str) -> dict[str, Any]:
   path, _, argument = file.partition(":")
   if not Path(path).is_file():
     raise UsageError(
@@ -29,40 +42,87 @@ def load(file: str, changes: Sequence[str] = ()) -> config_lib.Config:
     )
   try:
     values = runpy.run_path(path)["get_config"](*[argument] if argument else [])
+    return values.to_dict() if isinstance(values, ConfigDict) else dict(values)
   except Exception as error:  # a configuration file is code, which can raise anything
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    raise UsageError(f"cannot read --config={file}: {type(error).__name__}: {reason}") from error
+
+
+def _change(values: dict[str, Any], cls: Any, change: str) -> None:
+  """Sets one value of a configuration of class `cls`."""
+  key, equals, text = change.partition("=")
+  if not equals:
+    raise UsageError(f"{change!r} is not of the form KEY=VALUE, such as dtype=bfloat16")
+  where, *rest = "config", *key.split(".")
+  for name in rest[:-1]:
+    cls = _field(cls, name, where)
+    values = values.setdefault(name, {})
+    where = f"{where}.{name}"
+  kind = _field(cls, rest[-1], where)
+  if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is Mapping:
+    raise UsageError(f"{where}.{rest[-1]} holds settings; set one of them, {rest[-1]}.NAME=VALUE")
+  values[rest[-1]] = _parse(text, kind)
+
+
+def _field(cls: Any, name: str, where: str) -> Any:
+  """Type of a field of a configuration's class; any in settings that a constructor checks."""
+  if typing.get_origin(cls) is Mapping:
+    return Any
+  fields = {field.name: field for field in dataclasses.fields(cls)} if _is_class(cls) else {}
+  if name not in fields:
+    near = difflib.get_close_matches(name, fields, 1)
     raise UsageError(
-      f"cannot read --config={file}: {type(error).__name__}: {_reason(error)}"
-    ) from error
-  for change in changes:
-    key, equals, _ = change.partition("=")
-    if not equals:
-      raise UsageError(f"{change!r} is not of the form KEY=VALUE, such as dtype=bfloat16")
-    check_key(values, key)
-  arguments = ["lip-jax", *(f"--config.{change}" for change in changes)]
-  holder = flags.FlagValues()
-  config_flags.DEFINE_config_dict("config", values, flag_values=holder, sys_argv=arguments)
+      f"{where} has no key {name!r}; valid keys: {', '.join(fields) or 'none'}"
+      + (f"; did you mean {near[0]}?" if near else "")
+    )
+  return fields[name].type
+
+
+def _is_class(kind: Any) -> bool:
+  return dataclasses.is_dataclass(kind) and isinstance(kind, type)
+
+
+def _parse(text: str, kind: Any) -> Any:
+  """A value as the field's type has it, or the text where it is none; `from_dict` says so."""
+  kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+  if text == "None" and (types.NoneType in kinds or kind is Any):
+    return None
+  if bool in kinds and text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  if str in kinds:
+    return text
   try:
-    holder(arguments)
-  except (flags.Error, TypeError, ValueError) as error:
-    raise UsageError(_reason(error)) from error
-  return config_lib.from_dict(values.to_dict())
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
-def _reason(error: Exception) -> str:
-  """The last line of what an error says."""
-  return (str(error).strip() or type(error).__name__).splitlines()[-1]
+def add_config_command(commands: Any) -> None:
+  """Adds `config` to the subparsers `commands`."""
+  text = "print the whole configuration of a file: its values and the defaults of all others"
+  parser = commands.add_parser("config", help=text, description=text)
+  parser.add_argument("file", metavar="FILE", help="such as configs/imagenet.py:lip_resnet50")
+  add_changes(parser)
+  parser.add_argument("--json", action="store_true", help="as a run's config.json has it")
+  parser.set_defaults(run=_print)
 
 
-def check_key(values: ConfigDict, keys: str) -> None:
-  """Raises UsageError for a key that the configuration does not have, with those it has.
+def add_changes(parser: argparse.ArgumentParser) -> None:
+  """Adds the option that changes values of a configuration."""
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="a value of the configuration, such as dtype=bfloat16 or model.pool=average; may be "
+    "repeated; --config.KEY=VALUE is the same",
+  )
 
-  Args:
-    values: the configuration.
-    keys: with dots between those of nested values.
-  """
-  node, where = values, "config"
-  for key in keys.split("."):
-    if not isinstance(node, ConfigDict) or key not in node:
-      valid = ", ".join(node) if isinstance(node, ConfigDict) else "none"
-      raise UsageError(f"{where} has no key {key!r}; valid keys: {valid}")
-    node, where = node[key], f"{where}.{key}"
+
+def _print(args: argparse.Namespace) -> None:
+  config = load(args.file, args.set)
+  if args.json:
+    print(config_lib.to_json(config))
+    return
+  for key, value in config_lib.flatten(dataclasses.asdict(config)).items():
+    print(f"{key} = {value!r}")

@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-  from lip_jax.convert import convert
+  from lip_jax.export.torch_convert import convert
 
   options = dict(args.option)
   flags = {"model": "--model", "num_classes": "--num-classes", "overwrite": "--overwrite"}

@@ -97,15 +97,15 @@ def add_commands(commands: Any) -> None:
 
 
 def _prepare_imagenet(args: argparse.Namespace) -> None:
-  from lip_jax.data import prepare
+  from lip_jax.data.prepare import datasets
 
-  print(prepare.prepare_imagenet(args.train_tar, args.val_tar, args.data_dir, **_writing(args)))
+  print(datasets.prepare_imagenet(args.train_tar, args.val_tar, args.data_dir, **_writing(args)))
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
-  from lip_jax.data import prepare
+  from lip_jax.data.prepare import datasets
 
-  print(prepare.prepare_folder(args.folder, args.name, args.data_dir, **_writing(args)))
+  print(datasets.prepare_folder(args.folder, args.name, args.data_dir, **_writing(args)))
 
 
 def _writing(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def _writing(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _convert_data(args: argparse.Namespace) -> None:
-  from lip_jax.data import prepare
+  from lip_jax.data.prepare import datasets
 
-  print(prepare.convert(args.dataset, args.data_dir, args.out_dir, num_workers=args.num_workers))
+  print(datasets.convert(args.dataset, args.data_dir, args.out_dir, num_workers=args.num_workers))
 
 
 def _verify_data(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-from lip_jax.cli.arguments import positive
+from lip_jax.cli import distributed
 from lip_jax.cli.output import progress
 
 
@@ -33,44 +33,20 @@ def add_commands(commands: Any) -> None:
   )
   doctor.add_argument("--no-bench", action="store_true", help="measure no speed")
   doctor.add_argument("--json", action="store_true", help="for machines")
-  # Spelt like the flags of train.py, which take the same values.
-  doctor.add_argument(
-    "--distributed",
-    choices=("auto", "on", "off"),
-    default="auto",
-    help="auto: look for the other processes if a cluster (Cloud TPU, SLURM, Open MPI, Kubernetes) "
-    "or the flags below say that there are some; start the same command for each. off: this host "
-    "alone (default: auto)",
-  )
-  doctor.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
-  doctor.add_argument("--num_processes", type=positive, metavar="N", help="of the run")
-  doctor.add_argument("--process_id", type=int, metavar="K", help="which one this is, from 0")
-  doctor.add_argument(
-    "--connect_timeout",
-    type=float,
-    default=60.0,
-    metavar="SECONDS",
-    help="to wait for the others (default: 60)",
-  )
+  distributed.add_flags(doctor, connect_timeout=60)
   doctor.set_defaults(run=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-  from lip_jax import doctor, hosts
   from lip_jax.cli import configuration
+  from lip_jax.tools import doctor
 
   subject = doctor.Subject(
     workdir=args.workdir,
     data_dir=args.data_dir,
     dataset=args.dataset,
     config=configuration.load(args.config) if args.config else None,
-    processes=hosts.Options(
-      distributed=args.distributed,
-      coordinator_address=args.coordinator_address,
-      num_processes=args.num_processes,
-      process_id=args.process_id,
-      connect_timeout=args.connect_timeout,
-    ),
+    processes=distributed.options(args),
     bench=not args.no_bench,
   )
   findings = []

@@ -58,11 +58,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-  from lip_jax import formats
+  from lip_jax.export import saving
 
   progress(f"exporting {args.path} and checking what is written")
   try:
-    report = formats.write(
+    report = saving.write(
       args.path,
       args.out,
       form=args.format,
@@ -77,7 +77,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-  from lip_jax import hub
+  from lip_jax.export import hub
 
   if args.dry_run:
     plan = hub.plan(args.folder, args.name, licence=args.licence)

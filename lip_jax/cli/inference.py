@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lip_jax.cli import distributed
 from lip_jax.cli.arguments import option, positive
 from lip_jax.cli.output import progress, table
 from lip_jax.errors import UsageError
@@ -51,6 +52,11 @@ def add_commands(commands: Any) -> None:
     metavar="DIR",
     help="directory of the data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
   )
+  evaluate.add_argument(
+    "--checkpoint",
+    metavar="WHICH",
+    help="of a training run: best, latest or a step number (default: best)",
+  )
   evaluate.add_argument("--split", help="(default: validation, or that of the training run)")
   evaluate.add_argument(
     "--batch-size",
@@ -64,6 +70,7 @@ def add_commands(commands: Any) -> None:
     choices=(1, 5, 10),
     help="of which logits are averaged: centre, with corners, with mirrored (default: 1)",
   )
+  distributed.add_flags(evaluate)
   evaluate.set_defaults(run=_evaluate)
 
   text = "print the most probable classes of images; exit status 1 if any cannot be read"
@@ -79,7 +86,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-  from lip_jax import loading
+  from lip_jax.export import loading
 
   if Path(args.path).is_file() and args.path.endswith(_SUFFIXES):
     if args.model is None:
@@ -95,30 +102,33 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
       f"{args.path} says itself what network it is, if it is there; leave out --model and "
       f"--option, which are for files of weights ({', '.join(_SUFFIXES)})"
     )
-  return loading.load(args.path, dtype=args.dtype)
+  return loading.load(args.path, dtype=args.dtype, checkpoint=getattr(args, "checkpoint", None))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
   try:
-    from lip_jax.evaluate import evaluate_loaded
+    from lip_jax.classification.evaluation import evaluate_loaded
   except ImportError as error:
     raise UsageError(f"evaluation needs lip-jax[train] ({error}); install it") from error
 
-  progress("loading the network")
-  try:
-    model, config = _load(args)
-    progress("compiling")
-    results = evaluate_loaded(
-      model,
-      config,
-      dataset=args.data,
-      data_dir=args.data_dir,
-      split=args.split,
-      batch_size=args.batch_size,
-      crops=args.crops,
-    )
-  finally:
-    progress("")
+  with distributed.joined(args, log=False) as first:
+    progress("loading the network")
+    try:
+      model, config = _load(args)
+      progress("compiling")
+      results = evaluate_loaded(
+        model,
+        config,
+        dataset=args.data,
+        data_dir=args.data_dir,
+        split=args.split,
+        batch_size=args.batch_size,
+        crops=args.crops,
+      )
+    finally:
+      progress("")
+  if not first:
+    return
   if args.json:
     values = {key: config[key] for key in ("model", "source")}
     print(json.dumps({**results, **values}, indent=2))
@@ -139,7 +149,7 @@ def _named(source: dict[str, Any]) -> str:
 def _predict(args: argparse.Namespace) -> int:
   import numpy as np
 
-  from lip_jax import predict
+  from lip_jax.classification import prediction
   from lip_jax.visualize import figures
 
   if args.importance:
@@ -148,10 +158,10 @@ def _predict(args: argparse.Namespace) -> int:
     progress("loading the network")
     model, config = _load(args)
     progress("computing")
-    images = list(predict.read(args.images, config))
+    images = list(prediction.read(args.images, config))
     readable = [image for image in images if image.pixels is not None]
     pixels = np.array([image.pixels for image in readable])
-    predictions = predict.predict(model, config, pixels, args.top) if readable else []
+    predictions = prediction.predict(model, config, pixels, args.top) if readable else []
   finally:
     progress("")
   found = iter(predictions)
@@ -174,11 +184,12 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _draw(model: Any, config: dict[str, Any], pixels: Any, out: str) -> None:
-  from lip_jax import predict, visualize
+  from lip_jax import visualize
+  from lip_jax.classification import prediction
 
   try:
     drawn = visualize.draw_importance(
-      model, pixels, lambda images: predict.normalize(images, config), out
+      model, pixels, lambda images: prediction.normalize(images, config), out
     )
   except (OSError, ValueError) as error:
     raise UsageError(

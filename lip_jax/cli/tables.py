@@ -11,9 +11,9 @@ from lip_jax.cli.arguments import positive
 from lip_jax.cli.output import progress, table
 
 if TYPE_CHECKING:
-  from lip_jax.cost import Cost
-  from lip_jax.paper import Row
-  from lip_jax.paper_results import Result
+  from lip_jax.tools.cost import Cost
+  from lip_jax.tools.paper import Row
+  from lip_jax.tools.paper_results import Result
 
 
 def add_commands(commands: Any) -> None:
@@ -60,7 +60,8 @@ def _number(text: str) -> int:
 
 
 def _models(args: argparse.Namespace) -> None:
-  from lip_jax import cost
+  from lip_jax.models.cost import RULE
+  from lip_jax.tools import cost
 
   total = len(args.names or cost.default_names())
   costs = []
@@ -72,11 +73,11 @@ def _models(args: argparse.Namespace) -> None:
     progress("")
   if args.json:
     values = [_cost_values(one, args.image_size) for one in costs]
-    print(json.dumps({"rule": cost.RULE, "networks": values}, indent=2))
+    print(json.dumps({"rule": RULE, "networks": values}, indent=2))
     return
   heading = ("network", "parameters", "paper", "difference", "FLOPs", "paper", "difference")
   print(table([heading, *(_cost_cells(one, args.image_size) for one in costs)]))
-  print(f"\nOne image of {args.image_size} px: {cost.RULE}.")
+  print(f"\nOne image of {args.image_size} px: {RULE}.")
   print("docs/paper_vs_code.md explains the differences.")
 
 
@@ -143,7 +144,8 @@ class _Entry(NamedTuple):
 
 
 def _tables(args: argparse.Namespace) -> None:
-  from lip_jax import cost, paper
+  from lip_jax.models.cost import RULE
+  from lip_jax.tools import paper
 
   groups: list[tuple[str, int | None, list[Row]]] = [
     (f"Table {number}: {title}", number, [row for row in paper.ROWS if row.table == number])
@@ -156,7 +158,7 @@ def _tables(args: argparse.Namespace) -> None:
     values = [
       _row_values(entry, args.runs) for _, _, rows in groups for entry in _entries(rows, args.runs)
     ]
-    print(json.dumps({"rule": cost.RULE, "notes": paper.NOTES, "rows": values}, indent=2))
+    print(json.dumps({"rule": RULE, "notes": paper.NOTES, "rows": values}, indent=2))
     return
   show = _show_markdown if args.markdown else _show
   for title, number, rows in groups:
@@ -165,13 +167,13 @@ def _tables(args: argparse.Namespace) -> None:
     notes += [f"{e.row.name}: {e.result}." for e in entries if e.result and e.result.why]
     show(title, [_heading(columns), *(_cells(entry, columns) for entry in entries)], notes)
   if not args.markdown:
-    print(textwrap.fill(f"Accuracies in percent; here: ours. {cost.RULE}.", _WIDTH))
+    print(textwrap.fill(f"Accuracies in percent; here: ours. {RULE}.", _WIDTH))
     print("A row's network, if there is one here:")
     print(f"  python train.py --config=configs/imagenet.py:ROW --workdir={args.runs}/ROW")
 
 
 def _entries(rows: "Sequence[Row]", runs: str) -> list[_Entry]:
-  from lip_jax import cost, paper_results
+  from lip_jax.tools import cost, paper_results
 
   entries = []
   for row in rows:
@@ -186,7 +188,7 @@ def _entries(rows: "Sequence[Row]", runs: str) -> list[_Entry]:
 
 
 def _row_values(entry: _Entry, runs: str) -> dict[str, Any]:
-  from lip_jax import paper_results
+  from lip_jax.tools import paper_results
 
   row, size, result = entry
   return {

@@ -113,6 +113,10 @@ class TrainLoader(Iterator[Batch]):
       state["readers"] = [position["reader"]]
     return {**state, "num_skipped": count, "skipped": skipped[:_MAX_SAVED]}
 
+  def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state out of those of all processes."""
+    return joined(states)
+
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to where `get_state` was called: the next batch is the one that came next there.
 

@@ -13,9 +13,10 @@ import numpy as np
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from lip_jax.data import imagenet, preprocess, shards, tfrecord
+from lip_jax.data import imagenet, preprocess, tfrecord
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import FolderImages, ImageFolder
+from lip_jax.data.prepare import array_record_writer
 from lip_jax.data.source import RecordParser
 from lip_jax.errors import UsageError
 
@@ -183,7 +184,7 @@ def _check_features(dataset: str, features: Mapping[str, Any]) -> Mapping[str, A
 
 
 def _read_array_record(path: str) -> Iterator[bytes]:
-  count = shards.count_records(Path(path))
+  count = array_record_writer.count_records(Path(path))
   reader = array_record_module.ArrayRecordReader(path)
   try:
     for start in range(0, count, _READ_AT_ONCE):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from lip_jax import layers
-from lip_jax.downsample import Downsample
+from lip_jax.models import layers
+from lip_jax.models.downsample import Downsample
 
 _BOTTLENECK = 4  # inner channels of a dense layer, in growth rates
 
@@ -90,7 +90,7 @@ class DenseNet(nnx.Module):
   Args:
     num_classes: number of logits.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
-      `lip_jax.downsample.make_downsamples`.
+      `lip_jax.models.downsample.make_downsamples`.
     block_sizes: layers in each of the four dense blocks.
     growth: channels that each layer adds.
     width: channels after the first convolution.

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from lip_jax.downsample import make_downsamples
 from lip_jax.errors import UsageError
 from lip_jax.models.densenet import DenseNet
+from lip_jax.models.downsample import make_downsamples
 from lip_jax.models.resnet import ResNet
 
 
@@ -66,7 +66,7 @@ def create_model(
     dtype: of the computation; parameters and statistics stay in float32 (float64 for float64).
     rngs: source of the initial weights, `nnx.Rngs(seed)`.
     **options: arguments of the network's constructor, for example bn_group_size=32, and of
-      `lip_jax.downsample.make_downsamples`, for example pool="average", logit="projection",
+      `lip_jax.models.downsample.make_downsamples`, for example pool="average", logit="projection",
       logit_width=64, lip_stages=("c4", "c5").
 
   Raises:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from lip_jax import layers
-from lip_jax.downsample import Convolutions, Downsample
 from lip_jax.errors import UsageError
+from lip_jax.models import layers
+from lip_jax.models.downsample import Convolutions, Downsample
 
 Stem = Literal["imagenet", "small"]
 NormFactory = Callable[..., layers.BatchNorm]
@@ -153,7 +153,7 @@ class ResNet(nnx.Module):
   Args:
     num_classes: number of logits.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
-      `lip_jax.downsample.make_downsamples`.
+      `lip_jax.models.downsample.make_downsamples`.
     stage_sizes: blocks in each of the four stages.
     block: "bottleneck" or "basic".
     width: channels after the stem, and inside the first stage's blocks; doubles at each stage.

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
-from lip_jax import augment, class_names
+from lip_jax.classification import augment
 from lip_jax.errors import UsageError
+from lip_jax.export import class_names
 from lip_jax.visualize import robustness
 from lip_jax.visualize.attribution import attend, class_activation_maps
 from lip_jax.visualize.figures import Column

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 
+_DPI = 110
 _IMPORTANCE, _ACTIVATION, _FIELD = "cividis", "viridis", "magma"
 _MARKER: dict[str, Any] = {
   "marker": "o",
@@ -259,7 +260,7 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
   check_format(path)
   # Matplotlib writes to disks only, and the path may be in a bucket.
   picture = io.BytesIO()
-  figure.savefig(picture, format=_suffix(path), dpi=110)
+  figure.savefig(picture, format=_suffix(path), dpi=_DPI)
   try:
     if "://" in str(path):
       from etils import epath
@@ -286,6 +287,7 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 
 def figure_to_array(figure: "Figure") -> np.ndarray:
   """The figure's pixels, uint8 [H, W, 3], for example for TensorBoard."""
+  figure.set_dpi(_DPI)
   figure.canvas.draw()
   canvas: Any = figure.canvas
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()

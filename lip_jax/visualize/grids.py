@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lip_jax.downsample import PoolTransition
-from lip_jax.lan import LocalPool
 from lip_jax.models.densenet import DenseNet
+from lip_jax.models.downsample import PoolTransition
+from lip_jax.models.lan import LocalPool
 from lip_jax.models.resnet import ResNet
-from lip_jax.windows import pair
+from lip_jax.ops.windows import pair
 
 
 class Grid(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lip_jax.lan import LIP, SoftPool, record_logits
+from lip_jax.models.lan import LIP, SoftPool, record_logits
 from lip_jax.visualize.grids import even_grid, layer_grids, to_input
 
 

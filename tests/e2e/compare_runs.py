@@ -5,15 +5,18 @@ import json
 import jax
 import numpy as np
 
-from lip_jax import config as config_lib
-from lip_jax.checkpoint import Checkpoints
-from lip_jax.train_step import Program
+from lip_jax.classification.task import Classification
+from lip_jax.training import config as config_lib
+from lip_jax.training.checkpoint.checkpoints import Checkpoints
+from lip_jax.training.train_step import Program
 
 
 def final_state(workdir):
   """The train state that a finished run ended with, and the state of its input pipeline."""
   config = config_lib.load(workdir)
-  like = Program(config, num_classes=10, steps_per_epoch=8, devices=jax.devices()[:1]).state
+  like = Program(
+    Classification(config, num_classes=10), steps_per_epoch=8, devices=jax.devices()[:1]
+  ).state
   with Checkpoints(workdir, read_only=True) as checkpoints:
     assert checkpoints.latest_step == metrics_of(workdir)[-1]["step"]
     return checkpoints.restore(checkpoints.latest_step, like)

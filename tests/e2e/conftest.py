@@ -69,6 +69,9 @@ class Training:
   def run(self, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return self._run(self.command(*flags), environment)
 
+  def lip_jax(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return self._run([sys.executable, "-m", "lip_jax.cli", *arguments], environment)
+
   def run_code(self, code: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in the environment of a training."""
     return self._run([sys.executable, "-c", code], {})

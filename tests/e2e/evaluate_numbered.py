@@ -7,7 +7,6 @@ Prints what the evaluation of each folder, with random access and in order, retu
 
 import json
 import sys
-import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lip_jax import sharding, train_state
-from lip_jax.config import Data
+from lip_jax.classification.config import Data
+from lip_jax.classification.evaluation import Evaluator
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.evaluate import Evaluator
+from lip_jax.training import train_state
 
 
 class Linear(nnx.Module):
@@ -50,23 +50,17 @@ def main(port, index, count, *folders):
 def evaluate(source):
   data = Data(
     dataset="none",
-    data_dir=None,
-    train_split="train",
-    validation_split="validation",
     image_size=8,
     crop_scale=None,
     eval_resize=9,
-    flip=False,
     mean=(128.0, 120.0, 110.0),
     std=(1.0, 2.0, 4.0),
     num_threads=1,
   )
-  config = types.SimpleNamespace(data=data, eval_batch_size=64)
   model = Linear(source.num_classes)
-  params, batch_stats = train_state.split(model)
-  state = types.SimpleNamespace(params=params, batch_stats=batch_stats)
   try:
-    return Evaluator(config, source, nnx.graphdef(model), sharding.make_mesh())(state)
+    evaluator = Evaluator(data, 64, source, nnx.graphdef(model), sharding.make_mesh())
+    return evaluator(*train_state.split(model))
   except UsageError as error:
     return str(error)
 

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fixture_numbered
 
-from lip_jax import sharding
 from lip_jax.data import pipeline
+from lip_jax.distributed import sharding
 
 OPTIONS = {"image_size": 8, "global_batch_size": 8, "seed": 3, "shuffle_window": 20}
 KINDS = ("source", "stream")

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from lip_jax import hosts
+from lip_jax.distributed import hosts
+from lip_jax.distributed.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
 from lip_jax.errors import UsageError
-from lip_jax.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
 
 
 def main():

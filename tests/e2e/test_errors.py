@@ -88,9 +88,9 @@ def test_workdir_that_cannot_be_written(training, tmp_path):
 
 
 def test_evaluation_of_what_is_not_there(training, tmp_path):
-  assert_one_line(training.run("--mode=eval", f"--workdir={tmp_path}"), str(tmp_path), "no run")
+  assert_one_line(training.lip_jax("evaluate", f"{tmp_path}/none"), f"{tmp_path}/none")
   training.train(tmp_path / "run", "--config.num_epochs=0.25")
-  done = training.run("--mode=eval", f"--workdir={tmp_path / 'run'}", "--checkpoint=77")
+  done = training.lip_jax("evaluate", str(tmp_path / "run"), "--checkpoint=77")
   assert_one_line(done, "'77'", "there are: 2")
 
 

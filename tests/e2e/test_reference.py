@@ -11,7 +11,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from fixture_weights import image, weight
 import lip_jax
-from lip_jax.convert import convert
+from lip_jax.export.torch_convert import convert
 
 spec = json.load(open({str(TESTS / "data" / "reference.json")!r}))["models"]["lip_resnet50"]
 weights = {{k: weight(k, tuple(s)) for k, s in spec["state_dict"].items()}}

@@ -7,8 +7,8 @@ import pytest
 from compare_runs import assert_same_run, metrics_of
 from tensorboardX.proto.event_pb2 import Event
 
-from lip_jax.checkpoint import Checkpoints
 from lip_jax.data import tfrecord
+from lip_jax.training.checkpoint.checkpoints import Checkpoints
 
 STEPS = 32
 
@@ -105,18 +105,18 @@ def test_the_latest_checkpoints_and_the_best_are_kept(uninterrupted):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_evaluation_of_a_checkpoint(training, uninterrupted, devices):
   workdir, _ = uninterrupted
-  done = training.run(
-    "--mode=eval",
+  done = training.lip_jax(
+    "evaluate",
+    str(workdir),
     "--checkpoint=latest",
-    f"--data_dir={training.data_dir}",
-    f"--workdir={workdir}",
+    f"--data-dir={training.data_dir}",
     XLA_FLAGS=f"{training.QUICK} --xla_force_host_platform_device_count={devices}",
   )
   assert done.returncode == 0, done.stdout + done.stderr
   expected = metrics_of(workdir)[-1]
   assert f"top-1: {100 * expected['validation/top1']:.2f}%" in done.stdout
   assert f"top-5: {100 * expected['validation/top5']:.2f}%" in done.stdout
-  assert "over 20 images" in done.stdout
+  assert "20 images" in done.stdout
 
 
 def test_no_tensorflow_in_the_training_process(training, tmp_path, monkeypatch):

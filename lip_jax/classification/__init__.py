@@ -1,0 +1,1 @@
+"""The first task: images to classes. Augmentation, evaluation, prediction, fine-tuning."""

@@ -1,0 +1,371 @@
+"""Exact evaluation: every image counts once, on any number of devices and at any batch size."""
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from lip_jax import visualize
+from lip_jax.classification import augment
+from lip_jax.classification.config import Data
+from lip_jax.data import pipeline
+from lip_jax.data.source import RecordStream, Source, open_split
+from lip_jax.distributed import sharding
+from lip_jax.errors import UsageError
+from lip_jax.export import class_names
+from lip_jax.training import config as config_lib
+from lip_jax.training import train_state
+from lip_jax.training.train_state import Tree
+
+if TYPE_CHECKING:
+  pass
+
+Batch = Mapping[str, jax.Array]
+EvalStep = Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]
+
+
+def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> jax.stages.Wrapped:
+  """Losses and counts of one batch, masked.
+
+  Args:
+    data: how images are normalized, and whether crops are mirrored, too (`eval_crops` 10).
+    graph: of the model.
+    mesh: each of its devices computes its own images.
+
+  Returns:
+    A jitted function. It takes the model's params and batch_stats, a batch of "image" [N, H, W, 3]
+    or, of several crops, [N, crops, H, W, 3] uint8, "label" [N] int and "mask" [N], zero where a
+    row is padding, and stop, int [devices], from `sharding.StopFlags`. It returns, on every device,
+    "loss": float [N], zero where a row is padding; and the whole numbers "top1", "top5", "count"
+    and "stop", the greatest of the flags. Logits are averaged over crops.
+  """
+  rows = sharding.over_batch(mesh).spec
+  # As in training: kernels are not left to XLA's partitioner, which ahead of time has no rule for
+  # them and gives every TPU the whole batch.
+  each_image = jax.shard_map(
+    functools.partial(_each_image, graph=graph, data=data),
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec(), rows),
+    out_specs=rows,
+    check_vma=False,
+  )
+
+  def step(params: Tree, batch_stats: Tree, batch: Batch, stop: jax.Array) -> dict[str, jax.Array]:
+    each = each_image(params, batch_stats, batch)
+    counts = {name: each[name].sum() for name in ("top1", "top5", "count")}
+    # Losses are summed on the host: in which order is not for XLA to say.
+    return {"loss": each["loss"], **counts, "stop": stop.max()}
+
+  return jax.jit(step, out_shardings=sharding.replicated(mesh))
+
+
+def _each_image(
+  params: Tree, batch_stats: Tree, batch: Batch, *, graph: nnx.GraphDef, data: Data
+) -> dict[str, jax.Array]:
+  """Loss and counts of every image, [N]."""
+  model = train_state.merge(graph, params, batch_stats)
+  model.eval()
+  images = augment.normalize(batch["image"], data)
+  if data.eval_crops == 10:
+    images = jnp.concatenate([images, images[..., ::-1, :]], axis=1)
+  logits = model(images.reshape(-1, *images.shape[-3:]))
+  logits = logits.reshape(len(images), -1, logits.shape[-1]).mean(axis=1)
+  labels, mask = batch["label"], batch["mask"] > 0
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+  correct = (best == labels[:, None]) & mask[:, None]
+  return {
+    "loss": jnp.where(mask, loss, 0),
+    "top1": correct[:, 0],
+    "top5": correct.sum(axis=1),
+    "count": mask,
+  }
+
+
+def lower(
+  data: Data, batch_size: int, graph: nnx.GraphDef, mesh: Mesh, params: Tree, batch_stats: Tree
+) -> jax.stages.Lowered:
+  """The program of `jitted_step` for batches of `batch_size` images; needs no data.
+
+  Args:
+    data: how images are prepared.
+    batch_size: over all devices.
+    graph: of the network.
+    mesh: to evaluate on.
+    params: arrays, or their shapes; likewise batch_stats.
+    batch_stats: of the network.
+  """
+  crops = min(data.eval_crops, 5)  # mirrored on the device
+  size = data.image_size
+  place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
+  batch = {
+    "image": place((batch_size, *([crops] if crops > 1 else []), size, size, 3), jnp.uint8),
+    "label": place((batch_size,), jnp.int32),
+    "mask": place((batch_size,), jnp.float32),
+  }
+  weights = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+    (params, batch_stats),
+  )
+  return jitted_step(data, graph, mesh).lower(*weights, batch, place((mesh.size,), jnp.int32))
+
+
+def evaluate(
+  step: EvalStep,
+  params: Tree,
+  batch_stats: Tree,
+  batches: Iterable[Mapping[str, np.ndarray]],
+  mesh: Mesh,
+  stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+  """Mean loss and top-1, top-5 as fractions of all images, and their count.
+
+  Losses are added exactly, so the result does not depend on the number of processes and devices,
+  nor on the order of images, but for what rounding in the network itself depends on.
+
+  Args:
+    step: of `jitted_step`, for the same mesh.
+    params: of the model.
+    batch_stats: of the model.
+    batches: this process's rows of each batch, padded and masked.
+    mesh: to split the batches over.
+    stop: asked before each batch; once any process says yes, all stop, and the result is None.
+  """
+  counts = {"top1": 0, "top5": 0, "count": 0}
+  losses: list[np.ndarray] = []
+
+  def add(batch: Mapping[str, jax.Array]) -> bool:
+    """Counts a batch; whether a process was asked to stop."""
+    for name in counts:
+      counts[name] += int(batch[name])
+    losses.append(np.asarray(batch["loss"]))
+    return bool(batch["stop"])
+
+  flags = sharding.StopFlags(mesh)
+  pending = None
+  with sharding.Prefetch(batches, mesh) as feed:
+    for batch in feed:
+      current = step(params, batch_stats, batch, flags(stop()))
+      if pending is not None and add(pending):  # of the batch before, while this one runs
+        return None
+      pending = current
+  if pending is not None and add(pending):
+    return None
+  number = max(counts["count"], 1)
+  loss = math.fsum(itertools.chain.from_iterable(losses))
+  return {
+    "loss": loss / number,
+    "top1": counts["top1"] / number,
+    "top5": counts["top5"] / number,
+    "count": counts["count"],
+  }
+
+
+class Evaluator:
+  """Validation of networks of one structure; all processes call it together.
+
+  Args:
+    data: how images are prepared.
+    batch_size: images at once, over all devices.
+    source: the validation split.
+    graph: of the network.
+    mesh: to evaluate on.
+    num_figures: images of `figures`; at most those of one batch are taken.
+  """
+
+  def __init__(
+    self,
+    data: Data,
+    batch_size: int,
+    source: Source | RecordStream,
+    graph: nnx.GraphDef,
+    mesh: Mesh,
+    *,
+    num_figures: int = 0,
+  ):
+    self._data = data
+    self._batch_size = batch_size
+    self._source = source
+    self._graph = graph
+    self._mesh = mesh
+    self._num_figures = num_figures
+    self._step: Any = jitted_step(data, graph, mesh)
+
+  def compile(self, params: Tree, batch_stats: Tree) -> None:
+    """Compiles the step, so that what follows is evaluation alone."""
+    self._step = lower(
+      self._data, self._batch_size, self._graph, self._mesh, params, batch_stats
+    ).compile()
+
+  def __call__(
+    self, params: Tree, batch_stats: Tree, stop: Callable[[], bool] = lambda: False
+  ) -> dict[str, float] | None:
+    """Exact "loss", "top1", "top5" and "count" over the validation split.
+
+    Args:
+      params: as the network has them, whole on every device.
+      batch_stats: likewise.
+      stop: asked before each batch; once any process says yes, the result is None.
+
+    Raises:
+      UnreadableImagesError: images of the split cannot be read; names those of all processes.
+    """
+    progress = tqdm.tqdm(
+      desc="validation",
+      total=math.ceil(len(self._source) / self._batch_size),
+      leave=False,
+      disable=jax.process_index() != 0 or not sys.stderr.isatty(),
+    )
+    results, faults = None, []
+    with progress, contextlib.closing(self._batches()) as batches:
+
+      def counted() -> Iterator[Mapping[str, np.ndarray]]:
+        for batch in batches:
+          progress.update()
+          yield batch
+
+      try:
+        results = evaluate(self._step, params, batch_stats, counted(), self._mesh, stop)
+      except pipeline.UnreadableImagesError as error:
+        faults = error.faults
+    # All processes have done all steps: those that met no fault stop with those that did.
+    faults = list(itertools.chain.from_iterable(sharding.gather(faults)))
+    if faults:
+      raise pipeline.UnreadableImagesError(self._source, faults)
+    return results
+
+  def figures(self, params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
+    """Importance maps of the first validation images as a picture, uint8 [H, W, 3].
+
+    All processes have to call it; the first one draws. Empty where the network has no LIP layer.
+    """
+    if not self._num_figures:
+      return {}
+    # On the host, as one process cannot compute with what lies on the devices of others.
+    params, batch_stats = jax.device_get((params, batch_stats))
+    if jax.process_index() != 0:
+      return {}
+    with contextlib.closing(self._batches()) as batches:
+      batch = next(batches)
+    images = batch["image"][batch["mask"] > 0][: self._num_figures]
+    if images.ndim == 5:
+      images = images[:, 0]  # the central crop
+    model = train_state.merge(self._graph, params, batch_stats)
+    model.eval()
+    figure = visualize.importance_figure(
+      model, images, lambda x: augment.normalize(jnp.asarray(x), self._data)
+    )
+    return {} if figure is None else {"importance": visualize.figure_to_array(figure)}
+
+  def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:
+    return pipeline.eval_batches(
+      self._source,
+      image_size=self._data.image_size,
+      resize=self._data.eval_resize,
+      crops=min(self._data.eval_crops, 5),  # mirrored on the device
+      global_batch_size=self._batch_size,
+      num_threads=self._data.num_threads,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+
+def evaluate_model(
+  model: nnx.Module, source: Source | RecordStream, data: Data, batch_size: int
+) -> dict[str, float]:
+  """Exact "loss", "top1", "top5", "count" over a split, and "images_per_second" without compiling.
+
+  Args:
+    model: in evaluation mode.
+    source: the split.
+    data: how its images are prepared.
+    batch_size: images at once, made a multiple of the devices.
+
+  Raises:
+    UnreadableImagesError: images of the split cannot be read.
+  """
+  mesh = sharding.make_mesh()
+  params, batch_stats = jax.device_put(
+    jax.device_get(train_state.split(model)), sharding.replicated(mesh)
+  )
+  batch_size = math.ceil(batch_size / mesh.size) * mesh.size
+  evaluator = Evaluator(data, batch_size, source, nnx.graphdef(model), mesh)
+  evaluator.compile(params, batch_stats)
+  start = time.perf_counter()
+  results = evaluator(params, batch_stats)
+  assert results is not None  # nothing cancels it
+  return {**results, "images_per_second": results["count"] / (time.perf_counter() - start)}
+
+
+def evaluate_loaded(
+  model: nnx.Module,
+  config: Mapping[str, Any],
+  *,
+  dataset: str | None = None,
+  data_dir: str | None = None,
+  split: str | None = None,
+  batch_size: int | None = None,
+  crops: int | None = None,
+) -> dict[str, Any]:
+  """Evaluates what `lip_jax.load` gives, on all devices.
+
+  Args:
+    model: the network.
+    config: what came with it.
+    dataset: as for `open_split`; None: that of the training run which the network is of.
+    data_dir: directory of the data sets.
+    split: None: "validation", or that of the training run.
+    batch_size: images at once, made a multiple of the devices; None: the training run's, or 128.
+    crops: of which logits are averaged, 1, 5 or 10; None: the training run's, or 1.
+
+  Returns:
+    "top1", "top5" (fractions), "loss", "count", "images_per_second" and "data", its name.
+
+  Raises:
+    UsageError: there is no data set, its classes are not the network's, or images are unreadable.
+  """
+  source = config["source"]
+  run: Any = config_lib.load(source["path"]) if source["kind"] == "training run" else None
+  if dataset is None and run is None:
+    raise UsageError(
+      f"{source['path']} does not say what data it is for; give --data, such as --data imagenet2012"
+    )
+  own = run.data if run is not None and dataset in (None, run.data.dataset) else None
+  prepared = config["preprocess"]
+  if prepared is None:
+    raise UsageError(
+      f"{source['path']} does not say how images are prepared: its config.json lacks preprocess; "
+      "export or convert it again"
+    )
+  data = Data(
+    dataset=own.dataset if own else str(dataset),
+    data_dir=data_dir or (own.data_dir if own else None),
+    train_split="train",
+    validation_split=split or (own.validation_split if own else "validation"),
+    image_size=prepared["image_size"],
+    crop_scale=None,
+    eval_resize=prepared["resize"],
+    flip=False,
+    mean=tuple(prepared["mean"]),
+    std=tuple(prepared["std"]),
+    num_threads=run.data.num_threads if run else min(os.cpu_count() or 1, 32),
+    eval_crops=crops or (run.data.eval_crops if run else 1),
+  )
+  images = open_split(data.dataset, data.validation_split, data.data_dir)
+  class_names.check(config["num_classes"], config["class_names"], images.class_names, images.name)
+  batch_size = batch_size or (run.eval_batch_size if run else 128)
+  results = evaluate_model(model, images, data, batch_size)
+  return {**results, "data": images.name}

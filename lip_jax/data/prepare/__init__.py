@@ -1,0 +1,1 @@
+"""Making data sets: TFDS in ArrayRecord format, without TensorFlow."""

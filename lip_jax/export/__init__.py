@@ -1,0 +1,1 @@
+"""Networks in and out: loading, folders, StableHLO, ONNX, PyTorch files, the hub."""

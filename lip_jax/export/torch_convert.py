@@ -1,0 +1,198 @@
+"""Weights from files under PyTorch names to exported folders, and back."""
+
+import collections
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+from flax.typing import Dtype
+
+from lip_jax.errors import UsageError
+from lip_jax.export import class_names, folders
+from lip_jax.export.torch_files import read_torch_checkpoint
+from lip_jax.models import list_models
+from lip_jax.models.cost import count_parameters
+from lip_jax.models.torch_names import load_torch_weights, to_torch_state_dict
+
+# How images are prepared for the authors' and torchvision's networks: ImageNet's RGB moments.
+PREPROCESS = {
+  "image_size": 224,
+  "resize": 256,
+  "mean": [123.675, 116.28, 103.53],
+  "std": [58.395, 57.12, 57.375],
+}
+
+_CLASSIFIERS = ("fc.weight", "classifier.weight")
+_TORCH_SUFFIXES = (".pth", ".pt")
+_SUFFIXES = (".safetensors", ".npz", *_TORCH_SUFFIXES)
+
+
+def convert(
+  source: str | Path,
+  out: str | Path,
+  *,
+  model: str | None = None,
+  num_classes: int | None = None,
+  overwrite: bool = False,
+  **options: Any,
+) -> str:
+  """Converts a file of PyTorch weights to an exported folder, or an exported folder to such a file.
+
+  Both ways keep every value, so that there and back gives the same bits (of float32 weights;
+  float16 and bfloat16 become float32, float64 is rounded to it).
+
+  Args:
+    source: a file with the authors' or torchvision's names (`.pth`, `.pt`, `.safetensors`, `.npz`),
+      or an exported folder.
+    out: for a file, the folder to write; for a folder, the file: `.safetensors`, `.npz`, or `.pth`
+      and `.pt`, which need PyTorch.
+    model: for a file, the network that it is of, one of `list_models()`.
+    num_classes: for a file, the number of logits; None: what the classifier in the file has.
+    overwrite: replace the file, or the folder if it holds an exported network.
+    **options: for a file, further arguments of `create_model`, such as logit_width=64.
+
+  Returns:
+    What was done, in one line.
+
+  Raises:
+    UsageError: the source cannot be read or does not fit the model, with all faults in one message;
+      the place to write is taken; PyTorch is needed and not installed.
+  """
+  source, out = Path(source), Path(out)
+  if not source.exists():
+    raise UsageError(
+      f"there is no file or folder {source}; give a file of PyTorch weights or an exported folder"
+    )
+  if not source.is_dir():
+    return _from_torch(source, out, model, num_classes, options, overwrite)
+  given = {"model": model, "num_classes": num_classes, **options}
+  given = {name: value for name, value in given.items() if value is not None}
+  if given:
+    raise UsageError(
+      f"{source} says itself what network it is; leave out {', '.join(given)}, which are for "
+      "converting a file of PyTorch weights"
+    )
+  return _to_torch(source, out, overwrite)
+
+
+def _from_torch(
+  source: Path,
+  out: Path,
+  name: str | None,
+  num_classes: int | None,
+  options: Mapping[str, Any],
+  overwrite: bool,
+) -> str:
+  if name is None:
+    raise UsageError(
+      f"which network are the weights in {source} of? Name the model, one of "
+      f"{', '.join(list_models())}"
+    )
+  if out.suffix in _SUFFIXES:
+    raise UsageError(
+      f"{out} looks like a file, but what becomes of the file {source} is a folder; name a folder"
+    )
+  folders.check_free(out, overwrite=overwrite)
+  network, rounded, config = read(source, name, options, num_classes)
+  classes = config.pop("num_classes")
+  folders.save(
+    out,
+    network,
+    name=name,
+    options=options,
+    num_classes=classes,
+    extra=config,
+    overwrite=overwrite,
+  )
+  return (
+    f"{source} -> {out}: {name}, {classes} classes, {count_parameters(network):,} parameters"
+    f"{' (rounded from float64 to float32)' if rounded else ''}"
+  )
+
+
+def read(
+  source: str | Path,
+  name: str,
+  options: Mapping[str, Any],
+  num_classes: int | None,
+  dtype: Dtype = jnp.float32,
+) -> tuple[nnx.Module, bool, dict[str, Any]]:
+  """The network of a file of PyTorch weights.
+
+  Args:
+    source: the file.
+    name: of the network.
+    options: of the network.
+    num_classes: number of logits; None: what the classifier in the file has.
+    dtype: of the computation.
+
+  Returns:
+    The network; whether weights were rounded from float64; and "num_classes", "preprocess" and, of
+    1,000 classes and where TFDS has their names, "class_names".
+
+  Raises:
+    UsageError: as `convert`.
+  """
+  source = Path(source)
+  state_dict = read_torch_checkpoint(source)
+  classes = _num_classes(state_dict, source) if num_classes is None else num_classes
+  network = folders.abstract_model(name, options, num_classes=classes, dtype=dtype)
+  load_torch_weights(network, state_dict)
+  config = {"num_classes": classes, "preprocess": PREPROCESS}
+  names = class_names.of_imagenet() if classes == 1000 else None
+  if names is not None:
+    config["class_names"] = names
+  return network, any(array.dtype == np.float64 for array in state_dict.values()), config
+
+
+def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
+  if out.suffix not in _SUFFIXES:
+    raise UsageError(
+      f"{source} is a folder, so {out} must be a file that ends in {', '.join(_SUFFIXES)}"
+    )
+  if out.is_dir():
+    raise UsageError(f"{out} is a folder; name a file")
+  if out.exists() and not overwrite:
+    raise UsageError(f"{out} exists; choose another file, or say to overwrite it")
+  torch = _import_torch(out) if out.suffix in _TORCH_SUFFIXES else None
+  network, config = folders.load(source)
+  state_dict: dict[str, Any] = {
+    name: np.asarray(array, order="C") for name, array in to_torch_state_dict(network).items()
+  }
+  with folders.replacing(out) as temporary:
+    if torch is not None:
+      tensors = ((name, torch.tensor(array)) for name, array in state_dict.items())
+      torch.save(collections.OrderedDict(tensors), temporary)
+    elif out.suffix == ".npz":
+      np.savez(temporary, **state_dict)
+    else:
+      safetensors.numpy.save_file(state_dict, temporary)
+  return (
+    f"{source} -> {out}: {config['model']['name']}, {config['num_classes']} classes, "
+    f"{count_parameters(network):,} parameters under their PyTorch names"
+  )
+
+
+def _num_classes(state_dict: Mapping[str, np.ndarray], source: Path) -> int:
+  for name, array in state_dict.items():
+    if name.removeprefix("module.") in _CLASSIFIERS and array.ndim == 2:
+      return array.shape[0]
+  raise UsageError(
+    f"{source} has no {' or '.join(_CLASSIFIERS)} to take the number of classes from (it begins "
+    f"with {', '.join(list(state_dict)[:3])}); is it of another network? If not, give num_classes"
+  )
+
+
+def _import_torch(out: Path) -> Any:
+  try:
+    import torch
+  except ImportError:
+    raise UsageError(
+      f"PyTorch is not installed, and {out.suffix} files are written by it; install it (pip "
+      f"install torch) or write {out.with_suffix('.safetensors')}, which needs nothing"
+    ) from None
+  return torch

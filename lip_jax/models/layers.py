@@ -1,0 +1,222 @@
+"""Convolution, normalization and the dtype policy that every model shares.
+
+Parameters and batch statistics are float32 (float64 in float64 models) whatever the compute dtype;
+normalizations compute in that precision and cast their output. Paddings are explicit: at even sizes
+"SAME" pads differently from the networks that the published weights come from.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+
+from lip_jax.errors import UsageError
+from lip_jax.ops.normalization import apply_moments, normalize, varying_alike
+
+# He et al. 2015 with fan-out, as fb.resnet.torch and torchvision initialise convolutions.
+kaiming_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# The same with fan-in: DenseNets.
+kaiming_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+# Uniform in +-1 / sqrt(fan_in): what PyTorch gives a linear layer's weight.
+linear_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+BATCH_NORM = "batch_norm"  # the scope in which one is evaluated, which `lip_jax.models.cost` counts
+
+
+def param_dtype(dtype: Dtype) -> Dtype:
+  """Dtype of the parameters and statistics of a model that computes in `dtype`."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def conv(
+  in_features: int,
+  out_features: int,
+  kernel_size: int,
+  *,
+  stride: int = 1,
+  init: nnx.Initializer = kaiming_fan_out,
+  dtype: Dtype = jnp.float32,
+  rngs: nnx.Rngs,
+) -> nnx.Conv:
+  """Bias-free square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd kernels.
+
+  Args:
+    in_features: channels of the input.
+    out_features: channels of the output.
+    kernel_size: height and width of the kernel in pixels; padded by kernel_size // 2 on each side.
+    stride: in pixels.
+    init: of the weights.
+    dtype: of the computation.
+    rngs: source of the initial weights.
+  """
+  pad = kernel_size // 2
+  return nnx.Conv(
+    in_features,
+    out_features,
+    (kernel_size, kernel_size),
+    strides=stride,
+    padding=((pad, pad), (pad, pad)),
+    use_bias=False,
+    dtype=dtype,
+    param_dtype=param_dtype(dtype),
+    kernel_init=init,
+    rngs=rngs,
+  )
+
+
+def check_sizes(least: int = 1, **sizes: Any) -> None:
+  """Raises UsageError unless all are whole numbers, at least `least`."""
+  for name, value in sizes.items():
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+      bound = "positive" if least == 1 else f"at least {least}"
+      raise UsageError(f"{name} must be a whole number and {bound}, got {value!r}")
+
+
+def check_four(name: str, sizes: Any) -> None:
+  """Raises UsageError unless `sizes` are four positive whole numbers, one per stage."""
+  if not isinstance(sizes, (tuple, list)) or len(sizes) != 4:
+    raise UsageError(f"{name} must be four positive numbers, got {sizes!r}")
+  check_sizes(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
+
+
+def check_images(images: jax.Array) -> None:
+  """Raises ValueError unless images are [N, H, W, 3]."""
+  if images.ndim != 4 or images.shape[3] != 3:
+    raise ValueError(f"images must be [N, H, W, 3], got shape {tuple(images.shape)}")
+
+
+def linear(in_features: int, out_features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
+  """Classifier, computed in the parameters' precision: [N, in] -> [N, out] float32 (or float64)."""
+  dtype = param_dtype(dtype)
+  return nnx.Linear(
+    in_features, out_features, dtype=dtype, param_dtype=dtype, kernel_init=linear_uniform, rngs=rngs
+  )
+
+
+def apply(module: Callable[..., jax.Array], *inputs: jax.Array, remat: bool) -> jax.Array:
+  """`module(*inputs)`; with `remat`, gradients keep only the inputs and compute the rest again."""
+  if not remat:
+    return module(*inputs)
+  return nnx.remat(lambda module, *inputs: module(*inputs))(module, *inputs)
+
+
+class BatchNorm(nnx.Module):
+  """Batch normalization over groups of consecutive images.
+
+  In training each group of `group_size` images along the batch axis is normalized by its own mean
+  and variance, as if it were alone on one GPU: the statistics of a recipe ("batch norm over 32
+  images") then hold on any number of devices, and need no traffic between devices whenever a group
+  fits on one. The running statistics follow the average over the groups, with the unbiased
+  variance (n / (n - 1)), as PyTorch's do.
+
+  Gradients are reverse mode (`jax.grad`, `jax.vjp`).
+
+  `mean` and `var` are [C]. Given as [groups, C] instead, each group keeps its own, so that these
+  need no traffic either; evaluation takes their average, which is the same.
+
+  Args:
+    features: C of the input [N, H, W, C].
+    group_size: images per group; None or 0 for the whole batch.
+    axis_name: inside `jax.shard_map`, the mesh axes over which each group is spread; every device
+      then has an equal part of one group.
+    momentum: share of the old running statistics that each training step keeps.
+    epsilon: added to the variance.
+    zero_init: start with the scale at zero instead of one.
+    dtype: of the output.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    group_size: int | None = None,
+    axis_name: tuple[str, ...] | None = None,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+    zero_init: bool = False,
+    dtype: Dtype = jnp.float32,
+  ):
+    kept = param_dtype(dtype)
+    self.scale = nnx.Param((jnp.zeros if zero_init else jnp.ones)((features,), kept))
+    self.bias = nnx.Param(jnp.zeros((features,), kept))
+    self.mean = nnx.BatchStat(jnp.zeros((features,), kept))
+    self.var = nnx.BatchStat(jnp.ones((features,), kept))
+    self.group_size = group_size
+    self.axis_name = axis_name
+    self.momentum = momentum
+    self.epsilon = epsilon
+    self.dtype = dtype
+    self.use_running_average = False  # what model.eval() and model.train() set
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    if self.use_running_average:
+      mean, var = (stat[...].reshape(-1, x.shape[3]).mean(axis=0) for stat in (self.mean, self.var))
+      scale, bias = self.scale[...], self.bias[...]
+      with jax.named_scope(BATCH_NORM):
+        return apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
+    n = x.shape[0]
+    here = n if self.axis_name or not self.group_size else self.group_size
+    if n % here:
+      raise ValueError(
+        f"batch norm over groups of {here} images needs a batch that is a multiple of {here}, got "
+        f"{n} images; change the batch size or bn_group_size (0: the whole batch is one group)"
+      )
+    groups = x.reshape(n // here, here, *x.shape[1:])
+    scale, bias = varying_alike(x, self.scale[...], self.bias[...])
+    y, mean, var = normalize(
+      groups,
+      scale,
+      bias,
+      self.epsilon,
+      self.dtype,
+      (1, 2, 3),
+      self.axis_name,
+    )
+    devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+    count = devices * here * x.shape[1] * x.shape[2]
+    self._update(self.mean, mean)
+    self._update(self.var, var * (count / max(count - 1, 1)))
+    return y.reshape(x.shape)
+
+  def _update(self, running: nnx.BatchStat, groups: jax.Array):
+    batch = groups.reshape(len(groups), -1)
+    if running.ndim == 1:
+      batch = batch.mean(axis=0)
+    running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
+
+
+def norm_factory(
+  group_size: int | None, axis_name: tuple[str, ...] | None, dtype: Dtype
+) -> Callable[..., BatchNorm]:
+  """What makes a network's batch norms: (features, zero_init=False) -> `BatchNorm`."""
+  check_sizes(least=0, bn_group_size=0 if group_size is None else group_size)
+  return functools.partial(BatchNorm, group_size=group_size, axis_name=axis_name, dtype=dtype)
+
+
+class InstanceNorm(nnx.Module):
+  """Normalization of each channel of each image over its pixels, with a learned scale and bias.
+
+  Ulyanov et al. 2016; the same computation in training and evaluation. A constant channel becomes
+  the bias. Gradients are reverse mode.
+
+  Args:
+    features: C of the input [N, H, W, C].
+    epsilon: added to the variance.
+    dtype: of the output.
+  """
+
+  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: Dtype = jnp.float32):
+    kept = param_dtype(dtype)
+    self.scale = nnx.Param(jnp.ones((features,), kept))
+    self.bias = nnx.Param(jnp.zeros((features,), kept))
+    self.epsilon = epsilon
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale, bias = varying_alike(x, self.scale[...], self.bias[...])
+    return normalize(x, scale, bias, self.epsilon, self.dtype, (1, 2))[0]

@@ -1,0 +1,172 @@
+"""Weights in the authors' PyTorch names and layouts <-> our parameter tree."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lip_jax.errors import UsageError
+from lip_jax.models.densenet import DenseNet
+from lip_jax.models.lan import LIP
+from lip_jax.models.resnet import ResNet
+
+# Our path, dots between its parts -> the authors' name. Applied in order, each at most once;
+# {conv} is the convolution of a block that the transition replaces.
+_RESNET_RULES = (
+  (r"^pool\.logits\.", "maxpool.logit."),
+  (r"\.spatial\.trunk\.", ".bottleneck_shared.logit."),
+  (r"\.spatial\.residual_pool\.logits\.", ".{conv}.0.postprocessing."),
+  (r"\.spatial\.shortcut_pool\.logits\.", ".downsample.lip.postprocessing."),
+  (r"\.spatial\.shortcut_conv\.", ".downsample.conv."),
+  (r"\.shortcut_bn\.", ".downsample.bn."),
+  (r"\bnorm(\d?)\.", r"bn\1."),  # instance norms are called bn there
+)
+_DENSENET_RULES = (
+  (r"^(?!classifier)", "features."),
+  (r"(denseblock\d)\.(\d+)", lambda match: f"{match[1]}.denselayer{int(match[2]) + 1}"),
+  (r"pool(0?)\.logits\.projection\.(conv|norm)", r"pool\1.logits.\g<2>3"),
+  (r"pool(0?)\.logits\.trunk\.", r"pool\1.logits."),
+  (r"pool(0?)\.logits\.(conv|norm)\.", r"pool\1.logits.\g<2>1."),
+  (r"\.logits\.norm", ".logits.bn"),
+  (r"\.logits\.", ".logit."),
+)
+_LEAF_RULES = (
+  (r"\.kernel$", ".weight"),
+  (r"\.scale$", ".weight"),
+  (r"\.mean$", ".running_mean"),
+  (r"\.var$", ".running_var"),
+)
+# Other spellings of the same names: torchvision counts the parts of a shortcut where the authors
+# name them, and its published DenseNets number a layer's parts with a dot.
+_SPELLINGS = (
+  (r"\bdownsample\.0\.", "downsample.conv."),
+  (r"\bdownsample\.1\.", "downsample.bn."),
+  (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
+)
+_COUNTER = "num_batches_tracked"  # PyTorch's, in each batch norm; we keep none
+
+
+def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
+  """Replaces all parameters and running statistics of `model`, in place.
+
+  Understands the published LIP networks and torchvision's plain ResNets and DenseNets, also with
+  the prefix `module.` that training on several GPUs leaves. `num_batches_tracked` entries are
+  ignored. LIP layers that pool by averages at first (`average_steps`) are past that.
+
+  Args:
+    model: a network of `create_model`.
+    state_dict: arrays under the authors' (or torchvision's) names, in PyTorch's layouts:
+      convolutions [O, I, H, W], linear layers [O, I].
+
+  Raises:
+    UsageError: names that are missing or left over, and shapes that differ: all of them in one
+      message. The model is then unchanged.
+  """
+  source: dict[str, np.ndarray] = {}
+  faults: list[str] = []
+  for given, value in state_dict.items():
+    if given.endswith(_COUNTER):
+      continue
+    name = given.removeprefix("module.")
+    for pattern, replacement in _SPELLINGS:
+      name = re.sub(pattern, replacement, name)
+    if name in source:
+      faults.append(f"{name} twice, the second time as {given}")
+    source[name] = np.asarray(value)
+  found: list[tuple[nnx.Variable, np.ndarray]] = []
+  for name, variable in torch_names(model):
+    if name not in source:
+      faults.append(f"missing {name}")
+      continue
+    value = source.pop(name)
+    expected = _torch_shape(variable.shape)
+    if value.shape != expected:
+      faults.append(f"shape of {name} is {value.shape}, expected {expected}")
+    found.append((variable, _to_our_layout(value)))
+  faults += [f"unexpected {name}" for name in source]
+  if faults:
+    raise UsageError(
+      f"the weights do not fit the model ({len(faults)} faults; is it another depth, width or "
+      f"number of classes?): {'; '.join(faults)}"
+    )
+  for variable, value in found:
+    variable.set_value(jnp.asarray(value, variable.dtype))
+  for layer in _lip_layers(model):
+    if layer.steps is not None:
+      layer.steps.set_value(jnp.asarray(layer.average_steps, jnp.int32))
+
+
+def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+  """All parameters and running statistics, as PyTorch's `load_state_dict` takes them.
+
+  The inverse of `load_torch_weights`, bit for bit. Networks without LIP get torchvision's names.
+
+  Args:
+    model: a network of `create_model`.
+
+  Returns:
+    From the authors' names to arrays in PyTorch's layouts, with a `num_batches_tracked` of zero for
+    each batch norm.
+  """
+  state_dict: dict[str, np.ndarray] = {}
+  plain = not _lip_layers(model)
+  for name, variable in torch_names(model):
+    if plain:
+      name = name.replace("downsample.conv.", "downsample.0.")
+      name = name.replace("downsample.bn.", "downsample.1.")
+    state_dict[name] = _to_torch_layout(np.asarray(variable[...]))
+    if name.endswith(".running_var"):
+      counter = f"{name.removesuffix('running_var')}{_COUNTER}"
+      state_dict[counter] = np.zeros((), np.int64)
+  return state_dict
+
+
+def torch_names(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+  """(The authors' name, our variable) for each parameter and running statistic.
+
+  What the authors' networks do not have, such as the parameters of other poolings, keeps our name.
+  """
+  if not isinstance(model, (ResNet, DenseNet)):
+    raise UsageError(
+      f"there are no PyTorch names for a {type(model).__name__}, only for networks of create_model"
+    )
+  rules = _DENSENET_RULES if isinstance(model, DenseNet) else _resnet_rules(model)
+  for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+    name = ".".join(map(str, path))
+    if jnp.issubdtype(variable.dtype, jnp.integer):  # the step counter of a LIP layer
+      continue
+    for pattern, replacement in (*rules, *_LEAF_RULES):
+      name = re.sub(pattern, replacement, name)
+    yield name, variable
+
+
+def _resnet_rules(model: ResNet) -> tuple[tuple[str, str], ...]:
+  first_blocks = {stage: getattr(model, f"layer{stage}")[0] for stage in (2, 3, 4)}
+  conv = first_blocks[2].transition_name
+  rules = [(pattern, replacement.format(conv=conv)) for pattern, replacement in _RESNET_RULES]
+  for stage, block in first_blocks.items():
+    # Behind a pooling, the convolution of the residual branch is the second part of a sequence.
+    if hasattr(block.spatial, "residual_pool"):
+      rules.append((rf"^(layer{stage}\.0)\.spatial\.residual_conv\.", rf"\1.{conv}.1."))
+  return (*rules, (r"\.spatial\.residual_conv\.", f".{conv}."))
+
+
+def _lip_layers(model: nnx.Module) -> list[LIP]:
+  return [module for _, module in nnx.iter_modules(model) if isinstance(module, LIP)]
+
+
+def _to_our_layout(value: np.ndarray) -> np.ndarray:
+  """[O, I, H, W] -> [H, W, I, O] and [O, I] -> [I, O]; vectors as they are."""
+  return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Shape in PyTorch's layout of a variable that has this shape here."""
+  return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+
+
+def _to_torch_layout(value: np.ndarray) -> np.ndarray:
+  """[H, W, I, O] -> [O, I, H, W] and [I, O] -> [O, I]; vectors as they are."""
+  return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T

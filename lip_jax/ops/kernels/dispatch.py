@@ -1,0 +1,323 @@
+"""Local importance-based pooling with its gradient, by the best form for the platform.
+
+Pallas kernels on TPU and on NVIDIA GPUs, plain XLA elsewhere and for what the kernels do not
+support. The choice is made when a program is compiled, among the forms for the devices of this
+process and, if it compiles for TPUs that are not there (`jax.experimental.topologies`), for those.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+
+from lip_jax.ops.kernels import gate, gpu, tpu, xla
+from lip_jax.ops.kernels.gate import Affine
+from lip_jax.ops.normalization import explicit, moments, not_before, not_before_on_cpu, varying_axes
+from lip_jax.ops.windows import Geometry
+
+Form = Literal["auto", "xla", "pallas"]
+
+_KERNELS = {"tpu": tpu, "cuda": gpu}
+
+
+def supports(x: jax.Array, h: jax.Array | jax.ShapeDtypeStruct, geometry: Geometry) -> bool:
+  """Whether there is a kernel, of any platform, for these arrays."""
+  return bool(_kernels(x, h, geometry, "pallas"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def lip_pool(
+  x: jax.Array, logits: jax.Array, geometry: Geometry, shift: float | None, form: Form
+) -> jax.Array:
+  """`lip_jax.lip_pool` of valid arguments.
+
+  Args:
+    x: [N, H, W, C].
+    logits: [N, H, W, C] or [N, H, W, 1].
+    geometry: of the pooling.
+    shift: what to subtract from all logits; None: each window's largest.
+    form: "pallas" where `supports`: off TPU and GPU the kernel is interpreted, slowly.
+
+  Returns:
+    [N, H', W', C] in the dtype of x.
+  """
+  return _lip_pool_fwd(x, logits, geometry, shift, form)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # one program where there is no jit around
+def _lip_pool_fwd(x, logits, geometry, shift, form):
+  y, windows = _forward(x, logits, None, geometry, shift, form)
+  return y, (x, logits, windows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _lip_pool_bwd(geometry, shift, form, residuals, g):
+  x, logits, windows = residuals
+  dx, dlogits, _ = _backward(x, logits, None, windows, g, geometry, shift, form)
+  return dx, dlogits
+
+
+lip_pool.defvjp(_lip_pool_fwd, _lip_pool_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def gated_lip_pool(
+  x: jax.Array,
+  h: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  geometry: Geometry,
+  form: Form,
+) -> jax.Array:
+  """`lip_jax.gated_lip_pool` of valid arguments; as `lip_pool`."""
+  return _gated_fwd(x, h, scale, bias, epsilon, geometry, form)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _gated_fwd(x, h, scale, bias, epsilon, geometry, form):
+  mean, var = moments(h, (1, 2))
+  mean, rstd = mean.squeeze((1, 2)), lax.rsqrt(var.squeeze((1, 2)) + epsilon)
+  scale_, bias_ = (jnp.broadcast_to(a.astype(mean.dtype), mean.shape) for a in (scale, bias))
+  affine = Affine(mean, rstd * scale_, bias_)
+  y, windows = _forward(x, h, affine, geometry, gate.MIDDLE, form)
+  return y, (x, h, scale, bias, affine, rstd, windows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gated_bwd(epsilon, geometry, form, residuals, g):
+  """Of the kernels' du (with respect to what the gate gets), back through the instance norm."""
+  del epsilon
+  x, h, scale, bias, affine, rstd, windows = residuals
+  h, rstd, *statistics = not_before_on_cpu(g, h, rstd, *affine)
+  affine = Affine(*statistics)
+  dx, du, sums = _backward(x, h, affine, windows, g, geometry, gate.MIDDLE, form)
+  of_du, of_product = sums  # of du, and of du * (h - mean), over the pixels
+  pixels = h.shape[1] * h.shape[2]
+  centred = h.astype(rstd.dtype) - _over_pixels(affine.mean)
+  dh = _over_pixels(affine.gain) * (
+    du.astype(rstd.dtype)
+    - _over_pixels(of_du / pixels)
+    - centred * _over_pixels(jnp.square(rstd) * of_product / pixels)
+  )
+  dscale, dbias = (of_product * rstd).sum(axis=0), of_du.sum(axis=0)
+  return dx, dh.astype(h.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+gated_lip_pool.defvjp(_gated_fwd, _gated_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def projected_lip_pool(
+  x: jax.Array,
+  source: jax.Array,
+  kernel: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  geometry: Geometry,
+  form: Form,
+) -> jax.Array:
+  """`gated_lip_pool` of x by a projection of `source`, which is computed again for the gradient.
+
+  Args:
+    x: [N, H, W, C].
+    source: [N, H, W, S].
+    kernel: of a convolution, [1, 1, S, C].
+    scale: [C].
+    bias: [C].
+    epsilon: added to the variance.
+    geometry: of the pooling.
+    form: as for `lip_pool`.
+  """
+  return _projected_fwd(x, source, kernel, scale, bias, epsilon, geometry, form)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _projected_fwd(x, source, kernel, scale, bias, epsilon, geometry, form):
+  y, (_, _, *rest) = _gated_fwd(x, project(source, kernel), scale, bias, epsilon, geometry, form)
+  return y, (x, source, kernel, rest)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _projected_bwd(epsilon, geometry, form, residuals, g):
+  x, source, kernel, rest = residuals
+  # With the same kernel XLA would find the two convolutions equal and keep the first one's result.
+  (kernel,) = not_before(g, kernel)
+  h, back = jax.vjp(project, source, kernel)
+  dx, dh, dscale, dbias = _gated_bwd(epsilon, geometry, form, (x, h, *rest), g)
+  return dx, *back(dh), dscale, dbias
+
+
+projected_lip_pool.defvjp(_projected_fwd, _projected_bwd)
+
+
+def project(source: jax.Array, kernel: jax.Array) -> jax.Array:
+  """1x1 convolution of `source`, [N, H, W, S], by `kernel`, [1, 1, S, C], in the former's dtype."""
+  return lax.conv_general_dilated(
+    source, kernel.astype(source.dtype), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+
+
+def _over_pixels(statistic: jax.Array) -> jax.Array:
+  return statistic[:, None, None, :]
+
+
+def _forward(x, h, affine, geometry, shift, form):
+  """(y, what the backward pass of the XLA form needs of each window)."""
+
+  def default(x, h, affine):
+    return xla.forward(x, h, affine, geometry, shift)
+
+  kernels = _kernels(x, h, geometry, form)
+  if not kernels:
+    return default(x, h, affine)
+  kept = jax.eval_shape(default, x, h, affine)[1]
+
+  def result(x, h, affine):
+    return default(x, h, affine)[0]
+
+  def call(module, interpret):
+    def kernel(x, h, affine):
+      if not module.supports(x, h, geometry):  # a device's part, or more than one batch
+        return result(x, h, affine)
+      return module.forward(x, h, affine, geometry, shift, interpret=interpret)
+
+    run = _transformable(kernel, "n h w c, n h w c{} -> n i j c", result)
+    # The kernels compute again what the XLA form keeps; nobody reads these zeros.
+    return lambda x, h, affine: (
+      run(x, h, affine),
+      () if form == "pallas" else jax.tree.map(jnp.zeros_like, kept),
+    )
+
+  return _by_platform(call, kernels, default, form)(x, h, affine)
+
+
+def _backward(x, h, affine, windows, g, geometry, shift, form):
+  """(dx, dh, sums of dh and of dh * (h - mean)), the last with an affine only."""
+
+  def default(x, h, affine, windows, g):
+    return xla.backward(x, h, affine, windows, g, geometry, shift)
+
+  kernels = _kernels(x, h, geometry, form)
+  if not kernels:
+    return default(x, h, affine, windows, g)
+
+  def from_inputs(x, h, g, affine):
+    return default(x, h, affine, xla.forward(x, h, affine, geometry, shift)[1], g)
+
+  def call(module, interpret):
+    def kernel(x, h, g, affine):
+      if not module.supports(x, h, geometry):
+        return from_inputs(x, h, g, affine)
+      return module.backward(x, h, affine, g, geometry, shift, interpret=interpret)
+
+    rule = "n h w c, n h w c, n i j c{} -> n h w c, n h w c" + (", n c, n c" if affine else "")
+    run = _transformable(kernel, rule, from_inputs)
+    return lambda x, h, affine, windows, g: run(x, h, g, affine)
+
+  return _by_platform(call, kernels, default, form)(x, h, affine, windows, g)
+
+
+def _transformable(
+  kernel: Callable[..., Any], rule: str, same: Callable[..., Any]
+) -> Callable[..., Any]:
+  """`kernel`, with what JAX's transformations need.
+
+  Args:
+    kernel: of arrays on one device.
+    rule: of `_sharded`.
+    same: the same function in plain XLA, whose derivatives are taken for the kernel's.
+  """
+
+  @custom_vmap
+  def mapped(*args):
+    return _sharded(kernel, rule, *args)
+
+  mapped.def_vmap(_fold(mapped))
+  run = jax.custom_jvp(mapped)
+  run.defjvp(lambda primals, tangents: jax.jvp(same, primals, tangents))
+  return run
+
+
+def _kernels(x, h, geometry, form) -> dict[str, Any]:
+  """Modules by platform.
+
+  Exported programs whose batch is a symbol stay with XLA, as do arrays whose type says how they are
+  spread over devices, which kernels cannot express.
+  """
+  symbolic = not all(isinstance(size, int) for size in (*x.shape, *h.shape))
+  if form == "xla" or symbolic or any(_spread(a) for a in (x, h)):
+    return {}
+  names = set(_KERNELS) if form == "pallas" else _targets()
+  return {name: _KERNELS[name] for name in names if _KERNELS[name].supports(x, h, geometry)}
+
+
+def _targets() -> set[str]:
+  """Platforms that a program may be compiled for: tracing a kernel takes a tenth of a second."""
+  targets = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
+  # What compiles for TPUs that are not there has imported this.
+  return targets | ({"tpu"} if "jax.experimental.topologies" in sys.modules else set())
+
+
+def _spread(a: jax.Array | jax.ShapeDtypeStruct) -> bool:
+  return not isinstance(a, jax.ShapeDtypeStruct) and (bool(varying_axes(a)) or explicit(a))
+
+
+def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
+  if form == "pallas":
+    default = call(kernels.get("tpu") or kernels["cuda"], True)
+  branches = {name: call(module, False) for name, module in kernels.items()}
+  return lambda *args: lax.platform_dependent(*args, default=default, **branches)
+
+
+def _fold(run: Callable[..., Any]) -> Callable[..., Any]:
+  """Rule of `jax.vmap` for kernels: the mapped axis becomes part of the batch."""
+
+  def rule(size, batched, *args):
+    def join(a, is_batched):
+      a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+      return a.reshape(-1, *a.shape[2:])
+
+    out = run(*jax.tree.map(join, args, tuple(batched)))
+    out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
+    return out, jax.tree.map(lambda _: True, out)
+
+  return rule
+
+
+def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:
+  """`kernel(*args)` of arrays that may be split over devices along the batch and the channels.
+
+  The compiler cannot divide a kernel; it is told here that each device runs it for its part.
+
+  Args:
+    kernel: of one device's part.
+    rule: axes of arguments and results, the rows and columns by h and w, i and j; {} stands for
+      those of an affine, the last of the arguments, if there is one.
+    *args: of the kernel.
+  """
+  leaves, tree = jax.tree.flatten(args)
+  affine = args[-1]
+
+  def flat(*leaves):
+    return kernel(*jax.tree.unflatten(tree, leaves))
+
+  def partition(mesh, arg_shapes, result_shape):
+    place = lambda shape: NamedSharding(mesh, shape.sharding.spec)  # noqa: E731
+    return mesh, flat, jax.tree.map(place, result_shape), tuple(map(place, arg_shapes))
+
+  call = custom_partitioning(flat)
+  call.def_partition(
+    partition,
+    sharding_rule=rule.format(", n c" * len(affine or ())),
+    need_replication_factors=tuple(axis for axis in "hwij" if axis in rule),
+  )
+  return call(*leaves)

@@ -1,0 +1,166 @@
+"""Normalization by mean and variance, with a gradient that keeps little and reads it once."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jax import lax
+
+from lip_jax.ops.windows import accumulation_dtype
+
+
+def moments(
+  x: jax.Array, axes: tuple[int, ...], axis_name: tuple[str, ...] | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Mean and biased variance in at least float32, with axes of size one for those averaged over.
+
+  In one pass over bfloat16 and float16, as the mean of squares less the square of the mean, in
+  float32. That costs the variance about 1e-6 of the square of the mean: nothing beside what such
+  inputs were rounded by, but for those that are exact and nearly constant.
+
+  Args:
+    x: of any shape.
+    axes: to average over.
+    axis_name: mesh axes to average over as well, inside `jax.shard_map`.
+  """
+  dtype = accumulation_dtype(x)
+  one_pass = x.dtype != dtype
+  x = x.astype(dtype)
+  mean = _average(x, axes, axis_name)
+  if one_pass:
+    return mean, jnp.maximum(_average(jnp.square(x), axes, axis_name) - jnp.square(mean), 0)
+  return mean, _average(jnp.square(x - mean), axes, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def normalize(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  dtype: Dtype,
+  axes: tuple[int, ...],
+  axis_name: tuple[str, ...] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`apply_moments` of x by its own moments over `axes`, and these.
+
+  The gradient needs x, which the layer before has in memory anyway, and the statistics. It is that
+  of the first result; nothing flows back through mean and variance as results.
+
+  Args:
+    x: [..., C].
+    scale: [C].
+    bias: [C].
+    epsilon: added to the variance.
+    dtype: of the result.
+    axes: as for `moments`.
+    axis_name: as for `moments`.
+
+  Returns:
+    (y, mean, variance), the latter two as those of `moments`.
+  """
+  return _fwd(x, scale, bias, epsilon, dtype, axes, axis_name)[0]
+
+
+def apply_moments(
+  x: jax.Array,
+  mean: jax.Array,
+  var: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  dtype: Dtype,
+) -> jax.Array:
+  """(x - mean) / sqrt(var + epsilon) * scale + bias, in the precision of the statistics."""
+  gain = lax.rsqrt(var + epsilon) * _last(scale, var)
+  y = (x.astype(var.dtype) - _last(mean, x)) * _last(gain, x) + _last(bias, x)
+  return y.astype(dtype)
+
+
+def _average(x: jax.Array, axes: tuple[int, ...], axis_name: tuple[str, ...] | None) -> jax.Array:
+  local = x.mean(axis=axes, keepdims=True)
+  return lax.pmean(local, axis_name) if axis_name else local
+
+
+def _fwd(x, scale, bias, epsilon, dtype, axes, axis_name):
+  mean, var = moments(x, axes, axis_name)
+  y = apply_moments(x, mean, var, scale, bias, epsilon, dtype)
+  return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _bwd(epsilon, dtype, axes, axis_name, residuals, cotangents):
+  """Ioffe and Szegedy 2015, section 3: dx = gain (g - mean(g) - x_hat mean(g x_hat))."""
+  del dtype
+  x, scale, bias, mean, var = residuals
+  g = cotangents[0].astype(var.dtype)
+  x, mean, var = not_before_on_cpu(g, x, mean, var)
+  rstd = lax.rsqrt(var + epsilon)
+  x_hat = (x.astype(var.dtype) - mean) * rstd
+  mean_g, mean_product = (_average(a, axes, axis_name) for a in (g, g * x_hat))
+  dx = rstd * _last(scale, var) * (g - mean_g - x_hat * mean_product)
+  others = tuple(range(x.ndim - 1))
+  dscale, dbias = (a.sum(axis=others) for a in (g * x_hat, g))
+  return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+normalize.defvjp(_fwd, _bwd)
+
+
+def not_before(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The arrays, but only once g is known.
+
+  XLA would otherwise compute what a gradient needs of them alone in the forward pass, as soon as it
+  can, and keep it until g is there. It drops `optimization_barrier` too early to prevent that.
+  """
+  if 0 in g.shape:
+    return arrays
+  # One number of each image, or group, so that nothing travels where these are on many devices.
+  first = lax.slice(g, (0,) * g.ndim, (g.shape[0], *[1] * (g.ndim - 1)))
+  zero = jnp.minimum(jnp.abs(jnp.nan_to_num(first, nan=0, posinf=0, neginf=0)), 0)
+
+  def add(a: jax.Array) -> jax.Array:
+    own = zero if a.shape[0] == g.shape[0] else lax.slice_in_dim(zero, 0, 1)
+    return a + own.astype(a.dtype).reshape(own.shape[0], *[1] * (a.ndim - 1))
+
+  return tuple(map(add, arrays))
+
+
+def not_before_on_cpu(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """As `not_before` on CPUs; elsewhere XLA computes elementwise operations where they are used."""
+  if explicit(g) or any(varying_axes(a) != varying_axes(g) for a in arrays):
+    return arrays
+  return lax.platform_dependent(
+    g, *arrays, cpu=not_before, default=lambda g, *arrays: tuple(arrays)
+  )
+
+
+def explicit(a: jax.Array) -> bool:
+  """Whether the sharding of `a` is part of its type (`jax.sharding.AxisType.Explicit`)."""
+  return bool(jax.typeof(a).sharding.mesh.explicit_axes)
+
+
+def varying_axes(a: jax.Array) -> frozenset[str]:
+  """Mesh axes over which `a` differs, in `jax.shard_map` that checks it."""
+  aval: Any = jax.typeof(a)
+  kind = getattr(aval, "manual_axis_type", None)  # `vma` in other releases of JAX
+  return aval.vma if kind is None else kind.varying
+
+
+def varying_alike(x: jax.Array, *params: jax.Array) -> tuple[jax.Array, ...]:
+  """Parameters that are the same on all devices, as such that are not where x is not.
+
+  In `jax.shard_map`, where types tell; the transpose adds up their gradients over the devices.
+  """
+
+  def vary(param: jax.Array) -> jax.Array:
+    axes = tuple(varying_axes(x) - varying_axes(param))
+    return lax.pcast(param, axes, to="varying") if axes else param
+
+  return tuple(map(vary, params))
+
+
+def _last(a: jax.Array, like: jax.Array) -> jax.Array:
+  """A with axes of size one in front, up to the rank of `like`."""
+  return a.reshape((1,) * (like.ndim - a.ndim) + a.shape)

@@ -1,0 +1,1 @@
+"""Around a training: the doctor, ahead-of-time compilation, the paper's tables."""

@@ -1,0 +1,1 @@
+"""What every training has: loop, step, optimizer, checkpoints, metrics; it knows no task."""

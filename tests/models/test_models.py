@@ -1,0 +1,312 @@
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lip_jax
+from lip_jax.errors import UsageError
+from lip_jax.models import downsample, lan
+
+
+def count(model):
+  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def abstract(name, **options):
+  """The model without its weights: shapes only, and fast."""
+  return nnx.eval_shape(lambda: lip_jax.create_model(name, rngs=nnx.Rngs(0), **options))
+
+
+def images(n=2, size=32, seed=0):
+  shape = (n, size, size, 3) if isinstance(size, int) else (n, *size, 3)
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "expected"),
+  [
+    ("lip_resnet50", {}, 23_864_232),
+    ("lip_resnet50", {"logit_width": 64}, 23_244_968),
+    ("lip_resnet50", {"logit_width": 256}, 25_766_312),
+    ("lip_resnet50", {"pool": "average"}, 22_804_520),
+    ("lip_resnet101", {}, 42_856_360),
+    ("lip_resnet152", {}, 58_500_008),
+    ("lip_densenet121", {}, 8_690_920),
+    # torchvision's
+    ("resnet18", {}, 11_689_512),
+    ("resnet34", {}, 21_797_672),
+    ("resnet50", {}, 25_557_032),
+    ("resnet101", {}, 44_549_160),
+    ("resnet152", {}, 60_192_808),
+    ("densenet121", {}, 7_978_856),
+    ("densenet169", {}, 14_149_480),
+    ("densenet201", {}, 20_013_928),
+    ("densenet161", {}, 28_681_000),
+  ],
+)
+def test_parameter_counts(name, options, expected):
+  assert count(abstract(name, **options)) == expected
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("lip_resnet50", (256, 512, 1024, 2048)),
+    ("lip_resnet18", (64, 128, 256, 512)),
+    ("resnet50", (256, 512, 1024, 2048)),
+    ("lip_densenet121", (256, 512, 1024, 1024)),
+  ],
+)
+def test_features_have_the_named_strides(name, expected):
+  model = abstract(name)
+  shapes = jax.eval_shape(
+    lambda model, x: model.features(x), model, jax.ShapeDtypeStruct((2, 224, 192, 3), jnp.float32)
+  )
+  for level, channels in zip(("c2", "c3", "c4", "c5"), expected, strict=True):
+    stride = 2 ** int(level[1])
+    assert shapes[level].shape == (2, 224 // stride, 192 // stride, channels)
+
+
+def test_the_papers_networks_and_the_plain_ones_have_names():
+  networks = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
+  networks += [f"densenet{depth}" for depth in (121, 161, 169, 201)]
+  assert {*networks, *(f"lip_{name}" for name in networks)} <= set(lip_jax.list_models())
+
+
+SMALL = {
+  "resnet": {"name": "resnet_small", "width": 4},
+  "basic": {"name": "resnet_small", "width": 8, "block": "basic"},
+  "densenet": {"name": "densenet121", "block_sizes": (1, 2, 1, 1), "growth": 4, "width": 8},
+}
+
+
+def small(network, **options):
+  options = {**SMALL[network], "num_classes": 10, "logit_width": 4, **options}
+  return lip_jax.create_model(**options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("network", SMALL)
+def test_bfloat16_networks_give_float32_logits(network):
+  options = {**SMALL[network], "pool": "lip", "num_classes": 7, "dtype": jnp.bfloat16}
+  model = abstract(options.pop("name"), **options)
+  x = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+  logits = jax.eval_shape(lambda model, x: model(x), model, x)
+  assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+  assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+
+
+def with_pool(network, **options):
+  """A small network; the average-pooled network gets all its weights that it has, too."""
+  model, average = small(network, **options), small(network, pool="average")
+  ours = dict(nnx.to_flat_state(nnx.state(model)))
+  for path, variable in nnx.to_flat_state(nnx.state(average)):
+    if ours[path].shape == variable.shape:
+      variable.set_value(ours[path][...])
+  return model, average
+
+
+def run(model, x):
+  graph, state = nnx.split(model)
+  return jax.jit(lambda s, x: nnx.merge(graph, s, copy=True)(x))(state, x)
+
+
+@pytest.mark.parametrize(
+  ("network", "mode", "options"),
+  [
+    ("resnet", "train", {"logit": "bottleneck"}),
+    ("resnet", "eval", {"logit": "projection"}),
+    ("resnet", "eval", {"logit": "bottleneck", "logit_top": "norm"}),
+    ("resnet", "eval", {"logit": "projection", "logit_top": "gate"}),
+    ("resnet", "eval", {"logit": "bottleneck", "logit_top": "none", "average_steps": 3}),
+    ("resnet", "eval", {"logit": "bottleneck", "logit_top": "none"}),
+    ("basic", "eval", {"logit": "bottleneck"}),
+    ("densenet", "train", {"logit": "bottleneck"}),
+    ("densenet", "eval", {"logit": "projection"}),
+  ],
+  ids=str,
+)
+def test_lip_networks_start_as_average_pooling(network, mode, options):
+  model, average = with_pool(network, pool="lip", **options)
+  assert count(model) > count(average)
+  getattr(model, mode)()
+  getattr(average, mode)()
+  x = images(size=64 if network == "densenet" else 32)
+  np.testing.assert_allclose(run(model, x), run(average, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", SMALL)
+def test_networks_differ_in_their_poolings_alone(network):
+  """All poolings: the same convolutions everywhere but where they down-sample."""
+  options = {k: v for k, v in SMALL[network].items() if k != "name"}
+  shapes = {}
+  for pool in downsample.POOLS:
+    state = nnx.state(abstract(SMALL[network]["name"], pool=pool, **options))
+    shapes[pool] = {
+      ".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)
+    }
+  assert shapes["average"] == shapes["max"] == shapes["soft"] == shapes["lp"]
+  assert shapes["original"] == shapes["strided"]
+  different = {
+    path
+    for ours in shapes.values()
+    for path in shapes["average"].keys() | ours.keys()
+    if shapes["average"].get(path) != ours.get(path)
+  }
+  assert different
+  places = ("pool.", "pool0.") if network == "densenet" else ("pool.",)
+  inside = ".pool." if network == "densenet" else ".0.spatial."
+  assert all(path.startswith(places) or inside in path for path in different)
+
+
+@pytest.mark.parametrize("pool", ["exp", "lp", "dpp_full_asym", "soft"])
+@pytest.mark.parametrize("network", ["resnet", "densenet"])
+def test_every_pooling_runs_in_a_network(network, pool):
+  model = small(network, pool=pool)
+  model.eval()
+  logits = run(model, images(1, (37, 45)))
+  assert logits.shape == (1, 10)
+  assert np.isfinite(logits).all()
+
+
+def test_dense_structure_pools_behind_the_block():
+  """Saeedan et al. 2018: all convolutions of the block at full resolution, one pooling behind."""
+  model = small("resnet", pool="dpp_lite_sym", structure="dense")
+  assert isinstance(model.pool, lan.MaxPool)
+  block = model.layer2[0]
+  assert isinstance(block.pool, lan.DetailPreservingPool)
+  assert block.pool.log_alpha.shape == (32,)
+  x = images(1, 8)[..., :1] * jnp.ones((1, 1, 1, 16))
+  h, shortcut = block.spatial(x, jnp.ones((1, 8, 8, 8)))
+  assert h.shape == (1, 8, 8, 8)
+  assert shortcut.shape == (1, 8, 8, 32)
+  assert block(x).shape == (1, 4, 4, 32)
+  assert run(model, images()).shape == (2, 10)
+
+
+@pytest.mark.parametrize("network", ["resnet", "densenet"])
+def test_lip_at_some_places_only(network):
+  def lip_layers(stages):
+    model = small(network, pool="lip", lip_stages=stages)
+    return {
+      ".".join(map(str, path)) for path, m in nnx.iter_modules(model) if isinstance(m, lip_jax.LIP)
+    }
+
+  everywhere = lip_layers(("stem", "c3", "c4", "c5"))
+  assert len(everywhere) == (7 if network == "resnet" else 4)
+  assert lip_layers(()) == set()
+  some = lip_layers(("stem", "c4"))
+  assert some < everywhere
+  expected = {"pool", "layer3"} if network == "resnet" else {"pool0", "transition2"}
+  assert {name.split(".")[0] for name in some} == expected
+
+
+@pytest.mark.parametrize("logit", downsample.LOGITS)
+def test_the_logits_of_a_downsampling_block_come_from_its_input(logit):
+  """Section 3.3, figure 4b: for both branches; those of a bottleneck by one trunk."""
+  model = lip_jax.create_model(
+    "lip_resnet_small", logit=logit, width=4, num_classes=3, rngs=nnx.Rngs(0)
+  )
+  transition = model.layer2[0].spatial
+  x, h = images(1, 8)[..., :1] * jnp.ones((1, 1, 1, 16)), jnp.ones((1, 8, 8, 8))
+  for pool in (transition.residual_pool, transition.shortcut_pool):
+    kernel = pool.logits.conv.kernel
+    kernel[...] = jnp.asarray(np.random.default_rng(1).standard_normal(kernel.shape), jnp.float32)
+  with lan.record_logits() as records:
+    transition(x, h)
+  shared = transition.trunk(x) if logit == "bottleneck" else x
+  assert [layer for layer, _ in records] == [transition.residual_pool, transition.shortcut_pool]
+  for layer, logits in records:
+    np.testing.assert_allclose(logits, layer.logits(shared), rtol=1e-5, atol=1e-5)
+
+
+def test_odd_and_non_square_images():
+  for network in SMALL:
+    model = small(network, pool="lip")
+    model.eval()
+    assert run(model, images(1, (37, 51))).shape == (1, 10)
+
+
+def test_lip_layer_in_a_users_own_model():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+      self.pool = lip_jax.LIP(lip_jax.Projection(8, 8, rngs=rngs))
+
+    def __call__(self, x):
+      return self.pool(nnx.relu(self.conv(x)))
+
+  net = Net(nnx.Rngs(0))
+  x = images(2, 16)
+  np.testing.assert_allclose(
+    net(x), lip_jax.average_pool(nnx.relu(net.conv(x))), rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"name": "resnet51"}, "unknown model 'resnet51'; choose one of .*resnet50"),
+    ({"logits": "x"}, "unknown option logits for .* valid options: .*logit, logit_top"),
+    ({"pool": "lipp"}, "unknown pool 'lipp'; choose one of original, strided, .* lip"),
+    ({"logit": "x"}, "unknown logit 'x'; choose one of projection, bottleneck"),
+    ({"logit_top": "x"}, "unknown logit_top 'x'; choose one of norm_gate, norm, gate, none"),
+    ({"structure": "x"}, "unknown structure 'x'; choose one of baseline, dense"),
+    ({"lip_stages": ("c2",)}, r"lip_stages must be some of stem, c3, c4, c5, got \('c2',\)"),
+    ({"lip_stages": "c5"}, "lip_stages must be some of"),
+    ({"lip_stages": None}, "lip_stages must be some of"),
+    ({"average_steps": -1}, "average_steps must be a whole number and at least 0, got -1"),
+    ({"average_steps": 1.5}, "average_steps must be a whole number"),
+    ({"pool": "lp", "pool_parameter": 0.5}, "exponent .* at least 1; got 0.5"),
+    ({"pool": "exp", "pool_parameter": float("nan")}, "must be a finite number"),
+    ({"pool": "max", "pool_parameter": 3.0}, "pool 'max' has none"),
+    ({"stage_sizes": 3}, "stage_sizes must be four positive numbers, got 3"),
+    ({"stage_sizes": (1, 0, 1, 1)}, r"stage_sizes\[1\] must be a whole number and positive, got 0"),
+    ({"width": "x"}, "width must be a whole number and positive, got 'x'"),
+    ({"dtype": jnp.float64}, "float64 needs JAX's x64 mode"),
+    ({"name": "lip_densenet121", "block_sizes": (1,)}, "four positive numbers"),
+    ({"name": "lip_densenet121", "growth": 0}, "growth must be .* positive, got 0"),
+    ({"block": "x"}, "unknown block 'x'; choose one of bottleneck, basic"),
+    ({"stem": "x"}, "unknown stem 'x'; choose one of imagenet, small"),
+    ({"stage_sizes": (1, 2)}, "four positive numbers"),
+    ({"logit_width": 0}, "logit_width must be .* positive, got 0"),
+    ({"bn_group_size": -8}, "bn_group_size must be .* at least 0, got -8"),
+  ],
+)
+def test_errors_name_what_exists(arguments, message):
+  with pytest.raises(UsageError, match=message):
+    lip_jax.create_model(**{"name": "lip_resnet_small", "rngs": nnx.Rngs(0), **arguments})
+
+
+def test_images_of_the_wrong_shape():
+  model = lip_jax.create_model("resnet_small", width=4, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"\[N, H, W, 3\], got shape \(3, 8, 8\)"):
+    model(jnp.zeros((3, 8, 8)))
+
+
+def test_core_imports_with_jax_flax_and_numpy_alone():
+  """None of the libraries that only training needs is imported by the package or its models."""
+  code = """
+import sys, flax.nnx
+before = set(sys.modules)
+import lip_jax, lip_jax.visualize
+roots = {name.partition(".")[0] for name in set(sys.modules) - before}
+outside = roots - sys.stdlib_module_names - {"lip_jax", "jax", "jaxlib", "flax", "numpy"}
+assert not outside, outside
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_time_is_close_to_that_of_flax():
+  """Least CPU time of several processes, lip_jax against flax.nnx; at most 1.5 times as long."""
+
+  def seconds(module):
+    code = f"import {module}, time; print(time.process_time())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+  pairs = [(seconds("flax.nnx"), seconds("lip_jax")) for _ in range(3)]
+  assert min(ours for _, ours in pairs) < 1.5 * min(flax for flax, _ in pairs)
