@@ -390,7 +390,7 @@ def _place_fragments(
 
 def _cut_piece(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray | None:
   """A rectangle of a mask that shows a small part of its ink, or None if none was found."""
-  total = mask.sum()
+  total = float(mask.sum())
   for tall, wide, down, right in rng.random((_TRIES, 4)).tolist():
     height = int(len(mask) * (0.25 + (_FRAGMENT_HEIGHT - 0.25) * tall))
     width = int(mask.shape[1] * (0.4 + 0.5 * wide))

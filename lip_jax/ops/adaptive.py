@@ -152,8 +152,8 @@ def _pool_axis(
   else:
     starts = np.arange(out) * n // out
     ends = -(np.arange(1, out + 1) * -n // out)
-    pixels = starts[:, None] + np.arange((ends - starts).max())
-    others = [d for d in range(weighted.ndim + 1) if d not in (axis, axis + 1)]
+    pixels = starts[:, None] + np.arange(np.max(ends - starts))
+    others = tuple(d for d in range(weighted.ndim + 1) if d not in (axis, axis + 1))
     inside = np.expand_dims(pixels < ends[:, None], others)
     pixels = np.minimum(pixels, n - 1)
 

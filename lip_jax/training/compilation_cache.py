@@ -17,7 +17,7 @@ log = logging.getLogger("lip_jax")
 @contextlib.contextmanager
 def kept_in(workdir: epath.Path) -> Iterator[None]:
   """Keeps what is compiled in WORKDIR/compilation_cache, unless JAX was given another place."""
-  if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+  if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined, unused-ignore]
     yield
     return
   directory = workdir / "compilation_cache"
