@@ -26,6 +26,8 @@ kaiming_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 # Uniform in +-1 / sqrt(fan_in): what PyTorch gives a linear layer's weight.
 linear_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+BATCH_NORM = "batch_norm"  # the scope in which one is evaluated, which `lip_jax.models.cost` counts
+
 
 def param_dtype(dtype: Dtype) -> Dtype:
   """Dtype of the parameters and statistics of a model that computes in `dtype`."""
@@ -148,7 +150,8 @@ class BatchNorm(nnx.Module):
     if self.use_running_average or self.frozen:
       mean, var = (stat[...].reshape(-1, x.shape[3]).mean(axis=0) for stat in (self.mean, self.var))
       scale, bias = self.scale[...], self.bias[...]
-      return apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
+      with jax.named_scope(BATCH_NORM):
+        return apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
     n = x.shape[0]
     here = n if self.axis_name or not self.group_size else self.group_size
     if n % here:
