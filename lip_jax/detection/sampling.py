@@ -47,7 +47,7 @@ def sample(
 
 
 def _smallest(candidates: jax.Array, priorities: jax.Array, limit: int) -> jax.Array:
-  """Indices of the candidates with the smallest priorities, [limit] in their order, padded with A."""
+  """Indices of the candidates with the smallest priorities, in their order; [limit], then A."""
   largest = jnp.finfo(priorities.dtype).max  # also in place of infinity, which is for the others
   priorities = jnp.where(priorities <= largest, priorities, largest)
   _, index = lax.top_k(jnp.where(candidates, -priorities, -jnp.inf), limit)

@@ -152,8 +152,11 @@ def _overlap(a, b, inclusive):
   b_x1, b_y1, b_x2, b_y2 = (column[None, :] for column in _coordinates(b))
   width = jnp.minimum(a_x2, b_x2) - jnp.maximum(a_x1, b_x1) + pixel
   height = jnp.minimum(a_y2, b_y2) - jnp.maximum(a_y1, b_y1) + pixel
-  shared = jnp.maximum(width, 0) * jnp.maximum(height, 0)
-  return shared, area(a, inclusive=inclusive)[:, None] + area(b, inclusive=inclusive)[None, :]
+  # Maxima keep the compiler from fusing a product with the sum that takes it, which rounds the sum
+  # in another way: overlaps that are equal, or equal to a threshold, would come apart.
+  shared = jnp.maximum(jnp.maximum(width, 0) * jnp.maximum(height, 0), 0)
+  a_area, b_area = (jnp.maximum(area(one, inclusive=inclusive), 0) for one in (a, b))
+  return shared, a_area[:, None] + b_area[None, :]
 
 
 def _ratio(part, whole):

@@ -1,4 +1,7 @@
-"""Deformable convolution (Dai et al., "Deformable Convolutional Networks", ICCV 2017), version 1."""
+"""Deformable convolution, version 1.
+
+Dai et al., "Deformable Convolutional Networks", ICCV 2017.
+"""
 
 import functools
 

@@ -39,7 +39,7 @@ def smooth_l1(difference: jax.Array, *, beta: float) -> jax.Array:
     Of the shape of difference, in at least float32.
   """
   difference = difference.astype(jnp.promote_types(difference.dtype, jnp.float32))
-  size = jnp.abs(difference)
+  size = difference * jnp.sign(difference)  # whose derivative at 0 is 0, unlike that of jnp.abs
   if beta == 0:
     return size
   inside = jnp.minimum(size, beta)  # the square of what lies outside could overflow

@@ -27,9 +27,9 @@ _ROIS_AT_A_TIME = 32  # of the one-hot form, whose intermediate has a row of the
 
 
 class _Taps(NamedTuple):
-  """Along one axis: out[bin] = sum over taps of weight * map[index]."""
+  """Along one axis: out[bin] = sum over taps of weight * map[cell]."""
 
-  index: jax.Array  # [R, bins, 2 * samples] int32
+  cell: jax.Array  # [R, bins, 2 * samples] int32
   weight: jax.Array  # [R, bins, 2 * samples]
 
 
@@ -66,7 +66,7 @@ def roi_align(
   return multilevel_roi_align(
     (features,),
     rois,
-    jnp.zeros(len(rois), jnp.int32),
+    jnp.zeros(jnp.shape(rois)[0], jnp.int32),
     strides=(stride,),
     size=size,
     samples=samples,
@@ -117,14 +117,16 @@ def multilevel_roi_align(
   rois = lax.stop_gradient(jnp.asarray(rois))
   precise = jnp.promote_types(jnp.promote_types(dtype, rois.dtype), jnp.float32)
   maps = tuple(one.astype(precise) for one in maps)
-  bins = size if isinstance(size, tuple) else (size, size)
-  options = {"strides": tuple(strides), "bins": bins, "samples": samples, "mode": mode}
-  gather, one_hot = (functools.partial(form, **options) for form in (_gather, _one_hot))
+  bins = (size, size) if isinstance(size, int) else tuple(size)
+  forms = {
+    name: functools.partial(form, strides=strides, bins=bins, samples=samples, mode=mode)
+    for name, form in (("gather", _gather), ("one_hot", _one_hot))
+  }
   arguments = (maps, rois.astype(precise), jnp.asarray(levels))
   if implementation == "auto":
-    pooled = lax.platform_dependent(*arguments, tpu=one_hot, default=gather)
+    pooled = lax.platform_dependent(*arguments, tpu=forms["one_hot"], default=forms["gather"])
   else:
-    pooled = (one_hot if implementation == "one_hot" else gather)(*arguments)
+    pooled = forms[implementation](*arguments)
   return pooled.astype(dtype)
 
 
@@ -169,8 +171,8 @@ def _gather(maps, rois, levels, *, strides, bins, samples, mode):
 
   def add(total, tap):
     row, weight = tap  # [R, h]
-    cells = start + row[:, :, None, None] * width[:, None, None, None]
-    read = table.at[cells + columns.index[:, None]].get(mode="clip")  # [R, h, w, taps, C]
+    first = start + row[:, :, None, None] * width[:, None, None, None]
+    read = table.at[first + columns.cell[:, None]].get(mode="clip")  # [R, h, w, taps, C]
     line = (read * columns.weight[:, None, :, :, None]).sum(axis=3)
     return total + line * weight[:, :, None, None], None
 
@@ -186,8 +188,9 @@ def _one_hot(maps, rois, levels, *, strides, bins, samples, mode):
     roi, level = region
     total = jnp.zeros((*bins, maps[0].shape[-1]), roi.dtype)
     for number, (one, stride) in enumerate(zip(maps, strides, strict=True)):
-      extents = (jnp.full(1, extent, jnp.int32) for extent in one.shape[:2])
-      taps = _taps(roi[None], jnp.full(1, stride, roi.dtype), *extents, bins, samples, mode)
+      height, width = (jnp.full(1, extent, jnp.int32) for extent in one.shape[:2])
+      scale = jnp.full(1, stride, roi.dtype)
+      taps = _taps(roi[None], scale, height, width, bins, samples, mode)
       rows, columns = (
         _matrix(tap, extent) for tap, extent in zip(taps, one.shape[:2], strict=True)
       )
@@ -202,7 +205,7 @@ def _one_hot(maps, rois, levels, *, strides, bins, samples, mode):
 def _matrix(taps: _Taps, extent: int) -> jax.Array:
   """Weights of one region as a matrix: [1, bins, taps] -> [bins, extent]."""
   cells = jnp.arange(extent, dtype=jnp.int32)[None, None, :]
-  hits = taps.index[0][:, :, None] == cells
+  hits = taps.cell[0][:, :, None] == cells
   return jnp.where(hits, taps.weight[0][:, :, None], 0).sum(axis=1)
 
 
@@ -213,18 +216,25 @@ def _taps(rois, stride, height, width, bins, samples, mode):
     x2, y2 = jnp.maximum(x2, x1), jnp.maximum(y2, y1)
   last = 1 if mode == "legacy" else 0
   shift = 0.5 if mode == "aligned" else 0.0
-  least = {"unaligned": 1.0, "aligned": -jnp.inf, "legacy": 0.0}[mode]
+  least = 1 if mode == "unaligned" else 0
   scale = 1 / stride
   found = []
   for first, end, extent, count in ((y1, y2, height, bins[0]), (x1, x2, width, bins[1])):
     first, end = first * scale - shift, (end + last) * scale - shift
-    step = jnp.maximum(end - first, least) / count
+    step = _divide(jnp.maximum(end - first, least), count)[:, None, None]
     number = jnp.arange(count, dtype=rois.dtype)[None, :, None]
     sample = (jnp.arange(samples, dtype=rois.dtype) + 0.5)[None, None, :]
-    step = step[:, None, None]
-    positions = first[:, None, None] + number * step + sample * step / samples
+    # The maximum keeps the product from being fused with the sum. Samples at quarters of a region
+    # often fall on the edge of what counts, where every bit decides.
+    bin_start = first[:, None, None] + jnp.maximum(number * step, 0)
+    positions = bin_start + _divide(sample * step, samples)
     found.append(_corners(positions, extent[:, None, None]))
   return found
+
+
+def _divide(x: jax.Array, count: int) -> jax.Array:
+  """The quotient, rounded once: the compiler multiplies by the reciprocal of a constant instead."""
+  return x / jnp.where(jnp.isnan(x), 1, count).astype(x.dtype)
 
 
 def _corners(positions: jax.Array, extent: jax.Array) -> _Taps:
