@@ -105,7 +105,7 @@ def _corners(positions, extent, border_gradient):
   return [
     (
       jnp.clip(cell, 0, extent - 1).astype(jnp.int32),
-      jnp.where((cell >= 0) & (cell < extent), weight, 0),
+      jnp.where((cell < 0) | (cell >= extent), 0, weight),
     )
     for cell, weight in ((low, 1 - part), (low + 1, part))
   ]

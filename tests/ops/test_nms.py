@@ -69,14 +69,12 @@ def test_equals_the_reference(x64, case, inclusive):
 def test_equals_a_loop_over_tiles(x64, monkeypatch, limit):
   """Several tiles, which end in the middle of one, or are more than the limit needs."""
   monkeypatch.setattr(module, "_TILE", 16)
+  few = jax.jit(functools.partial(nms, threshold=0.3, limit=limit))
   for seed in range(3):
     rng = np.random.default_rng(seed)
     boxes, scores = random_boxes(seed, 61, 60.0), np.round(rng.uniform(size=61), 1)
     labels, valid = rng.integers(0, 2, 61), rng.uniform(size=61) < 0.8
-    arguments = boxes, scores, labels, valid
-    found = jax.jit(lambda b, s, l, v: nms(b, s, l, threshold=0.3, limit=limit, valid=v))(
-      *arguments
-    )
+    found = few(boxes, scores, labels, valid=valid)
     assert kept(found) == loop_nms(boxes, scores, labels, 0.3, limit, valid, False)
 
 
