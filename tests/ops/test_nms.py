@@ -12,17 +12,7 @@ from lip_jax.ops.nms import nms
 NMS = OPERATIONS["nms"]
 
 
-@functools.partial(jax.jit, static_argnames=("limit", "inclusive"))
-def compiled(boxes, scores, labels, valid, threshold, limit, inclusive=False):
-  return nms(
-    boxes,
-    scores,
-    labels,
-    threshold=threshold,
-    limit=limit,
-    valid=valid,
-    inclusive=inclusive,
-  )
+compiled = jax.jit(nms, static_argnames=("limit", "inclusive"))
 
 
 def kept(result):
@@ -55,10 +45,9 @@ def test_equals_the_reference(x64, case, inclusive):
           boxes.astype(dtype),
           scores.astype(dtype),
           classes,
-          np.ones(len(boxes), bool),
-          threshold,
-          250,
-          inclusive,
+          threshold=threshold,
+          limit=250,
+          inclusive=inclusive,
         )
         geometry = "inclusive" if inclusive else "exact"
         expected = arrays[f"{case}/{geometry}/{threshold}/{kind}"]
@@ -82,7 +71,7 @@ def test_a_chain_of_boxes_each_overlapping_the_next():
   """The first suppresses the second, which then spares the third, and so on."""
   start = np.arange(40, dtype=np.float32)
   boxes = np.stack([start, 0 * start, start + 3, 0 * start + 1], axis=1)
-  found = nms(boxes, -start, threshold=0.4, limit=40)
+  found = compiled(boxes, -start, threshold=0.4, limit=40)
   assert kept(found) == list(range(0, 40, 2))
 
 
@@ -96,9 +85,8 @@ def test_stops_once_enough_are_kept(monkeypatch):
   boxes = np.arange(64, dtype=np.float32)[:, None] * 10 + np.array([[0, 0, 5, 5]], np.float32)
   for limit, valid, expected in ((10, 64, 2), (64, 64, 8), (64, 20, 3), (64, 0, 0)):
     rounds.clear()
-    found = nms(
-      boxes, np.ones(64, np.float32), threshold=0.5, limit=limit, valid=np.arange(64) < valid
-    )
+    run = jax.jit(functools.partial(nms, threshold=0.5, limit=limit))
+    found = run(boxes, np.ones(64, np.float32), valid=np.arange(64) < valid)
     jax.block_until_ready(found)
     jax.effects_barrier()
     assert kept(found) == list(range(min(limit, valid)))
@@ -107,7 +95,7 @@ def test_stops_once_enough_are_kept(monkeypatch):
 
 def test_padding_changes_nothing():
   boxes, scores = random_boxes(0, 50).astype(np.float32), np.linspace(1, 0, 50, dtype=np.float32)
-  alone = kept(nms(boxes, scores, threshold=0.3, limit=60))
+  alone = kept(compiled(boxes, scores, threshold=0.3, limit=60))
   place = np.sort(np.random.default_rng(0).permutation(300)[:50])
   padded, high = np.zeros((300, 4), np.float32), np.full(300, 2, np.float32)
   padded[place], high[place] = boxes, scores
@@ -116,28 +104,28 @@ def test_padding_changes_nothing():
   valid[place] = True
   valid[-1] = False
   wanted = [place[i] for i in alone if place[i] != 299]
-  assert kept(nms(padded, high, threshold=0.3, limit=60, valid=valid)) == wanted
+  assert kept(compiled(padded, high, threshold=0.3, limit=60, valid=valid)) == wanted
 
 
 def test_scores_and_boxes_that_are_not_numbers():
   boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 9], [50, 50, 60, 60], [np.nan] * 4], np.float32)
   scores = np.array([np.nan, 0.5, -np.inf, 0.9], np.float32)
   # What has no score is no candidate; what has no place overlaps nothing.
-  assert kept(nms(boxes, scores, threshold=0.5, limit=4)) == [3, 1, 2]
+  assert kept(compiled(boxes, scores, threshold=0.5, limit=4)) == [3, 1, 2]
 
 
 def test_boxes_without_area_stay():
   """Their IoU is 0 / 0."""
   points = np.zeros((3, 4), np.float32)
-  assert kept(nms(points, np.arange(3.0), threshold=0.0, limit=3)) == [2, 1, 0]
-  assert kept(nms(points, np.arange(3.0), threshold=0.0, limit=3, inclusive=True)) == [2]
+  assert kept(compiled(points, np.arange(3.0), threshold=0.0, limit=3)) == [2, 1, 0]
+  assert kept(compiled(points, np.arange(3.0), threshold=0.0, limit=3, inclusive=True)) == [2]
 
 
 def test_nothing_to_keep():
   boxes, scores = np.zeros((5, 4), np.float32), np.zeros(5, np.float32)
-  assert kept(nms(boxes, scores, threshold=0.5, limit=3, valid=np.zeros(5, bool))) == []
-  assert kept(nms(boxes[:0], scores[:0], threshold=0.5, limit=3)) == []
-  assert nms(boxes[:0], scores[:0], threshold=0.5, limit=3)[0].shape == (3,)
+  assert kept(compiled(boxes, scores, threshold=0.5, limit=3, valid=np.zeros(5, bool))) == []
+  assert kept(compiled(boxes[:0], scores[:0], threshold=0.5, limit=3)) == []
+  assert compiled(boxes[:0], scores[:0], threshold=0.5, limit=3)[0].shape == (3,)
 
 
 def test_vmap_over_images_that_need_different_numbers_of_rounds(monkeypatch):
@@ -146,7 +134,7 @@ def test_vmap_over_images_that_need_different_numbers_of_rounds(monkeypatch):
   scores = np.random.default_rng(0).uniform(size=(3, 60)).astype(np.float32)
   valid = np.arange(60)[None] < np.array([[60], [3], [0]])
   one = functools.partial(nms, threshold=0.4, limit=25)
-  indices, ok = jax.vmap(lambda b, s, v: one(b, s, valid=v))(boxes, scores, valid)
+  indices, ok = jax.jit(jax.vmap(lambda b, s, v: one(b, s, valid=v)))(boxes, scores, valid)
   for k in range(3):
     expected = loop_nms(boxes[k], scores[k], np.zeros(60), 0.4, 25, valid[k], False)
     assert kept((indices[k], ok[k])) == expected
@@ -158,5 +146,5 @@ def test_no_gradient_flows_through():
     indices, valid = nms(boxes, scores, threshold=0.5, limit=4)
     return jnp.where(valid, scores[indices], 0).sum()
 
-  gradient = jax.grad(kept_scores)(jnp.array([5.0, 5.1, 9.0, 1.0]))
+  gradient = jax.jit(jax.grad(kept_scores))(jnp.array([5.0, 5.1, 9.0, 1.0]))
   np.testing.assert_array_equal(gradient, [0, 1, 1, 1])
