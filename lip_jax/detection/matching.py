@@ -120,6 +120,36 @@ def match_proposals(
   return candidates, jnp.concatenate([own, found])
 
 
+def in_crowd(
+  boxes: ArrayLike,
+  crowds: ArrayLike,
+  crowds_valid: ArrayLike,
+  *,
+  threshold: float = 0.5,
+  inclusive: bool = False,
+) -> jax.Array:
+  """Which boxes lie in a crowd by more than a share of their area: [A] bool.
+
+  What to take out of `usable`, so that objects nobody outlined are not trained to be background.
+  mmdetection 0.6, and so the paper, counts such boxes as background.
+
+  Args:
+    boxes: [A, 4].
+    crowds: [G, 4], of one image, padded.
+    crowds_valid: [G] bool.
+    threshold: the largest share that a box in use may have in one crowd.
+    inclusive: whether x2 and y2 are last pixels.
+  """
+  boxes, crowds = lax.stop_gradient((jnp.asarray(boxes), jnp.asarray(crowds)))
+
+  def add(found, crowd):
+    outline, valid = crowd
+    share = box_ops.coverage(boxes, outline[None], inclusive=inclusive)[:, 0]
+    return found | (valid & (share > threshold)), None
+
+  return lax.scan(add, jnp.zeros(len(boxes), bool), (crowds, jnp.asarray(crowds_valid, bool)))[0]
+
+
 def _scan(boxes, gts, gts_valid, usable, rule):
   """(best overlap, its ground truth, last ground truth whose best overlap is shared or -1): [A].
 
