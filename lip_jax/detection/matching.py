@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from lip_jax.detection.anchors import Preset
 from lip_jax.ops import boxes as box_ops
 
 BACKGROUND, BETWEEN, UNUSED = -1, -2, -3
@@ -91,7 +92,7 @@ def match_proposals(
   gts: ArrayLike,
   gts_valid: ArrayLike,
   *,
-  preset: Literal["mmdet1", "torchvision"],
+  preset: Preset,
 ) -> tuple[jax.Array, jax.Array]:
   """Candidates of the second stage and their ground truth: proposals, and the ground truth itself.
 
