@@ -7,3 +7,10 @@ class UsageError(ValueError):
   The message says what was given, what was expected and what to do. Commands print it without a
   traceback.
   """
+
+
+def shown(value: object) -> str:
+  """A value as part of an error's line, cut where it is long."""
+  text = value if isinstance(value, str) else repr(value)
+  text = text if text.isprintable() else repr(text)
+  return text if len(text) <= 80 else f"{text[:77]}..."

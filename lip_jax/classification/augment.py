@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lip_jax.ops import images as images_lib
 from lip_jax.training.config import Augment, Data
 
 # Luma of RGB, as in ITU-R BT.601, which Pillow and torchvision use for "grey".
@@ -83,9 +84,7 @@ def normalize(images: jax.Array, data: Data | Mapping[str, Any]) -> jax.Array:
       "preprocess".
   """
   values = (data.mean, data.std) if isinstance(data, Data) else (data["mean"], data["std"])
-  shape = (1,) * (images.ndim - 1) + (3,)
-  mean, std = (jnp.asarray(value, jnp.float32).reshape(shape) for value in values)
-  return (images.astype(jnp.float32) - mean) / std
+  return images_lib.normalize(images, *values)
 
 
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:

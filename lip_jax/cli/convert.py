@@ -33,14 +33,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-  from lip_jax.export.torch_convert import convert
+  from lip_jax.export.torch_convert import convert_weights
 
   options = dict(args.option)
   flags = {"model": "--model", "num_classes": "--num-classes", "overwrite": "--overwrite"}
   for name in options.keys() & flags.keys():
     raise UsageError(f"{name} is no option of a model; give it as {flags[name]}")
   print(
-    convert(
+    convert_weights(
       args.source,
       args.out,
       model=args.model,

@@ -8,6 +8,7 @@ from etils import epath
 from lip_jax.errors import UsageError
 from lip_jax.export import validation
 from lip_jax.training.config import Config
+from lip_jax.training.json_files import parse_json
 from lip_jax.training.workdir import read_text, write_text
 
 _FILE = "classes.json"
@@ -15,12 +16,7 @@ _KEY = "class_names"
 
 
 def write(workdir: epath.Path, names: Sequence[str]) -> None:
-  """Writes `<workdir>/classes.json`, which appears when it is complete.
-
-  Args:
-    workdir: of a run; exists.
-    names: of the data set's classes, in the order of the labels.
-  """
+  """Writes `<workdir>/classes.json`: the classes' names in the order of the labels."""
   text = json.dumps({_KEY: for_people(names)}, indent=0, ensure_ascii=False)
   write_text(workdir / _FILE, text + "\n")
 
@@ -28,18 +24,13 @@ def write(workdir: epath.Path, names: Sequence[str]) -> None:
 def of_run(workdir: epath.Path, config: Config, num_classes: int) -> list[str] | None:
   """Names of a run's classes: what `write` wrote, else its data set's, if that is here.
 
-  Args:
-    workdir: of the run.
-    config: of the run.
-    num_classes: of its network.
-
   Raises:
     UsageError: the file holds something else.
   """
   path = workdir / _FILE
   text = read_text(path)
   if text is not None:
-    names = validation.parse_json(text, str(path)).get(_KEY)
+    names = parse_json(text, str(path)).get(_KEY)
     return validation.check_class_names(names, num_classes, str(path))
   try:
     from lip_jax.data.source import open_split
@@ -76,7 +67,7 @@ def check(
     num_classes: of the network.
     names: of the network's classes, None where they are not known.
     source_names: of the data set's classes. Bare numbers count as not known.
-    source: name of the data set, for the error.
+    source: what the data set is called.
 
   Raises:
     UsageError: they are not the same classes in the same order.

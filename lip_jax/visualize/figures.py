@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 
 _IMPORTANCE, _ACTIVATION, _FIELD = "cividis", "viridis", "magma"
+_TICKS: dict[str, dict[float, str]] = {
+  _IMPORTANCE: {-2: "1/4", -1: "1/2", 0: "mean", 1: "2", 2: "4"},
+  _ACTIVATION: {0: "0", 1: "largest"},
+  _FIELD: {0: "0", 0.5: "1/4", 1: "largest"},
+}
 _MARKER: dict[str, Any] = {
   "marker": "o",
   "markersize": 5,
@@ -105,8 +110,8 @@ def importance_figure(
     for axis, image, one in zip(axes[row], images, placed, strict=True):
       _draw_importance(axis, image, one)
   _bare(axes)
-  label = "importance, relative to the image's mean"
-  _importance_bar(figure, label, ax=axes[1:], shrink=0.6 if rows > 3 else 0.9)
+  bar = _colour_bar(figure, _IMPORTANCE, ax=axes[1:], shrink=0.6 if rows > 3 else 0.9)
+  bar.set_label("importance, relative to the image's mean")
   return figure
 
 
@@ -116,17 +121,7 @@ def draw_importance(
   normalize: Callable[[np.ndarray], Any],
   path: str | os.PathLike[str],
 ) -> bool:
-  """Writes `importance_figure` to a file.
-
-  Args:
-    model: a network in eval mode.
-    images: [N, H, W, 3] uint8.
-    normalize: from these to what the model takes.
-    path: file to write; its suffix says the format.
-
-  Returns:
-    False if the model has no LIP layer, and nothing was drawn.
-  """
+  """Writes `importance_figure` to a file; False if there is nothing to draw, as it has no LIP."""
   figure = importance_figure(model, images, normalize)
   if figure is not None:
     save_figure(figure, path)
@@ -152,8 +147,7 @@ def comparison_figure(
   labels = ["image", *(["importance"] if has_importance else []), "class\nactivation"]
   first_field = len(labels)
   labels += ["receptive\nfield" + (f" {n + 1}" if fields > 1 else "") for n in range(fields)]
-  bars: list[Callable[..., None]] = [_importance_bar] if has_importance else []
-  bars += [_activation_bar] + [_field_bar] * fields
+  bars = [_IMPORTANCE] * has_importance + [_ACTIVATION] + [_FIELD] * fields
   across = max(1, min(len(images), 6 // len(columns)))
   down = -(-len(images) // across)
   figure = _figure(
@@ -193,7 +187,7 @@ def comparison_figure(
       for axis, label in zip(axes[:, 0], labels, strict=True):
         _label(axis, label)
       for row, bar in enumerate(bars, start=1):
-        bar(figure, cax=figure.add_subplot(grid[top + row, -1]))
+        _colour_bar(figure, bar, cax=figure.add_subplot(grid[top + row, -1]))
     axes[0, 0].annotate(
       image_titles[number],
       (0, 1),
@@ -217,21 +211,21 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
   for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
     kinds = list(dict.fromkeys(curve.kind for curve in plot.curves))
     present = list(dict.fromkeys(curve.network for curve in plot.curves))
-    lines = {name: _LINES[networks.index(name) % len(_LINES)] for name in present}
-    if len(lines) == 1:  # nothing to tell it from
-      lines = {name: (colour, "-") for name, (colour, _) in lines.items()}
+
+    def line(name: str, kind: str, present=present, kinds=kinds) -> dict[str, Any]:
+      # Styles tell kinds apart, where there are several, else networks.
+      own = networks.index(name)
+      style = kinds.index(kind) if len(kinds) > 1 else own if len(present) > 1 else 0
+      colour = _LINES[own % len(_LINES)][0]
+      return {"color": colour, "linestyle": _LINES[style % len(_LINES)][1], "linewidth": 1.8}
+
     for curve in plot.curves:
-      colour, own_style = lines[curve.network]
-      style = own_style if len(kinds) == 1 else _LINES[kinds.index(curve.kind) % len(_LINES)][1]
-      axis.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.8)
-    handles = []
-    for name, (colour, own_style) in lines.items():
-      style = own_style if len(kinds) == 1 else _LINES[0][1]
-      handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=name))
+      axis.plot(curve.x, curve.y, **line(curve.network, curve.kind))
+    handles = [Line2D([], [], label=name, **line(name, kinds[0])) for name in present]
     if len(kinds) > 1:
+      grey = {"color": "0.3", "linewidth": 1.4}
       handles += [
-        Line2D([], [], color="0.3", linestyle=_LINES[n % len(_LINES)][1], linewidth=1.4, label=kind)
-        for n, kind in enumerate(kinds)
+        Line2D([], [], label=kind, **{**line(present[0], kind), **grey}) for kind in kinds
       ]
     axis.set_title(plot.title, fontsize=11)
     axis.set(xlabel=plot.x_label, ylabel=plot.y_label)
@@ -352,26 +346,15 @@ def _bare(axes: np.ndarray) -> None:
     axis.set(xticks=[], yticks=[])
 
 
-def _importance_bar(figure: Any, label: str = "", **where: Any) -> None:
-  _bar(figure, _IMPORTANCE, {-2: "1/4", -1: "1/2", 0: "mean", 1: "2", 2: "4"}, label, **where)
-
-
-def _activation_bar(figure: Any, **where: Any) -> None:
-  _bar(figure, _ACTIVATION, {0: "0", 1: "largest"}, **where)
-
-
-def _field_bar(figure: Any, **where: Any) -> None:
-  _bar(figure, _FIELD, {0: "0", 0.5: "1/4", 1: "largest"}, **where)
-
-
-def _bar(figure: Any, colours: str, ticks: dict[float, str], label: str = "", **where: Any) -> None:
+def _colour_bar(figure: Any, colours: str, **where: Any) -> Any:
   from matplotlib.cm import ScalarMappable
   from matplotlib.colors import Normalize
 
+  ticks = _TICKS[colours]
   shades = ScalarMappable(Normalize(min(ticks), max(ticks)), colours)
   bar = figure.colorbar(shades, ticks=list(ticks), **where)
   bar.ax.set_yticklabels(ticks.values(), fontsize=8)
-  bar.set_label(label)
+  return bar
 
 
 def _short(path: str) -> str:

@@ -11,6 +11,7 @@ from fixture_runs import CLASSES, NAME, OPTIONS, SIZE, make_model
 from lip_jax.classification import fine_tuning
 from lip_jax.errors import UsageError
 from lip_jax.export import folders
+from lip_jax.models.description import flat_variables
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
 from lip_jax.training.train_step import Program
@@ -28,7 +29,7 @@ def network(tmp_path_factory):
   }
   model = make_model()
   folders.save(folder, model, name=NAME, options=OPTIONS, num_classes=3, extra=extra)
-  return folder, {key: np.asarray(v[...]) for key, v in folders.flat_variables(model).items()}
+  return folder, {key: np.asarray(v[...]) for key, v in flat_variables(model).items()}
 
 
 @pytest.fixture(scope="module")

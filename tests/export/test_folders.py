@@ -1,6 +1,7 @@
 """Exported folders, with the small networks."""
 
 import json
+import os
 import shutil
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 import lip_jax
 from lip_jax.errors import UsageError
 from lip_jax.export import folders
+from lip_jax.models import abstract_model
 
 NAME = "lip_resnet_small"
 OPTIONS = {"width": 2, "logit_width": 4, "bn_group_size": None}
@@ -25,7 +27,7 @@ def variables(model):
 
 def make_model(num_classes=3, **options):
   """A network with arbitrary weights, without the time that initialisation takes."""
-  model = folders.abstract_model(NAME, {**OPTIONS, **options}, num_classes=num_classes)
+  model = abstract_model(NAME, num_classes=num_classes, **{**OPTIONS, **options})
   for path, variable in variables(model):
     key = ".".join(map(str, path)).replace("var", "running_var")
     variable.set_value(jnp.asarray(weight(key, variable.shape), variable.dtype))
@@ -158,7 +160,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
   def fail(source, target):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(folders.os, "replace", fail)
+  monkeypatch.setattr(os, "replace", fail)
   with pytest.raises(UsageError, match=r"cannot write .*Permission denied"):
     save(path, model, overwrite=True)
   monkeypatch.undo()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lip_jax import cli, visualize
 from lip_jax.export import folders
+from lip_jax.models import abstract_model
 
 RNG = np.random.default_rng(0)
 
@@ -111,7 +112,7 @@ def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("visualize")
   for name in ("lip", "max"):
     options = {"width": 2, "logit_width": 2, "pool": name}
-    model = folders.abstract_model("lip_resnet_small", options, num_classes=2)
+    model = abstract_model("lip_resnet_small", num_classes=2, **options)
     for place, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
       key = ".".join(map(str, place)).replace("var", "running_var")
       variable.set_value(jnp.asarray(weight(key, variable.shape), variable.dtype))
