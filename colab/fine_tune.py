@@ -170,16 +170,7 @@ import PIL.Image
 from lip_jax.export import folders
 
 model, loaded = lip_jax.load("runs/fine_tuned")
-options = dict(loaded["model"])
-folders.save(
-  "fine_tuned",
-  model,
-  name=options.pop("name"),
-  options=options,
-  num_classes=loaded["num_classes"],
-  extra={key: loaded[key] for key in ("preprocess", "class_names")},
-  overwrite=True,
-)
+folders.save("fine_tuned", model, loaded, overwrite=True)
 print(sorted(path.name for path in Path("fine_tuned").iterdir()), loaded["class_names"])
 
 PIL.Image.open(str(fine_tuned.importance_picture))

@@ -39,13 +39,5 @@ def _convert(args: argparse.Namespace) -> None:
   flags = {"model": "--model", "num_classes": "--num-classes", "overwrite": "--overwrite"}
   for name in options.keys() & flags.keys():
     raise UsageError(f"{name} is no option of a model; give it as {flags[name]}")
-  print(
-    convert_weights(
-      args.source,
-      args.out,
-      model=args.model,
-      num_classes=args.num_classes,
-      overwrite=args.overwrite,
-      **options,
-    )
-  )
+  given = {key: getattr(args, key) for key in flags}
+  print(convert_weights(args.source, args.out, **given, **options))

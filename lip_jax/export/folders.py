@@ -28,46 +28,39 @@ FORMAT = 1
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+# Of config.json, beside its format. What is only true of one machine is left out.
+_ENTRIES = ("model", "num_classes", "preprocess", "class_names", "evaluation")
 
 
 def save(
-  path: str | Path,
-  model: nnx.Module,
-  *,
-  name: str,
-  options: Mapping[str, Any],
-  num_classes: int,
-  extra: Mapping[str, Any] | None = None,
-  overwrite: bool = False,
+  path: str | Path, model: nnx.Module, config: Mapping[str, Any], *, overwrite: bool = False
 ) -> None:
   """Writes `model` to the folder `path`, which appears under its name only when it is complete.
 
   Args:
     path: a local folder that does not exist or is empty.
-    model: what `create_model(name, num_classes=num_classes, **options)` builds.
-    extra: further entries of `config.json`: "preprocess", "class_names", "source" and "evaluation",
-      as in what `lip_jax.load` gives.
+    model: what `create_model` builds of config["model"] and config["num_classes"].
+    config: of the network, as from `lip_jax.load`; the rest of it may be missing.
     overwrite: replace a folder that holds an exported network and nothing else.
 
   Raises:
-    UsageError: the folder is in the way, cannot be written, or the model is not what `name`,
-      `options` and `num_classes` describe. Nothing is written then.
+    UsageError: the folder is in the way, cannot be written, or the model is not what `config`
+      describes. Nothing is written then.
   """
   path = Path(path)
   check_free(path, overwrite=overwrite)
+  values = {key: config.get(key) for key in _ENTRIES} | {"source": public_source(config)}
   config = {
     "format": FORMAT,
     "lip_jax": lip_jax.__version__,
-    "model": {"name": name, **options},
-    "num_classes": num_classes,
-    **(extra or {}),
+    **{key: value for key, value in values.items() if value is not None},
   }
   validation.check_config(config, CONFIG)
   text = json.dumps(config, indent=2) + "\n"
   variables = flat_variables(model)
   faults = validation.weight_faults(
     {key: variable.shape for key, variable in variables.items()},
-    flat_variables(build(config["model"], num_classes, CONFIG)),
+    flat_variables(build(config["model"], config["num_classes"], CONFIG)),
   )
   if faults:
     raise UsageError(
@@ -119,6 +112,14 @@ def load(
     ) from error
   model.eval()
   return model, config
+
+
+def public_source(config: Mapping[str, Any]) -> dict[str, Any] | None:
+  """config["source"], where a network is from, without the folders of this machine."""
+  source = config.get("source")
+  if source is None or source.get("path", "hf://").startswith("hf://"):
+    return source
+  return {**source, "path": Path(source["path"]).name}
 
 
 def is_exported(path: str | Path) -> bool:

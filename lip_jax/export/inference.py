@@ -23,7 +23,7 @@ _TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 _BATCHES = (1, 3)
 
 
-class Program(NamedTuple):
+class InferenceFunction(NamedTuple):
   """A network as a function of images alone, and what is known of it.
 
   Attributes:
@@ -63,7 +63,9 @@ class ExportReport(NamedTuple):
     )
 
 
-def prepare(model: nnx.Module, config: Mapping[str, Any], image_size: int | None = None) -> Program:
+def prepare(
+  model: nnx.Module, config: Mapping[str, Any], image_size: int | None = None
+) -> InferenceFunction:
   """The function that a file holds: uint8 images as they are, normalization inside.
 
   Nobody can get the normalization wrong this way. Without "preprocess" in the config it is not
@@ -96,7 +98,7 @@ def prepare(model: nnx.Module, config: Mapping[str, Any], image_size: int | None
     return network(normalize(images, preprocess["mean"], preprocess["std"]))
 
   keys = ("model", "num_classes", "class_names", "source")
-  return Program(
+  return InferenceFunction(
     function,
     {
       "format": FORMAT,
@@ -135,8 +137,10 @@ def checking_device() -> Iterator[str]:
     yield device.platform
 
 
-def check(call: Callable[[np.ndarray], np.ndarray], program: Program) -> tuple[float, float]:
-  """Compares `call`, what was written, with the program, in batches of 1 and 3 images.
+def check(
+  call: Callable[[np.ndarray], np.ndarray], network: InferenceFunction
+) -> tuple[float, float]:
+  """Compares `call`, what was written, with the network, in batches of 1 and 3 images.
 
   Returns:
     The largest difference, relative to the largest logit, and what it may be.
@@ -144,10 +148,10 @@ def check(call: Callable[[np.ndarray], np.ndarray], program: Program) -> tuple[f
   Raises:
     UsageError: it is larger, or there are other logits, or ones that are not finite.
   """
-  dtype = np.dtype(program.config["input"]["dtype"])
-  images = _images(sum(_BATCHES), program.image_size, dtype)
+  dtype = np.dtype(network.config["input"]["dtype"])
+  images = _images(sum(_BATCHES), network.image_size, dtype)
   with checking_device():
-    expected = np.asarray(jax.jit(program.function)(jnp.asarray(images)), np.float64)
+    expected = np.asarray(jax.jit(network.function)(jnp.asarray(images)), np.float64)
     if not np.isfinite(expected).all():
       raise UsageError("the network's own logits are not finite; nothing is written")
     start, parts = 0, []
@@ -155,7 +159,7 @@ def check(call: Callable[[np.ndarray], np.ndarray], program: Program) -> tuple[f
       parts.append(np.asarray(call(images[start : start + count]), np.float64))
       start += count
   found = np.concatenate(parts)
-  tolerance = _TOLERANCES[program.config["dtype"]]
+  tolerance = _TOLERANCES[network.config["dtype"]]
   if found.shape != expected.shape:
     raise UsageError(f"what was written gives logits {found.shape}, expected {expected.shape}")
   difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
@@ -169,7 +173,7 @@ def check(call: Callable[[np.ndarray], np.ndarray], program: Program) -> tuple[f
 
 
 @contextlib.contextmanager
-def tracing(program: Program) -> Iterator[None]:
+def tracing(network: InferenceFunction) -> Iterator[None]:
   """Context that turns a network into a program; what its image size makes fail is one line."""
   try:
     yield
@@ -178,13 +182,13 @@ def tracing(program: Program) -> Iterator[None]:
   except (ValueError, TypeError) as error:
     reason = str(error).splitlines()[0]
     raise UsageError(
-      f"the network cannot take images of {program.image_size} px: {reason}"
+      f"the network cannot take images of {network.image_size} px: {reason}"
     ) from error
 
 
 def write_checked(
   path: Path,
-  program: Program,
+  network: InferenceFunction,
   write: Callable[[Path], object],
   load: Callable[[Path], tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]],
   runtime: str,
@@ -202,10 +206,10 @@ def write_checked(
   with replacing(path) as temporary:
     write(temporary)
     call, written = load(temporary)
-    difference, tolerance = check(call, program)
+    difference, tolerance = check(call, network)
     size = temporary.stat().st_size
   images = "normalized float32" if written["input"]["normalized"] else "uint8 RGB"
-  takes = f"{images} images [N, {program.image_size}, {program.image_size}, 3]"
+  takes = f"{images} images [N, {network.image_size}, {network.image_size}, 3]"
   return ExportReport(path, size, difference, tolerance, runtime, takes)
 
 

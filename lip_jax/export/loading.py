@@ -86,9 +86,8 @@ def load_file(
   """
   from lip_jax.export import torch_convert
 
-  model, _, extra = torch_convert.read(path, name, options or {}, num_classes, _or_float32(dtype))
+  model, _, config = torch_convert.read(path, name, options or {}, num_classes, _or_float32(dtype))
   model.eval()
-  config = {"model": {"name": name, **(options or {})}, **extra}
   return model, _config(config, "weights file", str(Path(path).resolve()))
 
 
@@ -115,7 +114,7 @@ def _load_run(
     checkpoint, config.model, jnp.dtype(config.dtype if dtype is None else dtype)
   )
   data = config.data
-  values = {
+  values: dict[str, Any] = {
     "model": dict(config.model),
     "num_classes": classes,
     "preprocess": {
@@ -125,8 +124,9 @@ def _load_run(
       "std": list(data.std),
     },
     "class_names": class_names.of_run(run, config, classes),
-    "evaluation": metrics and {**metrics, "data": f"{data.dataset} {data.validation_split}"},
   }
+  if metrics:
+    values["evaluation"] = {**metrics, "data": f"{data.dataset} {data.validation_split}"}
   images = {key: getattr(data, key) for key in ("dataset", "data_dir", "validation_split")}
   return model, _config(values, "training run", str(run), data=images, step=number)
 

@@ -1,6 +1,5 @@
 """A network from wherever it is kept to a form to share: folder, StableHLO or ONNX."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.export import destination, folders, inference, programs, validation
+from lip_jax.export import destination, folders, inference, stablehlo_onnx, validation
+from lip_jax.models.description import flat_variables
 from lip_jax.training.json_files import read_json
 
 FORMATS = ("folder", "stablehlo", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 
-_SAVE = {"stablehlo": programs.save_stablehlo, "onnx": programs.save_onnx}
+_SAVE = {"stablehlo": stablehlo_onnx.save_stablehlo, "onnx": stablehlo_onnx.save_onnx}
 _OF_THE_EVALUATION = ("images_per_second", "model", "source")  # beside the network's results
 
 
@@ -60,12 +60,12 @@ def write(
     folders.check_free(out, overwrite=overwrite)
     results = None if evaluation is None else _read_evaluation(Path(evaluation))
     model, config = lip_jax.load(source)
-    return _write_folder(out, model, config, jnp.dtype(dtype), image_size, results, overwrite)
+    return _write_folder(out, model, config, jnp.dtype(dtype), image_size, results)
   if evaluation is not None:
     raise UsageError("an evaluation can be kept in a folder only; leave it out")
   destination.check_file(out, overwrite=overwrite)
   model, config = lip_jax.load(source, dtype=jnp.dtype(dtype))
-  config = {**config, "source": _public(config.get("source"))}
+  config = {**config, "source": folders.public_source(config)}
   return _SAVE[form](out, model, config, image_size=image_size, overwrite=overwrite)
 
 
@@ -81,16 +81,13 @@ def _write_folder(
   dtype: Any,
   image_size: int | None,
   evaluation: Mapping[str, Any] | None,
-  overwrite: bool,
 ) -> inference.ExportReport:
   if evaluation is not None and evaluation["model"] != config["model"]:
     raise UsageError(
       f"the evaluation is of {evaluation['model']}, the network is {config['model']}; evaluate "
       "this one"
     )
-  for variable in jax.tree.leaves(
-    nnx.state(model, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-  ):
+  for variable in flat_variables(model).values():
     if variable.ndim > 1:  # what is smaller takes no room, and is sensitive
       variable.set_value(jnp.asarray(variable.get_value(), dtype))
   preprocess = inference.resized(config.get("preprocess"), image_size)
@@ -99,22 +96,9 @@ def _write_folder(
   results: Any = evaluation
   if evaluation is None and image_size is None and dtype == jnp.float32:
     results = config.get("evaluation")  # what is known of the network, which is still the same
-  extra = {
-    "preprocess": preprocess,
-    "class_names": config.get("class_names"),
-    "source": _public(config.get("source")),
-    "evaluation": results and _results(results),
-  }
-  options = dict(config["model"])
+  config = {**config, "preprocess": preprocess, "evaluation": results and _results(results)}
   with destination.replacing(out) as temporary:
-    folders.save(
-      temporary,
-      model,
-      name=options.pop("name"),
-      options=options,
-      num_classes=config["num_classes"],
-      extra={key: value for key, value in extra.items() if value is not None},
-    )
+    folders.save(temporary, model, config)
     written, found = folders.load(temporary)
     # Any size shows whether the weights are the same, where none is known.
     size = image_size if found.get("preprocess") else 64
@@ -127,14 +111,6 @@ def _write_folder(
   return inference.ExportReport(
     out, size, difference, tolerance, f"jax {jax.__version__}", "what lip_jax.load takes"
   )
-
-
-def _public(source: Any) -> dict[str, Any] | None:
-  """Where a network is from, without the folders of this machine."""
-  if not isinstance(source, Mapping):
-    return None
-  path = str(source.get("path"))
-  return {**source, "path": path if re.match(r"hf://", path) else Path(path).name}
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -100,19 +100,9 @@ def _from_torch(
     )
   folders.check_free(out, overwrite=overwrite)
   network, rounded, config = read(source, name, options, num_classes)
-  classes = config.pop("num_classes")
-  folders.save(
-    out,
-    network,
-    name=name,
-    options=options,
-    num_classes=classes,
-    extra=config,
-    overwrite=overwrite,
-  )
-  return (
-    f"{source} -> {out}: {name}, {classes} classes, {count_parameters(network):,} parameters"
-    f"{' (rounded from float64 to float32)' if rounded else ''}"
+  folders.save(out, network, config, overwrite=overwrite)
+  return _done(source, out, network, config) + (
+    " (rounded from float64 to float32)" if rounded else ""
   )
 
 
@@ -126,8 +116,8 @@ def read(
   """The network of a file of PyTorch weights.
 
   Returns:
-    The network; whether weights were rounded from float64; and "num_classes", "preprocess" and, of
-    1,000 classes and where TFDS has their names, "class_names".
+    The network; whether weights were rounded from float64; and its config, with the names of 1,000
+    classes where TFDS has them.
 
   Raises:
     UsageError: as `convert_weights`.
@@ -135,12 +125,16 @@ def read(
   source = Path(source)
   state_dict = read_torch_checkpoint(source)
   classes = _num_classes(state_dict, source) if num_classes is None else num_classes
-  network = build({"name": name, **options}, classes, str(source), dtype)
+  model = {"name": name, **options}
+  network = build(model, classes, str(source), dtype)
   load_torch_weights(network, state_dict)
-  config = {"num_classes": classes, "preprocess": PREPROCESS}
   names = class_names.of_imagenet() if classes == 1000 else None
-  if names is not None:
-    config["class_names"] = names
+  config = {
+    "model": model,
+    "num_classes": classes,
+    "preprocess": PREPROCESS,
+    "class_names": names,
+  }
   return network, any(array.dtype == np.float64 for array in state_dict.values()), config
 
 
@@ -163,9 +157,13 @@ def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
       np.savez(temporary, **state_dict)
     else:
       safetensors.numpy.save_file(state_dict, temporary)
+  return f"{_done(source, out, network, config)} under their PyTorch names"
+
+
+def _done(source: Path, out: Path, network: nnx.Module, config: Mapping[str, Any]) -> str:
   return (
     f"{source} -> {out}: {config['model']['name']}, {config['num_classes']} classes, "
-    f"{count_parameters(network):,} parameters under their PyTorch names"
+    f"{count_parameters(network):,} parameters"
   )
 
 

@@ -23,12 +23,14 @@ CONFIG = Path(__file__).parents[2] / "configs" / "cluttered_digits.py"
 def network(tmp_path_factory):
   """An exported network of three classes: (folder, its arrays)."""
   folder = tmp_path_factory.mktemp("network") / "exported"
-  extra = {
+  config = {
+    "model": {"name": NAME, **OPTIONS},
+    "num_classes": 3,
     "class_names": CLASSES,
     "preprocess": {"image_size": SIZE, "resize": SIZE, "mean": [0.0] * 3, "std": [64.0] * 3},
   }
   model = make_model()
-  folders.save(folder, model, name=NAME, options=OPTIONS, num_classes=3, extra=extra)
+  folders.save(folder, model, config)
   return folder, {key: np.asarray(v[...]) for key, v in flat_variables(model).items()}
 
 

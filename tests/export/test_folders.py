@@ -39,9 +39,9 @@ def model():
   return make_model()
 
 
-def save(path, model, **arguments):
-  arguments = {"name": NAME, "options": OPTIONS, "num_classes": 3, **arguments}
-  folders.save(path, model, **arguments)
+def save(path, model, *, options=OPTIONS, num_classes=3, overwrite=False, **entries):
+  config = {"model": {"name": NAME, **options}, "num_classes": num_classes, **entries}
+  folders.save(path, model, config, overwrite=overwrite)
   return path
 
 
@@ -58,7 +58,7 @@ def names(path):
 
 
 def test_there_and_back(model, tmp_path):
-  path = save(tmp_path / "new" / "out", model, extra={"preprocess": PREPROCESS})
+  path = save(tmp_path / "new" / "out", model, preprocess=PREPROCESS)
   assert names(path) == ["config.json", "model.safetensors"]
   assert names(path.parent) == ["out"]
   loaded, config = folders.load(path)

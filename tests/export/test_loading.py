@@ -43,14 +43,9 @@ def place(tmp_path_factory):
   folder = tmp_path_factory.mktemp("place")
   write_images(folder / "images")
   write_run(folder / "run", folder / "images", {4: {"top1": 0.5}, 8: {"top1": 0.25}})
-  folders.save(
-    folder / "exported",
-    make_model("4"),
-    name=NAME,
-    options=OPTIONS,
-    num_classes=3,
-    extra={"preprocess": SMALL, "class_names": CLASSES, "source": {"step": 4}},
-  )
+  network = {"model": {"name": NAME, **OPTIONS}, "num_classes": 3, "source": {"step": 4}}
+  config = {**network, "preprocess": SMALL, "class_names": CLASSES}
+  folders.save(folder / "exported", make_model("4"), config)
   return folder
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 from lip_jax import cli
 from lip_jax.data import cluttered_digits
 from lip_jax.errors import UsageError
-from lip_jax.export import folders, hub, programs, saving
+from lip_jax.export import folders, hub, saving, stablehlo_onnx
 from lip_jax.models import abstract_model, lan
 
 NAME = "lip_resnet_small"
@@ -29,7 +29,7 @@ OPTIONS = {"width": 8, "logit_width": 4}
 SIZE = 48
 PREPROCESS = {"image_size": SIZE, "resize": SIZE, "mean": [90.0, 100, 110], "std": [60.0, 65, 70]}
 CLASSES = [f"digit {k}" for k in range(10)]
-LOAD = {"stablehlo": programs.load_stablehlo, "onnx": programs.load_onnx}
+LOAD = {"stablehlo": stablehlo_onnx.load_stablehlo, "onnx": stablehlo_onnx.load_onnx}
 
 
 @functools.cache
@@ -70,8 +70,8 @@ def folder(tmp_path_factory):
   model.fc.kernel.set_value(model.fc.kernel[...] * gain[None])
   model.fc.bias.set_value((model.fc.bias[...] - logits.mean(axis=0)) * gain)
   path = tmp_path_factory.mktemp("networks") / "folder"
-  extra = {"preprocess": PREPROCESS, "class_names": CLASSES}
-  folders.save(path, model, name=NAME, options=OPTIONS, num_classes=10, extra=extra)
+  network = {"model": {"name": NAME, **OPTIONS}, "num_classes": 10}
+  folders.save(path, model, {**network, "preprocess": PREPROCESS, "class_names": CLASSES})
   return path
 
 
@@ -170,11 +170,12 @@ def test_what_does_not_agree_is_not_kept(folder, tmp_path, monkeypatch):
 def test_without_preprocessing_files_take_normalized_images(tmp_path):
   options = {"width": 2, "stage_sizes": (1, 1, 1, 1)}
   model = make_model("resnet_small", options, num_classes=3)
-  folders.save(tmp_path / "f", model, name="resnet_small", options=options, num_classes=3)
+  config = {"model": {"name": "resnet_small", **options}, "num_classes": 3}
+  folders.save(tmp_path / "f", model, config)
   with pytest.raises(UsageError, match=r"does not say how .* give the image size"):
     saving.write(tmp_path / "f", tmp_path / "n.stablehlo")
   saving.write(tmp_path / "f", tmp_path / "n.stablehlo", image_size=32)
-  call, config = programs.load_stablehlo(tmp_path / "n.stablehlo")
+  call, config = stablehlo_onnx.load_stablehlo(tmp_path / "n.stablehlo")
   assert config["input"]["dtype"] == "float32"
   images = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
   expected = jax.jit(lambda x: model(x))(images)
@@ -198,13 +199,13 @@ def test_errors_leave_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=message):
       saving.write(folder, tmp_path / out, **options)
   with pytest.raises(UsageError, match=r"cannot read .*taken.stablehlo: it is damaged"):
-    programs.load_stablehlo(tmp_path / "taken.stablehlo")
+    stablehlo_onnx.load_stablehlo(tmp_path / "taken.stablehlo")
   for content, config in ((b"", "{}"), (b"x" * 99, "{}"), (b"", "[1]")):
     with zipfile.ZipFile(tmp_path / "other.stablehlo", "w") as archive:
       archive.writestr("network.bin", content)
       archive.writestr("config.json", config)
     with pytest.raises(UsageError, match=r"other.stablehlo.* is damaged"):
-      programs.load_stablehlo(tmp_path / "other.stablehlo")
+      stablehlo_onnx.load_stablehlo(tmp_path / "other.stablehlo")
   (tmp_path / "other.stablehlo").unlink()
   monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
   with pytest.raises(UsageError, match=r"needs the packages of lip-jax\[onnx\]"):

@@ -117,9 +117,9 @@ def folder(tmp_path_factory):
       key = ".".join(map(str, place)).replace("var", "running_var")
       variable.set_value(jnp.asarray(weight(key, variable.shape), variable.dtype))
     preprocess = {"image_size": 16, "resize": 16, "mean": [128.0] * 3, "std": [64.0] * 3}
-    extra = {"preprocess": preprocess, "class_names": ["cat", "dog"]}
-    arguments = {"name": "lip_resnet_small", "options": options, "num_classes": 2}
-    folders.save(path / name, model, **arguments, extra=extra)
+    network = {"model": {"name": "lip_resnet_small", **options}, "num_classes": 2}
+    config = {**network, "preprocess": preprocess, "class_names": ["cat", "dog"]}
+    folders.save(path / name, model, config)
   for split in ("train", "validation"):
     for label in ("cat", "dog"):
       (path / "data" / split / label).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Networks as program files, StableHLO and ONNX: weights inside, for any number of images.
+"""Networks as StableHLO and ONNX files: weights inside, for any number of images.
 
 A StableHLO file is for CPU, CUDA and TPU: a ZIP archive, not compressed, with `network.bin`, which
 `jax.export.deserialize` takes, and `config.json`, which says what classes there are and how images
@@ -39,7 +39,7 @@ _CONFIG_FILE = "config.json"
 _CONFIG_ENTRY = "config"
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same network gives the same file
 
-# From images [N, S, S, 3] to logits float32 [N, num_classes]; and `inference.Program.config`.
+# Images [N, S, S, 3] -> logits float32 [N, num_classes]; and the config of the `InferenceFunction`.
 Loaded = tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]
 
 
@@ -66,21 +66,21 @@ def save_stablehlo(
   """
   path = Path(path)
   check_file(path, overwrite=overwrite)
-  program = inference.prepare(model, config, image_size)
-  with inference.tracing(program):
-    exported = jax.export.export(jax.jit(program.function), platforms=PLATFORMS)(
-      program.symbolic_images
+  network = inference.prepare(model, config, image_size)
+  with inference.tracing(network):
+    exported = jax.export.export(jax.jit(network.function), platforms=PLATFORMS)(
+      network.symbolic_images
     )
 
   def write(temporary: Path) -> None:
     with zipfile.ZipFile(temporary, "w") as archive:
-      text = json.dumps(program.config, indent=2) + "\n"
+      text = json.dumps(network.config, indent=2) + "\n"
       archive.writestr(zipfile.ZipInfo(_CONFIG_FILE, _TIME), text)
       archive.writestr(zipfile.ZipInfo(_NETWORK, _TIME), bytes(exported.serialize()))
 
   with inference.checking_device() as platform:
     runtime = f"jax {jax.__version__} on {platform}"
-    return inference.write_checked(path, program, write, load_stablehlo, runtime)
+    return inference.write_checked(path, network, write, load_stablehlo, runtime)
 
 
 def load_stablehlo(path: str | Path) -> Loaded:
@@ -90,7 +90,7 @@ def load_stablehlo(path: str | Path) -> Loaded:
 
   Returns:
     The network, from images [N, S, S, 3] to logits float32 [N, num_classes], compiled for each
-    number of images, on JAX's default device; and `inference.Program.config`.
+    number of images, on JAX's default device; and `inference.InferenceFunction.config`.
 
   Raises:
     UsageError: there is no such file, or it is damaged, or another version of JAX is needed.
@@ -128,18 +128,18 @@ def save_onnx(
 
   from lip_jax.export import onnx_graph
 
-  program = inference.prepare(model, config, image_size)
-  if program.config["dtype"] not in ("float32", "float16"):
+  network = inference.prepare(model, config, image_size)
+  if network.config["dtype"] not in ("float32", "float16"):
     raise UsageError(
-      f"ONNX Runtime has no {program.config['dtype']} convolutions; write float32 or float16"
+      f"ONNX Runtime has no {network.config['dtype']} convolutions; write float32 or float16"
     )
-  with inference.tracing(program), inference.checking_device():
-    onnx_model = onnx_graph.to_onnx(program.function, program.symbolic_images)
-  helper.set_model_props(onnx_model, {_CONFIG_ENTRY: json.dumps(program.config)})
+  with inference.tracing(network), inference.checking_device():
+    onnx_model = onnx_graph.to_onnx(network.function, network.symbolic_images)
+  helper.set_model_props(onnx_model, {_CONFIG_ENTRY: json.dumps(network.config)})
   content = onnx_model.SerializeToString()
   return inference.write_checked(
     path,
-    program,
+    network,
     lambda temporary: temporary.write_bytes(content),
     load_onnx,
     f"onnxruntime {runtime.__version__}",
