@@ -61,13 +61,9 @@ def of_imagenet() -> list[str] | None:
 def check(
   num_classes: int, names: Sequence[str] | None, source_names: Sequence[str], source: str
 ) -> None:
-  """Compares a network's classes with a data set's.
+  """Compares a network's classes with those of a data set, `source`.
 
-  Args:
-    num_classes: of the network.
-    names: of the network's classes, None where they are not known.
-    source_names: of the data set's classes. Bare numbers count as not known.
-    source: what the data set is called.
+  Names may be None, and bare numbers, where they are not known.
 
   Raises:
     UsageError: they are not the same classes in the same order.

@@ -114,12 +114,15 @@ def load(
   return model, config
 
 
-def public_source(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def public_source(config: Mapping[str, Any]) -> Any:
   """config["source"], where a network is from, without the folders of this machine."""
   source = config.get("source")
-  if source is None or source.get("path", "hf://").startswith("hf://"):
+  if not isinstance(source, Mapping):
     return source
-  return {**source, "path": Path(source["path"]).name}
+  path = source.get("path")
+  if not isinstance(path, str) or path.startswith("hf://"):
+    return source
+  return {**source, "path": Path(path).name}
 
 
 def is_exported(path: str | Path) -> bool:

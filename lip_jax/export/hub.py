@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, one_line
 from lip_jax.export import folders
 from lip_jax.models.cost import count_parameters, multiply_adds
 
@@ -61,10 +61,9 @@ def download(address: str) -> tuple[Path, str, str]:
     # Only these two: whatever else lies there is neither fetched nor read.
     folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_FILES])
   except Exception as error:  # the hub's, the network's, and those of the cache's files
-    reason = " ".join(str(error).split())[:300]
     raise UsageError(
-      f"cannot get {address} from the hub ({type(error).__name__}: {reason}); check its name, the "
-      "revision, the network, and for private ones `hf auth login`"
+      f"cannot get {address} from the hub ({type(error).__name__}: {one_line(error)}); check its "
+      "name, the revision, the network, and for private ones `hf auth login`"
     ) from error
   # The cache's folder is called after the commit, which "main" alone would not pin.
   return Path(folder), f"{PREFIX}{name}", Path(folder).name
@@ -104,7 +103,6 @@ def push(
   Args:
     name: of the repository, ORGANISATION/NAME; it is made if it is not there.
     licence: of the weights, an identifier of the hub.
-    private: make a new repository private.
     endpoint: address of the hub; None: $HF_ENDPOINT or the public one.
     token: with the right to write; None: what `hf auth login` or $HF_TOKEN has set.
 
@@ -151,9 +149,9 @@ def _refused(name: str, error: Exception) -> UsageError:
       f"the hub does not let this token write {name} (status {status}); run hf auth login with a "
       "token that may write there"
     )
-  reason = " ".join(str(error).split())[:300]
   return UsageError(
-    f"cannot upload to {name} ({type(error).__name__}: {reason}); check its name and the network"
+    f"cannot upload to {name} ({type(error).__name__}: {one_line(error)}); check its name and the "
+    "network"
   )
 
 
@@ -167,10 +165,10 @@ def _card(model: nnx.Module, config: Mapping[str, Any], name: str, licence: str)
     "format of lip_jax: LIP, local importance-based pooling, for JAX.",
     f'```python\nimport lip_jax\nmodel, config = lip_jax.load("hf://{name}")\n```\n\n'
     "It needs `pip install lip-jax[hub]`. Beside it: `lip-jax predict hf://" + name + " IMAGE...`.",
-    "## Network\n\n" + _table(_facts(model, config)),
-    "## Images\n\n" + _preprocessing(config.get("preprocess")),
-    "## Classes\n\n" + _classes(config["num_classes"], config.get("class_names")),
-    "## Evaluation\n\n" + _evaluation(config.get("evaluation")),
+    f"## Network\n\n{_table(_facts(model, config))}",
+    f"## Images\n\n{_preprocessing(config.get('preprocess'))}",
+    f"## Classes\n\n{_classes(config['num_classes'], config.get('class_names'))}",
+    f"## Evaluation\n\n{_evaluation(config.get('evaluation'))}",
     f"## Licence\n\n{_plain(licence)}",
     f"## Citation\n\n```bibtex\n{_CITATION}\n```",
   ]

@@ -73,7 +73,6 @@ def prepare(
 
   Args:
     model: of `create_model`, with weights; it is left as it is.
-    config: of the model, as from `lip_jax.load`.
     image_size: in pixels; None: that of config["preprocess"].
 
   Raises:

@@ -139,7 +139,6 @@ def load_checkpoint(
   Args:
     checkpoint: directory `RUN/checkpoints/STEP`.
     options: "name" and options of the network, from the run's configuration.
-    dtype: of the computation.
 
   Raises:
     UsageError: the checkpoint is damaged, or of another network.

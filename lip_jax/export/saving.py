@@ -32,10 +32,9 @@ def write(
   evaluation: str | Path | None = None,
   overwrite: bool = False,
 ) -> inference.ExportReport:
-  """Writes the network of `source` to `out`, which appears only when it agrees with the network.
+  """Writes what `lip_jax.load(source)` gives to `out`, which appears only when it agrees with that.
 
   Args:
-    source: what `lip_jax.load` takes.
     form: one of `FORMATS`; None: by the end of `out`'s name, else a folder.
     dtype: of the computation in a file; of the kernels in a folder, which are rounded to it.
     image_size: of the images that are taken, in pixels; None: the network's own.

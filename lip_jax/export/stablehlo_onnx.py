@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, one_line
 from lip_jax.export import inference
 from lip_jax.export.destination import check_file
 from lip_jax.training.json_files import parse_json
@@ -54,11 +54,9 @@ def save_stablehlo(
   """Writes `model`, for images of one size, once the file was read back and agrees with it.
 
   Args:
-    model: of `create_model`, with weights.
     config: of the model, as from `lip_jax.load`; with "preprocess", the file takes uint8 images and
       normalizes them itself, without, it takes float32 images that are normalized already.
     image_size: height and width in pixels; None: those of config["preprocess"].
-    overwrite: replace a file.
 
   Raises:
     UsageError: the file cannot be written or does not agree, or no image size is known. Nothing is
@@ -103,10 +101,9 @@ def load_stablehlo(path: str | Path) -> Loaded:
   except UsageError:
     raise
   except Exception as error:  # bytes of something else can raise anything in JAX's reader
-    reason = " ".join(str(error).split())[:200]
     raise UsageError(
       f"cannot read {path}: it is damaged, no StableHLO of lip_jax, or of a version that this JAX "
-      f"({jax.__version__}) does not read ({reason}); export the network again"
+      f"({jax.__version__}) does not read ({one_line(error, 200)}); export the network again"
     ) from error
   call = jax.jit(exported.call)
   return lambda images: np.asarray(call(jnp.asarray(images))), config
@@ -154,10 +151,9 @@ def load_onnx(path: str | Path) -> Loaded:
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     text = session.get_modelmeta().custom_metadata_map[_CONFIG_ENTRY]
   except Exception as error:  # ONNX Runtime's have no class of their own to catch
-    reason = " ".join(str(error).split())[:300]
     raise UsageError(
-      f"cannot read {path}: it is damaged or no ONNX model of lip_jax ({reason}); export the "
-      "network again"
+      f"cannot read {path}: it is damaged or no ONNX model of lip_jax ({one_line(error)}); export "
+      "the network again"
     ) from error
   config = parse_json(text, f"the metadata of {path}")
   return lambda images: session.run(["logits"], {"images": np.asarray(images)})[0], config

@@ -101,9 +101,8 @@ def _from_torch(
   folders.check_free(out, overwrite=overwrite)
   network, rounded, config = read(source, name, options, num_classes)
   folders.save(out, network, config, overwrite=overwrite)
-  return _done(source, out, network, config) + (
-    " (rounded from float64 to float32)" if rounded else ""
-  )
+  note = " (rounded from float64 to float32)" if rounded else ""
+  return f"{_done(source, out, network, config)}{note}"
 
 
 def read(
@@ -129,13 +128,9 @@ def read(
   network = build(model, classes, str(source), dtype)
   load_torch_weights(network, state_dict)
   names = class_names.of_imagenet() if classes == 1000 else None
-  config = {
-    "model": model,
-    "num_classes": classes,
-    "preprocess": PREPROCESS,
-    "class_names": names,
-  }
-  return network, any(array.dtype == np.float64 for array in state_dict.values()), config
+  config = {"model": model, "num_classes": classes, "preprocess": PREPROCESS}
+  rounded = any(array.dtype == np.float64 for array in state_dict.values())
+  return network, rounded, {**config, "class_names": names}
 
 
 def _to_torch(source: Path, out: Path, overwrite: bool) -> str:

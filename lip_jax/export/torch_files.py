@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, one_line
 from lip_jax.export.validation import unpacks_too_far
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -81,10 +81,9 @@ def read_torch_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
   except PermissionError:
     raise UsageError(f"no permission to read {path}; change it (chmod) or copy the file") from None
   except Exception as error:  # damaged bytes can raise anything in pickle, zipfile and NumPy
-    reason = " ".join(str(error).split())[:200]
+    reason = f"{type(error).__name__}: {one_line(error, 200)}"
     raise UsageError(
-      f"cannot read {path}: it is damaged or incomplete ({type(error).__name__}: {reason}); "
-      "download or copy it again"
+      f"cannot read {path}: it is damaged or incomplete ({reason}); download or copy it again"
     ) from error
   if not arrays:
     raise UsageError(f"{path} holds no tensors; give a file with the weights of a network")

@@ -77,10 +77,10 @@ def check_weights(
     shapes: of the file's arrays, by name.
     dtypes: of the same, in safetensors' letters or NumPy's names.
     variables: of the network, from `flat_variables`, or anything else with a shape.
-    what: the beginning of the error.
 
   Raises:
-    UsageError: arrays are missing, left over, of another shape or no floating-point numbers.
+    UsageError: `what`, and which arrays are missing, left over, of another shape or no
+      floating-point numbers.
   """
   faults = weight_faults(shapes, variables)
   faults += [
@@ -129,8 +129,9 @@ def check_evaluation(values: Mapping[str, Any], where: str) -> None:
     raise UsageError(f"{where}: evaluation.data is {shown(data)}, expected a printable name")
   if not _is_whole(count, 0, 2**63):
     raise UsageError(f"{where}: evaluation.count is {shown(count)}, expected a number of images")
-  for key in values.keys() - {"data", "count"}:
-    fraction, number = key.startswith("top"), values[key]
+  metrics = {key: value for key, value in values.items() if key not in ("data", "count")}
+  for key, number in metrics.items():
+    fraction = key.startswith("top")
     if not _is_number(number) or (fraction and not 0 <= number <= 1):
       expected = "a fraction, 0 to 1" if fraction else "a number"
       raise UsageError(f"{where}: evaluation.{shown(key)} is {shown(number)}, expected {expected}")
@@ -172,7 +173,8 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
+  # Not math.isfinite, which fails for whole numbers that no float can hold.
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_whole(value: Any, least: Any, most: int) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from lip_jax.errors import UsageError, shown
+from lip_jax.errors import UsageError, one_line, shown
 from lip_jax.models.registry import abstract_model
 
 CLASSIFIERS = ("fc", "classifier")  # the last linear layer of a network, here and in PyTorch
@@ -81,10 +81,9 @@ def build(
   except UsageError:
     raise
   except Exception as error:  # options of a wrong type can raise anything
-    reason = shown(" ".join(str(error).split()))
     raise UsageError(
       f"{where}: no network {name} can be built with the options {shown(options)} "
-      f"({type(error).__name__}: {reason})"
+      f"({type(error).__name__}: {one_line(error, 80)})"
     ) from error
 
 

@@ -172,7 +172,6 @@ def column(
   """Importance, class activation map and effective receptive fields, for `comparison_figure`.
 
   Args:
-    network: to look into.
     pixels: [N, H, W, 3] uint8.
     label: class of the activation maps; None: what the network predicts.
     locations: (row, column) in the class activation map, for all images, of which receptive fields
@@ -218,12 +217,10 @@ def deletion_curves(
   """`deletion_curve` of a network, in each of three orders.
 
   Args:
-    network: to measure.
     images: to occlude; without labels, what the network predicts for them stands in their place.
     scores: what says how important a pixel is: "importance", of LIP, or "cam", the class activation
       map of the predicted class. None: importance if the network has LIP, else the latter.
     fill: what takes the place of pixels: the data set's mean colour, or the image's own.
-    watch: wraps the predictor.
 
   Returns:
     The scores that were used, and a curve for each of `ORDERS`.
