@@ -1,6 +1,7 @@
 """Exported folders, with the small networks."""
 
 import json
+import math
 import os
 import shutil
 
@@ -108,6 +109,19 @@ def test_options_must_be_those_of_the_model(model, tmp_path):
   with pytest.raises(UsageError, match="dtype is not among the options"):
     save(tmp_path / "out", model, options={**OPTIONS, "dtype": "float32"})
   assert names(tmp_path) == []
+
+
+def test_what_is_true_of_one_machine_only_is_left_out(model, tmp_path):
+  source = {"kind": "training run", "path": "/home/me/run", "step": 3, "revision": None}
+  evaluation = {"data": "coco validation", "count": 5000, "AP": 0.365}  # of another task
+  entries = {"source": source, "evaluation": evaluation}
+  path = save(tmp_path / "out", model, data={"data_dir": "/home/me/data"}, **entries)
+  assert "/home" not in (path / "config.json").read_text()
+  config = lip_jax.load(path)[1]
+  assert (config["evaluation"], config["source"]["step"]) == (evaluation, 3)
+  with pytest.raises(UsageError, match=r"evaluation.AP is nan, expected a number"):
+    save(tmp_path / "new", model, evaluation={**evaluation, "AP": math.nan})
+  assert names(tmp_path) == ["out"]
 
 
 def test_only_an_exported_folder_is_overwritten(model, tmp_path):
