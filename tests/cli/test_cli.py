@@ -263,7 +263,7 @@ def test_a_run_that_is_being_written(capsys, tmp_path):
 
 @pytest.fixture
 def converted(monkeypatch):
-  """Calls of `lip_jax.export.torch_convert.convert`, which does nothing."""
+  """Calls of `lip_jax.export.torch_convert.convert_weights`, which does nothing."""
   from lip_jax.export import torch_convert
 
   calls = []
@@ -274,7 +274,7 @@ def converted(monkeypatch):
       raise UsageError("there is no none.pth")
     return f"{source} -> {out}"
 
-  monkeypatch.setattr(torch_convert, "convert", fake)
+  monkeypatch.setattr(torch_convert, "convert_weights", fake)
   return calls
 
 

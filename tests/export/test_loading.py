@@ -25,7 +25,9 @@ from lip_jax import cli
 from lip_jax.data import imagenet
 from lip_jax.errors import UsageError
 from lip_jax.export import folders, validation
-from lip_jax.export.torch_convert import PREPROCESS, convert
+from lip_jax.export.torch_convert import PREPROCESS, convert_weights
+from lip_jax.models import abstract_model
+from lip_jax.models.description import flat_variables
 from lip_jax.models.torch_names import to_torch_state_dict
 from lip_jax.training import config as config_lib
 
@@ -41,19 +43,14 @@ def place(tmp_path_factory):
   folder = tmp_path_factory.mktemp("place")
   write_images(folder / "images")
   write_run(folder / "run", folder / "images", {4: {"top1": 0.5}, 8: {"top1": 0.25}})
-  folders.save(
-    folder / "exported",
-    make_model("4"),
-    name=NAME,
-    options=OPTIONS,
-    num_classes=3,
-    extra={"preprocess": SMALL, "class_names": CLASSES, "source": {"step": 4}},
-  )
+  network = {"model": {"name": NAME, **OPTIONS}, "num_classes": 3, "source": {"step": 4}}
+  config = {**network, "preprocess": SMALL, "class_names": CLASSES}
+  folders.save(folder / "exported", make_model("4"), config)
   return folder
 
 
 def assert_same_weights(left, right):
-  left, right = folders.flat_variables(left), folders.flat_variables(right)
+  left, right = flat_variables(left), flat_variables(right)
   assert list(left) == list(right)
   for name, variable in left.items():
     np.testing.assert_array_equal(variable[...], right[name][...], err_msg=name)
@@ -593,20 +590,20 @@ def test_a_pth_that_packs_or_announces_too_much(tmp_path):
   with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
     archive.writestr("w.npy", bytes(2**27))
   with pytest.raises(UsageError, match="is refused: it would unpack to 134,217,728 bytes"):
-    convert(bomb, tmp_path / "out", model=NAME)
+    convert_weights(bomb, tmp_path / "out", model=NAME)
   legacy = tmp_path / "memo.pth"
   legacy.write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")  # LONG_BINPUT 2**32 - 1
   with pytest.raises(UsageError, match="object number 4294967295 in a pickle of fewer bytes"):
-    convert(legacy, tmp_path / "out", model=NAME)
+    convert_weights(legacy, tmp_path / "out", model=NAME)
   assert not (tmp_path / "out").exists()
 
 
 def test_convert_names_imagenets_classes(tmp_path):
-  model = folders.abstract_model(NAME, OPTIONS, num_classes=1000)
-  for variable in folders.flat_variables(model).values():
+  model = abstract_model(NAME, num_classes=1000, **OPTIONS)
+  for variable in flat_variables(model).values():
     variable.set_value(np.zeros(variable.shape, variable.dtype))
   np.savez(tmp_path / "w.npz", **to_torch_state_dict(model))
-  convert(tmp_path / "w.npz", tmp_path / "out", model=NAME, **OPTIONS)
+  convert_weights(tmp_path / "w.npz", tmp_path / "out", model=NAME, **OPTIONS)
   config = lip_jax.load(tmp_path / "out")[1]
   assert config["class_names"] == imagenet.class_names()
   assert config["preprocess"] == PREPROCESS
