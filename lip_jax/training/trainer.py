@@ -135,7 +135,7 @@ def _train(
     compilation_cache.kept_in(directory),
     Watchdog(seconds=config.watchdog_seconds) as watchdog,
     loader,
-    Checkpoints(directory, keep=config.keep_checkpoints) as checkpoints,
+    Checkpoints(directory, keep=config.keep_checkpoints, best_metric="top1") as checkpoints,
   ):
     # Restore
     checkpoints.check_room(program.state)
