@@ -6,7 +6,8 @@ python save_on_hosts.py WORKDIR ADDRESS PROCESS COUNT
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[number]) for number in (1, 2)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import numpy as np

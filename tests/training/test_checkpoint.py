@@ -299,7 +299,7 @@ def test_what_is_best_is_said_by_the_run_and_known_to_its_readers(tmp_path):
     checkpoints.save(make_state(1), {}, step=1, metrics={"top1": 1.0})
     checkpoints.save(make_state(2), {}, step=2)
     assert checkpoints.best_step is None
-    with pytest.raises(UsageError, match="no checkpoint 'best' in .* there are: 1"):
+    with pytest.raises(UsageError, match=r"no checkpoint 'best' in .* there are: 1"):
       checkpoints.resolve("best")
 
 
@@ -379,9 +379,8 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, full_disk, step, size):
   expected = rf"cannot write the checkpoint .*/{step}: .*last good one is {tmp_path}/checkpoints/4"
   checkpoints = Checkpoints(tmp_path, keep=1)
   full_disk(size)
-  with pytest.raises(UsageError, match=expected):  # at once, or when the next one waits for it
+  with pytest.raises(UsageError, match=expected), checkpoints:
     checkpoints.save(make_state(step), {}, step=step)
-    checkpoints.save(make_state(8), {}, step=8)
   assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
     assert_is(checkpoints.restore_latest(LIKE), 4)
