@@ -16,7 +16,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from lip_jax.training.checkpoint.faults import DamagedError
-from lip_jax.training.checkpoint.fingerprint import leaves_of
+from lip_jax.training.checkpoint.fingerprint import named
 from lip_jax.training.workdir import in_bucket
 
 METADATA_FILE = "metadata/data.json"  # as Orbax calls it
@@ -47,12 +47,11 @@ def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
 
   Args:
     path: of the checkpoint.
-    like: their shapes and dtypes, and the shardings that they are to have; numpy arrays are made of
-      those without one.
+    like: their shapes and dtypes, and the shardings that they shall have; numpy arrays without one.
 
   Raises:
     DamagedError: an array is of another shape or dtype; no memory was taken for it.
-    Exception: whatever TensorStore raises.
+    ValueError: from TensorStore, for whatever it meets with.
   """
   if in_bucket(path):
     bucket, _, directory = str(path).removeprefix("gs://").partition("/")
@@ -100,9 +99,3 @@ def _read(
   return jax.make_array_from_callback(
     store.shape, like.sharding, lambda index: store[index].read().result()
   )
-
-
-def named(parts: dict[str, Any]) -> dict[str, Any]:
-  """Leaves by the names that their arrays have in a checkpoint."""
-  names = [".".join(map(str, keys)) for keys, _, _ in leaves_of(parts)]
-  return dict(zip(names, jax.tree.leaves(parts), strict=True))

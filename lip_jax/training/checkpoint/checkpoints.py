@@ -8,13 +8,13 @@ What lies in a checkpoint, `<workdir>/checkpoints/<step>`:
   fingerprints are not those.
 """
 
+import contextlib
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from etils import epath
@@ -22,17 +22,16 @@ from etils import epath
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.training import workdir as workdir_lib
-from lip_jax.training.checkpoint import arrays, step_directories
+from lip_jax.training.checkpoint import arrays, loading, step_directories
 from lip_jax.training.checkpoint import metadata as metadata_lib
-from lip_jax.training.checkpoint.faults import DamagedError, is_damage, reason
-from lip_jax.training.checkpoint.fingerprint import fingerprint, leaves_of
+from lip_jax.training.checkpoint.faults import DamagedError, reason
+from lip_jax.training.checkpoint.fingerprint import named
 from lip_jax.training.checkpoint.metadata import Metadata, Mode
 from lip_jax.training.workdir import PathLike
 
 log = logging.getLogger("lip_jax")
 
 Tree = dict[Any, Any]
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +57,9 @@ def most_at_a_time(keep: int) -> int:
 class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints/<step>`, on a disk or in a bucket.
 
-  A checkpoint is one of them only when it is complete. Use as a context manager: leaving it
-  waits for the save that is under way.
-
-  On several processes all of them call `save`, `restore...` and leave the context at the same
-  points; they come to the same result or all raise.
+  A checkpoint is one of them only when it is complete. Leaving the context waits for the save that
+  is under way. On several processes all call `save` and `restore...`, and leave the context, at the
+  same points; they come to the same result or all raise.
 
   A train state is a dataclass whose fields are trees of arrays, or None. Of these only
   `restore_weights` knows any: `params`, `ema` where there is one, and `batch_stats`.
@@ -70,8 +67,7 @@ class Checkpoints:
   Args:
     workdir: the run's directory; on several processes one that all of them see.
     keep: how many of the latest to keep, beside the best one.
-    best_metric: which of the metrics given to `save` says which is best. It is written into the
-      checkpoints, so that who reads them need not know it.
+    best_metric: of those given to `save`, by which the best is known; written into the checkpoints.
     best_mode: whether the "max" or the "min" of it is best.
     read_only: never change anything, not even remains of interrupted saves.
 
@@ -92,7 +88,6 @@ class Checkpoints:
     self._keep = keep
     self._best = {"best_metric": best_metric, "best_mode": best_mode}
     self._read_only = read_only
-    self._metadata: dict[int, Metadata] = {}
     self._saving: tuple[Metadata, arrays.Saving] | None = None
     if read_only and not self.directory.is_dir():
       raise UsageError(
@@ -108,10 +103,9 @@ class Checkpoints:
   def __exit__(self, error: type[BaseException] | None, *_) -> None:
     if error is None:
       self._finish_save()
-    elif self._saving is not None:  # what ended the run is not to be hidden by a further error
-      metadata, saving = self._saving
-      if fault := _fault_of(saving.result):
-        log.error("%s", self._cannot_write(metadata.step, fault))
+    elif self._saving and (fault := _fault_of(self._saving[1].result)):
+      # What ended the run is not to be hidden by a further error.
+      log.error("%s", self._cannot_write(self._saving[0].step, fault))
 
   @property
   def steps(self) -> list[int]:
@@ -138,8 +132,9 @@ class Checkpoints:
 
   def metrics(self, step: int) -> dict[str, float] | None:
     """Validation results saved with a checkpoint, None if it has none that can be read."""
-    found = self._readable().get(step)
-    return None if found is None else found.metrics
+    with contextlib.suppress(Exception):  # whatever the storage layers raise
+      return loading.read_metadata(self.path(step)).metrics
+    return None
 
   def resolve(self, which: str) -> int:
     """Step number for "latest", "best" or a number in text.
@@ -162,10 +157,7 @@ class Checkpoints:
     return self.directory / str(step)
 
   def check_room(self, like: Any) -> None:
-    """Warns if the disk has no room for all checkpoints that the run will keep.
-
-    Args:
-      like: train state, or the shapes and dtypes of one.
+    """Warns if the disk has no room for all checkpoints of states like this that the run will keep.
 
     Raises:
       UsageError: there is no room for a single one.
@@ -209,16 +201,13 @@ class Checkpoints:
     """
     self._finish_save()
     parts = _parts(state)
-    metadata = Metadata(
-      step=step,
-      iterator=iterator,
-      metrics=metrics,
-      fingerprints={name: fingerprint(tree) for name, tree in parts.items()},
-      leaves={name: leaves_of(tree) for name, tree in parts.items()},
-      **self._best,  # type: ignore[arg-type]
+    metadata = metadata_lib.describe(
+      parts, iterator=iterator, step=step, metrics=metrics, **self._best
     )
     if sharding.gather(jax.process_index() == 0 and step in self.steps)[0]:
-      self._replace_metadata(metadata)
+      if fault := _fault_on_first(lambda: self._replace_metadata(metadata)):
+        raise UsageError(self._cannot_write(step, fault))
+      self._delete_old()
       return
     try:
       saving = arrays.save_async(self.path(step), parts, metadata.to_json())
@@ -244,7 +233,7 @@ class Checkpoints:
       metadata_lib.check_same_leaves(metadata, wanted, self.path(step))
       return wanted
 
-    metadata, loaded = self._load(step, check)
+    metadata, loaded = loading.load(self.path(step), check)
     state = dataclasses.replace(like, **loaded)
     return Restored(state, metadata.iterator, metadata.metrics, self.path(step))
 
@@ -252,9 +241,6 @@ class Checkpoints:
     """Loads the newest checkpoint that is whole, None if the run has none at all.
 
     Damaged ones that are newer are reported and moved to `<workdir>/damaged_checkpoints`.
-
-    Args:
-      like: as for `restore`.
 
     Raises:
       UsageError: all are damaged, or one cannot be read for a reason that may pass.
@@ -300,101 +286,37 @@ class Checkpoints:
     Raises:
       UsageError: the checkpoint is damaged.
     """
-    metadata, loaded = self._load(
-      step, lambda metadata: {part: metadata.like(part, placement) for part in metadata.weights}
-    )
+
+    def like(metadata: Metadata) -> dict[str, Tree]:
+      return {part: metadata.like(part, placement) for part in metadata.weights}
+
+    metadata, loaded = loading.load(self.path(step), like)
     params, batch_stats = metadata.weights
     return loaded[params], loaded[batch_stats]
 
   def weight_shapes(self, step: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Shapes and dtypes of what `restore_weights` gives, and it gives no others.
-
-    Returns:
-      Two mappings, by the path in the network, dots between the keys.
+    """Shapes and dtypes of what `restore_weights` gives, by the path in the network, with dots.
 
     Raises:
       UsageError: the checkpoint is damaged.
     """
-    metadata = self._together(step, functools.partial(self._read_metadata, step))
-    return [arrays.named(metadata.like(part)) for part in metadata.weights]
-
-  def _load(
-    self, step: int, like_of: Callable[[Metadata], dict[str, Any]]
-  ) -> tuple[Metadata, dict[str, Any]]:
-    """Parts of a train state, as `like_of` wants them, which have the right fingerprints."""
-
-    def read() -> tuple[Metadata, dict[str, Any]]:
-      metadata = self._read_metadata(step)
-      return metadata, arrays.read(self.path(step), like_of(metadata))
-
-    metadata, loaded = self._together(step, read)
-    for part, tree in loaded.items():
-      if part in metadata.leaves and fingerprint(tree) != metadata.fingerprints[part]:
-        raise self._damaged(step, f"its {part} is not what was saved")
-    return metadata, loaded
-
-  def _together(self, step: int, read: Callable[[], _T]) -> _T:
-    """What `read` gives, if it gives something on all processes.
-
-    Raises:
-      DamagedError: the checkpoint is damaged, to the eyes of one of them.
-      UsageError: it is whole, as far as known, but of no use, or cannot be read at present.
-    """
-    result: Any = None
-    fault: tuple[str, bool] | None = None
-    try:
-      result = read()
-    except Exception as error:  # whatever the storage layers raise
-      fault = (reason(error), True)
-      if isinstance(error, UsageError) and not isinstance(error, DamagedError):
-        fault = (str(error), False)
-      elif not is_damage(error):
-        fault = (
-          f"cannot read the checkpoint {self.path(step)}, which may be whole: {fault[0]}; mend "
-          "that and give the same command again",
-          False,
-        )
-    # One process that cannot read its part must not leave the others waiting for it.
-    faults = sorted((each for each in sharding.gather(fault) if each), key=lambda each: each[1])
-    for text, damaged in faults:
-      raise self._damaged(step, text) if damaged else UsageError(text)
-    return result
-
-  def _damaged(self, step: int, fault: str) -> DamagedError:
-    there = ", ".join(map(str, self.steps))
-    text = f"the checkpoint {self.path(step)} is damaged ({fault})"
-    return DamagedError(fault, f"{text}; take another one, there are: {there}")
-
-  def _read_metadata(self, step: int) -> Metadata:
-    if step not in self._metadata:
-      try:
-        stored = (self.path(step) / arrays.METADATA_FILE).read_bytes()
-      except FileNotFoundError:
-        text = f"it has no {arrays.METADATA_FILE}: lost, or of an earlier version of lip_jax"
-        raise DamagedError(text) from None
-      self._metadata[step] = metadata_lib.from_json(stored, step)
-    return self._metadata[step]
+    path = self.path(step)
+    metadata = loading.together(path, lambda: loading.read_metadata(path))
+    return [named(metadata.like(part)) for part in metadata.weights]
 
   def _readable(self) -> dict[int, Metadata]:
     """Metadata of all checkpoints but those whose cannot be read; restoring these will tell."""
-    steps = self.steps
-    for step in steps:
-      _fault_of(functools.partial(self._read_metadata, step))
-    return {step: self._metadata[step] for step in steps if step in self._metadata}
+    found = {}
+    for step in self.steps:
+      with contextlib.suppress(Exception):  # whatever the storage layers raise
+        found[step] = loading.read_metadata(self.path(step))
+    return found
 
   def _replace_metadata(self, metadata: Metadata) -> None:
-    step = metadata.step
-
-    def replace() -> None:
-      if self._read_metadata(step).fingerprints != metadata.fingerprints:
-        raise UsageError("there is another state of this step, which would be lost")
-      text = json.dumps(metadata.to_json())
-      workdir_lib.write_text(self.path(step) / arrays.METADATA_FILE, text)
-
-    if fault := _fault_on_first(replace):
-      raise UsageError(self._cannot_write(step, fault))
-    self._metadata[step] = metadata
-    self._delete_old()
+    path = self.path(metadata.step)
+    if loading.read_metadata(path).fingerprints != metadata.fingerprints:
+      raise UsageError("there is another state of this step, which would be lost")
+    workdir_lib.write_text(path / arrays.METADATA_FILE, json.dumps(metadata.to_json()))
 
   def _finish_save(self) -> None:
     """Waits for the save that is under way; then deletes what need not be kept."""
@@ -405,7 +327,6 @@ class Checkpoints:
     if fault := _any(_fault_of(saving.result)):
       self._clear_unfinished()
       raise UsageError(self._cannot_write(metadata.step, fault))
-    self._metadata[metadata.step] = metadata
     self._delete_old()
 
   def _delete_old(self) -> None:
@@ -432,21 +353,15 @@ class Checkpoints:
         place = step_directories.move(self.path(step), into)
         log.warning("the damaged checkpoint of step %d is now %s", step, place)
 
-    if self._read_only or not steps:
-      return
-    if fault := _fault_on_first(move):
+    if steps and not self._read_only and (fault := _fault_on_first(move)):
       raise UsageError(
         f"cannot move a damaged checkpoint out of {self.directory}: {fault}; move it away yourself"
       )
-    for step in steps:
-      self._metadata.pop(step, None)
 
   def _cannot_write(self, step: int, fault: str) -> str:
     try:
       last = self.latest_step
-      good = (
-        "there is none before it" if last is None else f"the last good one is {self.path(last)}"
-      )
+      good = "none is there" if last is None else f"the last good one is {self.path(last)}"
     except UsageError:  # what is in the way of one may be in that of the other
       good = "those before it are untouched"
     return (

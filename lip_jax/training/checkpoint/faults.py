@@ -39,6 +39,8 @@ def is_damage(error: Exception) -> bool:
   It is not where permissions, the network, the disk or memory have failed: that may pass, and a
   checkpoint that cannot be read today is not to be given up.
   """
+  if isinstance(error, UsageError):
+    return isinstance(error, DamagedError)
   missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
   nonsense = isinstance(
     error, ValueError | TypeError | AttributeError | LookupError | OverflowError

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lip_jax.errors import UsageError
 from lip_jax.training.checkpoint.faults import DamagedError
-from lip_jax.training.checkpoint.fingerprint import Leaf, leaves_of
+from lip_jax.training.checkpoint.fingerprint import fingerprint, named
 
 FORMAT = 2
 
@@ -28,7 +28,7 @@ class Metadata:
     best_metric: the one of them by which checkpoints are compared, if they are.
     best_mode: whether the most or the least of it is best.
     fingerprints: of each part of the train state.
-    leaves: (path, dtype, shape) of the leaves of each part.
+    arrays: dtype and shape of each, by its path in the train state, dots between the keys.
     format: of the checkpoint; numbers that are not ours are refused.
   """
 
@@ -38,7 +38,7 @@ class Metadata:
   best_metric: str | None
   best_mode: Mode
   fingerprints: dict[str, str]
-  leaves: dict[str, list[Leaf]]
+  arrays: dict[str, list[Any]]
   format: int = FORMAT
 
   @property
@@ -55,17 +55,25 @@ class Metadata:
   @property
   def weights(self) -> tuple[str, str]:
     """Parts of the train state that a network is made of: its parameters, and its statistics."""
-    return "ema" if "ema" in self.leaves else "params", "batch_stats"
+    return "ema" if "ema" in self.fingerprints else "params", "batch_stats"
 
   def like(self, part: str, sharding: jax.sharding.Sharding | None = None) -> dict[Any, Any]:
     """One part of the train state, as nested dicts of shapes and dtypes; empty if it had none."""
     tree: dict[Any, Any] = {}
-    for keys, dtype, shape in self.leaves.get(part, []):
-      inner = tree
-      for key in keys[:-1]:
-        inner = inner.setdefault(key, {})
-      inner[keys[-1]] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
+    for name, (dtype, shape) in self.arrays.items():
+      first, *keys = (int(key) if key.isdecimal() else key for key in name.split("."))
+      if first == part:
+        inner = tree
+        for key in keys[:-1]:
+          inner = inner.setdefault(key, {})
+        inner[keys[-1]] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
     return tree
+
+
+def describe(parts: dict[str, Any], **values: Any) -> Metadata:
+  """Metadata of a train state; all processes that share its arrays have to call this together."""
+  fingerprints = {name: fingerprint(tree) for name, tree in parts.items()}
+  return Metadata(fingerprints=fingerprints, arrays=_described(parts), **values)
 
 
 def from_json(stored: bytes, step: int) -> Metadata:
@@ -83,7 +91,7 @@ def from_json(stored: bytes, step: int) -> Metadata:
     content = json.loads(stored)
     text = content["text"]
     whole = content["sha256"] == _digest(text)
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+  except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
     whole = False
   if not whole:
     raise DamagedError("its metadata does not have the digest that it was saved with")
@@ -93,56 +101,47 @@ def from_json(stored: bytes, step: int) -> Metadata:
       f"the checkpoint of step {step} has the format {values['format']}, this version of lip_jax "
       f"reads format {FORMAT}; use the version that wrote it"
     )
-  metadata = Metadata(**values)
-  if metadata.step != step:
-    raise DamagedError(f"it is the checkpoint of step {metadata.step}")
-  if not _has_right_types(metadata):
-    raise DamagedError("its metadata holds other things than metadata does")
+  try:
+    metadata = Metadata(**values)
+    right = _has_right_types(metadata)
+  except (AttributeError, TypeError, ValueError):
+    right = False
+  if not right or metadata.step != step:
+    raise DamagedError(f"its metadata is not that of a checkpoint of step {step}")
   return metadata
 
 
 def _has_right_types(metadata: Metadata) -> bool:
   """Whether metadata holds what its type says: the digest is not a secret."""
-  metrics = {} if metadata.metrics is None else metadata.metrics
-  leaves, fingerprints = metadata.leaves, metadata.fingerprints
-  try:
-    return (
-      all(isinstance(value, int | float) for value in metrics.values())
-      and isinstance(metadata.best_metric, str | None)
-      and fingerprints.keys() == leaves.keys()
-      and all(isinstance(value, str) for value in fingerprints.values())
-      and all(
-        all(isinstance(key, str | int) for key in keys)
-        and jnp.dtype(dtype).kind != "O"
-        and all(isinstance(size, int) and size >= 0 for size in shape)
-        for part in leaves.values()
-        for keys, dtype, shape in part
-      )
+  return (
+    all(isinstance(value, int | float) for value in (metadata.metrics or {}).values())
+    and isinstance(metadata.best_metric, str | None)
+    and all(isinstance(value, str) for value in metadata.fingerprints.values())
+    and all(
+      jnp.dtype(dtype).kind != "O" and all(isinstance(size, int) and size >= 0 for size in shape)
+      for dtype, shape in metadata.arrays.values()
     )
-  except (AttributeError, TypeError, ValueError):
-    return False
+  )
 
 
 def check_same_leaves(metadata: Metadata, like: dict[str, Any], path: Any) -> None:
   """Raises UsageError if a checkpoint holds other arrays than are wanted; names one of them."""
-
-  def types(leaves: dict[str, list[Leaf]]) -> dict[str, str]:
-    return {
-      "/".join(map(str, (part, *keys))): f"{dtype}{list(shape)}"
-      for part in leaves
-      for keys, dtype, shape in leaves[part]
-    }
-
-  there = types(metadata.leaves)
-  here = types({part: leaves_of(tree) for part, tree in like.items()})
+  there, here = metadata.arrays, _described(like)
   for name in there | here:
     if there.get(name) != here.get(name):
-      raise UsageError(
-        f"the checkpoint {path} is of another model or optimizer than this configuration's: "
-        f"{name} is {there.get(name, 'absent')} in it, and here {here.get(name, 'absent')} (the "
-        "first axis of batch_stats are the batch-norm groups of a step: global_batch_size / "
-        "model.bn_group_size); give the configuration that it was saved with"
+      stored, wanted = (
+        "{}{}".format(*of[name]) if name in of else "absent" for of in (there, here)
       )
+      raise UsageError(
+        f"the checkpoint {path} is of another model or optimizer than this configuration's: {name} "
+        f"is {stored} in it, and here {wanted} (the first axis of batch_stats are the batch-norm "
+        "groups of a step: global_batch_size / model.bn_group_size); give the configuration it was "
+        "saved with"
+      )
+
+
+def _described(parts: dict[str, Any]) -> dict[str, list[Any]]:
+  return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named(parts).items()}
 
 
 def _digest(text: str) -> str:
