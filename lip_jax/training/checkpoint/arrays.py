@@ -96,6 +96,11 @@ def _read(
     raise DamagedError(f"its {name} of shape {store.shape} is stored in parts of {chunk}")
   if like.sharding is None:
     return np.asarray(store.read().result())
-  return jax.make_array_from_callback(
-    store.shape, like.sharding, lambda index: store[index].read().result()
-  )
+  parts: dict[str, np.ndarray] = {}  # several devices may hold the same
+
+  def part(index: Any) -> np.ndarray:
+    if str(index) not in parts:
+      parts[str(index)] = store[index].read().result()
+    return parts[str(index)]
+
+  return jax.make_array_from_callback(store.shape, like.sharding, part)
