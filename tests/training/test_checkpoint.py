@@ -461,5 +461,7 @@ def test_fingerprints_tell_apart():
     {},
   ]
   assert len({fingerprint(tree) for tree in trees}) == len(trees)
+  with pytest.raises(ValueError, match="two arrays of one path"):
+    fingerprint({"a": {"b": array}, "a.b": array})
   nan = np.array([np.nan, 0.0], np.float32)
   assert fingerprint({"a": nan}) == fingerprint({"a": nan.copy()})

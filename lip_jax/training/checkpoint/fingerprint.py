@@ -19,11 +19,12 @@ _MOST_ON_HOST = 2**18
 
 
 def named(tree: Any) -> dict[str, Any]:
-  """Leaves of a tree by their path, dots between the keys."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="."): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  """Leaves of a tree by their path, dots between the keys, which must not make two the same."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+  if len(set(names)) != len(names):
+    raise ValueError(f"two arrays of one path among {names}: keys of a train state have no dots")
+  return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def fingerprint(tree: Any) -> str:

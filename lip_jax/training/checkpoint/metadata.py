@@ -58,7 +58,10 @@ class Metadata:
     return "ema" if "ema" in self.fingerprints else "params", "batch_stats"
 
   def like(self, part: str, sharding: jax.sharding.Sharding | None = None) -> dict[Any, Any]:
-    """One part of the train state, as nested dicts of shapes and dtypes; empty if it had none."""
+    """One part of the train state, as nested dicts of shapes and dtypes; empty if it had none.
+
+    Keys that are numbers are integers, as in nnx.
+    """
     tree: dict[Any, Any] = {}
     for name, (dtype, shape) in self.arrays.items():
       first, *keys = (int(key) if key.isdecimal() else key for key in name.split("."))
