@@ -63,7 +63,7 @@ def write_run(workdir, images, metrics):
   (workdir / "config.json").write_text(config_lib.to_json(config))
   (workdir / class_names.FILE).write_text(class_names.to_json(CLASSES))
   optimizer = optim.optimizer(config.optim, optax.constant_schedule(0.0))
-  with Checkpoints(workdir) as checkpoints:
+  with Checkpoints(workdir, best_metric="top1") as checkpoints:
     for step, result in metrics.items():
       params, batch_stats = train_state.split(make_model(str(step)))
       batch_stats = jax.tree.map(lambda stat: jnp.stack([stat, stat]), batch_stats)  # two groups

@@ -146,19 +146,19 @@ def load_checkpoint(
     UsageError: the checkpoint is damaged, or of another network.
   """
   from lip_jax.training import train_state
-  from lip_jax.training.checkpoint import orbax_io
   from lip_jax.training.checkpoint.checkpoints import Checkpoints
 
-  announced = orbax_io.weight_shapes(checkpoint)
+  step = int(checkpoint.name)
+  with Checkpoints(checkpoint.parent.parent, read_only=True) as checkpoints:
+    params, batch_stats = checkpoints.weight_shapes(step)
   if "://" not in str(checkpoint):
-    arrays = [array for part in announced.values() for array in part.values()]
+    arrays = [*params.values(), *batch_stats.values()]
     validation.check_announced_size(
       sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays), Path(checkpoint)
     )
   # Statistics have an axis of batch-norm groups in front.
-  weights = announced["params"] | {
-    name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
-    for name, array in announced["batch_stats"].items()
+  weights = params | {
+    name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batch_stats.items()
   }
   shapes = {name: array.shape for name, array in weights.items()}
   classes = description.count_classes(shapes, str(checkpoint))
@@ -171,7 +171,7 @@ def load_checkpoint(
     f"{checkpoint} does not fit {options['name']} as the run's config.json describes it",
   )
   with Checkpoints(checkpoint.parent.parent, read_only=True) as checkpoints:
-    params, batch_stats = checkpoints.restore_weights(int(checkpoint.name))
+    params, batch_stats = checkpoints.restore_weights(step)
   for tree in (params, train_state.averaged(batch_stats)):
     for path, value in jax.tree_util.tree_leaves_with_path(tree):
       variable = variables[jax.tree_util.keystr(path, simple=True, separator=".")]

@@ -152,6 +152,7 @@ def _workdir(subject: Subject) -> Iterator[Verdict]:
   if subject.config is not None:
     from lip_jax.tools import step_bench
     from lip_jax.training import config as config_lib
+    from lip_jax.training.checkpoint.checkpoints import most_at_a_time
 
     if workdir_lib.read_text(path / "config.json") is not None:
       different = config_lib.differences(subject.config, config_lib.load(path))
@@ -162,8 +163,7 @@ def _workdir(subject: Subject) -> Iterator[Verdict]:
           "take another --workdir",
         )
     one = step_bench.state_bytes(subject.config)
-    # The latest ones, the best, and the one that is being written.
-    need = one * (subject.config.keep_checkpoints + 2)
+    need = one * most_at_a_time(subject.config.keep_checkpoints)
     room += f"; checkpoints take {need / _GIB:.2g} GiB ({one / _GIB:.2g} each)"
   if free is not None and free < max(need, 1):
     yield "problem", f"{path}: {room}", "make room, or take another --workdir"

@@ -6,6 +6,7 @@ python save_on_hosts.py WORKDIR ADDRESS PROCESS COUNT
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
