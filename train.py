@@ -29,7 +29,7 @@ from absl import app, flags
 from ml_collections.config_flags import config_flags
 
 if TYPE_CHECKING:
-  from lip_jax.distributed import hosts
+  from lip_jax.distributed import startup
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, for example configs/cluttered_digits.py.", lock_config=True
@@ -97,8 +97,8 @@ def main(argv: Sequence[str]) -> None:
   # Imported here, so that --help and misspelt flags are answered at once.
   import jax
 
-  from lip_jax.distributed import hosts
-  from lip_jax.distributed.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
+  from lip_jax.distributed import startup
+  from lip_jax.distributed.service_log import EXIT_ERROR
   from lip_jax.errors import UsageError
   from lip_jax.training.metrics import log_to_stdout
   from lip_jax.training.trainer import NonFiniteLossError
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
     _fail("--workdir is missing; name the directory of the run, for example --workdir=runs/first")
   log_to_stdout()
   try:
-    with hosts.join(_hosts_options()):
+    with startup.join(_hosts_options()):
       if jax.process_index() > 0:
         log_to_stdout(logging.WARNING)  # the rest is the same as process 0 says
       if _MODE.value == "eval":
@@ -118,18 +118,16 @@ def main(argv: Sequence[str]) -> None:
         _train(_WORKDIR.value)
   except (UsageError, NonFiniteLossError) as error:
     _fail(str(error), status=EXIT_ERROR)
-  except MissingProcessError as error:
-    _fail(str(error), status=EXIT_LOST)
 
 
-def _hosts_options() -> "hosts.Options":
-  from lip_jax.distributed import hosts
+def _hosts_options() -> "startup.Options":
+  from lip_jax.distributed import startup
   from lip_jax.errors import UsageError
 
   devices = _LOCAL_DEVICE_IDS.value
   if devices and not all(k.isdecimal() for k in devices):
     raise UsageError(f"--local_device_ids={','.join(devices)}: give numbers, such as 0,1")
-  return hosts.Options(
+  return startup.Options(
     distributed=_DISTRIBUTED.value,
     coordinator_address=_COORDINATOR_ADDRESS.value,
     num_processes=_NUM_PROCESSES.value,

@@ -57,7 +57,7 @@ def add_commands(commands: Any) -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
   from lip_jax.cli import configuration
-  from lip_jax.distributed import hosts
+  from lip_jax.distributed import startup
   from lip_jax.tools import doctor
 
   subject = doctor.Subject(
@@ -65,7 +65,7 @@ def _doctor(args: argparse.Namespace) -> int:
     data_dir=args.data_dir,
     dataset=args.dataset,
     config=configuration.load(args.config) if args.config else None,
-    processes=hosts.Options(
+    processes=startup.Options(
       distributed=args.distributed,
       coordinator_address=args.coordinator_address,
       num_processes=args.num_processes,

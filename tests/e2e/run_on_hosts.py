@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from lip_jax.distributed import hosts
-from lip_jax.distributed.roll import EXIT_ERROR, EXIT_LOST, MissingProcessError
+from lip_jax.distributed import startup
+from lip_jax.distributed.service_log import EXIT_ERROR
 from lip_jax.errors import UsageError
 
 
@@ -35,7 +35,7 @@ def main():
   parser.add_argument("--liveness-timeout", type=float, default=30)
   args = parser.parse_args()
   os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
-  options = hosts.Options(
+  options = startup.Options(
     coordinator_address=args.address,
     num_processes=args.count,
     process_id=args.process,
@@ -43,14 +43,11 @@ def main():
     liveness_timeout=args.liveness_timeout,
   )
   try:
-    with hosts.join(options):
+    with startup.join(options):
       run(args)
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
-  except MissingProcessError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_LOST)
   print("ended", flush=True)
 
 
