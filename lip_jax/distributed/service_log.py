@@ -38,7 +38,7 @@ _LOSSES = (  # the group is the number of the process; without one it is process
   (r"stopped sending heartbeats\):\s+(\d+)", _SILENT),
   (r"Task (\d+) heartbeat timeout", _SILENT),
   (r"(\d+) unexpectedly tried to connect", "it, or another one of that number, came a second time"),
-  (r"PollForError()", "its connection closed (killed, or crashed)"),
+  (r"PollForError()|ShutdownTask()", "its connection closed (killed, or crashed)"),
   (r"Service/Heartbeat()", _SILENT),
 )
 
@@ -170,9 +170,9 @@ class ServiceLog:
         socket.create_connection((host.strip("[]"), int(port)), 5).close()
     except OSError as error:
       return (
-        f"process 0 does not answer at {self._address} {after} ({error.strerror or error}); is it "
-        f"running on that host, with the same --coordinator_address, and is port {port} open to "
-        f"{socket.gethostname()}?",
+        f"process 0 does not answer at {self._address} {after} ({error.strerror or error}): it "
+        "says why it gave up; or is it running on that host, with the same --coordinator_address, "
+        f"and is port {port} open to {socket.gethostname()}?",
         EXIT_LOST,
       )
     there = f", if it is what answers at {self._address}" if host else ""
