@@ -19,6 +19,7 @@ from fixture_ports import free_port
 from lip_jax.distributed import service_log
 
 SCRIPT = Path(__file__).with_name("run_on_hosts.py")
+QUICK = service_log.ENVIRONMENT  # without it, processes are started twice
 LIVENESS_TIMEOUT = 4  # seconds
 LATER = 20  # seconds, on a machine that is busy with other tests
 
@@ -29,8 +30,7 @@ class Run:
   Args:
     flags: of each process.
     numbers, counts, addresses: other flags than those of a proper run.
-    cluster: function of a process's number to variables that stand for such flags; they are started
-      without the level of logging, too, which `join` then sets up by itself.
+    cluster: function of a process's number to variables that stand for such flags.
   """
 
   def __init__(self, folder, flags, *, numbers=None, counts=None, addresses=None, cluster=None):
@@ -38,8 +38,8 @@ class Run:
     addresses = addresses or [f"127.0.0.1:{free_port()}"] * len(flags)
     numbers = numbers or range(len(flags))
     counts = counts or [len(flags)] * len(flags)
-    environment = {k: v for k, v in os.environ.items() if k not in service_log.ENVIRONMENT}
-    environment |= {"JAX_PLATFORMS": "cpu"} | ({} if cluster else service_log.ENVIRONMENT)
+    environment = {k: v for k, v in os.environ.items() if k not in QUICK}
+    environment |= {"JAX_PLATFORMS": "cpu"} | ({} if cluster else QUICK)
     # Which gRPC would take even for this machine's own services.
     environment |= {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
     self.outputs, self.errors, self.processes = [], [], []
@@ -104,6 +104,7 @@ def open_mpi(port):
     "OMPI_COMM_WORLD_SIZE": "2",
     "OMPI_COMM_WORLD_RANK": str(k),
     "OMPI_COMM_WORLD_LOCAL_RANK": str(k),
+    **QUICK,
   }
 
 
@@ -132,6 +133,7 @@ def cloud_tpu(port, metadata_port):
     "JAX_PLATFORMS": "tpu,cpu",
     "JAX_FORCE_TPU_INIT": "1",
     "GCE_METADATA_IP": f"127.0.0.1:{metadata_port}/{k}",
+    **QUICK,
   }
 
 
