@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import numpy as np
 
-from lip_jax.distributed import hosts, sharding
+from lip_jax.distributed import sharding, startup
 
 
 def main(workdir, address, process, count):
-  options = hosts.Options(
+  options = startup.Options(
     coordinator_address=address, num_processes=int(count), process_id=int(process)
   )
-  with hosts.join(options):
+  with startup.join(options):
     from test_checkpoint import save, sharded  # which computes states
 
     place = sharded(sharding.make_mesh())
