@@ -117,7 +117,7 @@ def _load_run(
     number = checkpoints.resolve(step or best)
     metrics = checkpoints.metrics(number)
     checkpoint = checkpoints.path(number)
-  model, classes = load_checkpoint(
+  model, classes = _read_checkpoint(
     checkpoint, config.model, jnp.dtype(config.dtype if dtype is None else dtype)
   )
   data = config.data
@@ -133,7 +133,7 @@ def _load_run(
   return model, _config(values, "training run", str(run), data=images, step=number)
 
 
-def load_checkpoint(
+def _read_checkpoint(
   checkpoint: Path, options: Mapping[str, Any], dtype: Dtype
 ) -> tuple[nnx.Module, int]:
   """The network of a checkpoint in evaluation mode, and its number of classes.

@@ -185,7 +185,7 @@ def config_class(values: Mapping[str, Any]) -> type[Config]:
     UsageError: there is no such task.
   """
   task = values.get("task", "classification")
-  if task not in TASKS:
+  if not isinstance(task, str) or task not in TASKS:
     raise UsageError(f"config.task must be one of {', '.join(TASKS)}, got {str(task)[:80]!r}")
   return find(TASKS[task].config)
 
