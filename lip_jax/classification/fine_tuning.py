@@ -29,9 +29,6 @@ def start_from(
 
   Args:
     path: of the network, as for `lip_jax.load`.
-    state: first state of the run.
-    config: of the run.
-    classes: names of the run's classes.
 
   Raises:
     UsageError: there is no such network, or its arrays are not those of the run's network.

@@ -35,7 +35,6 @@ def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Ima
   """Decodes image files and cuts out what the network sees.
 
   Args:
-    paths: JPEG, PNG and other files.
     config: from `lip_jax.load`.
 
   Raises:
@@ -67,7 +66,6 @@ def normalize(pixels: np.ndarray, config: Mapping[str, Any]) -> jax.Array:
   """Pixels [N, S, S, 3] uint8 -> what the network takes, float32.
 
   Args:
-    pixels: of images.
     config: from `lip_jax.load`.
   """
   preprocess = config["preprocess"]
@@ -80,7 +78,6 @@ def predict(
   """The most probable classes of each image, the first one first.
 
   Args:
-    model: in evaluation mode.
     config: from `lip_jax.load`.
     pixels: uint8 [N, S, S, 3], as `read` gives them.
     top: classes for each image; no more than there are.

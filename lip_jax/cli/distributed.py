@@ -79,7 +79,6 @@ def joined(args: argparse.Namespace, *, log: bool = True) -> Iterator[bool]:
 
   Args:
     args: with the flags of `add_flags`.
-    log: whether what happens is told on stdout.
   """
   import jax
 

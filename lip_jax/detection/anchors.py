@@ -62,8 +62,6 @@ class Anchors:
     """All anchors of a batch: [A, 4], x1, y1, x2, y2 in pixels.
 
     Args:
-      padded: height and width of the batch's images, with padding.
-      grids: rows and columns of each level.
       dtype: of the result; whole numbers, exact in float32.
 
     Raises:
@@ -95,7 +93,6 @@ class Anchors:
     Args:
       size: [2], height and width of the image without padding.
       padded: as for `boxes`.
-      grids: rows and columns of each level.
     """
     count = sum(rows * columns for rows, columns in self._checked(grids)) * self.per_cell
     if self.preset == "torchvision":

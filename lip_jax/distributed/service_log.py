@@ -50,8 +50,6 @@ class ServiceLog:
 
   Args:
     address: HOST:PORT of process 0, if it is known before jax has looked for it.
-    count: of processes, likewise.
-    connect_timeout: seconds that the processes wait for each other.
     liveness_timeout: seconds of silence after which a process counts as lost.
 
   Attributes:

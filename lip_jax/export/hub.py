@@ -102,7 +102,6 @@ def push(
 
   Args:
     name: of the repository, ORGANISATION/NAME; it is made if it is not there.
-    licence: of the weights, an identifier of the hub.
     endpoint: address of the hub; None: $HF_ENDPOINT or the public one.
     token: with the right to write; None: what `hf auth login` or $HF_TOKEN has set.
 

@@ -195,9 +195,7 @@ def write_checked(
   """Writes a file, which appears under its name only after it was read back and agrees.
 
   Args:
-    write: writes it to the path that it is given.
     load: reads it; gives what `check` calls, and its config.
-    runtime: what runs it then, for the report.
 
   Raises:
     UsageError: the file cannot be written, or does not agree.

@@ -83,7 +83,6 @@ def load_file(
 
   Args:
     path: .pth, .pt, .safetensors or .npz, as for `export.torch_convert.convert_weights`.
-    name: of the network, and its options.
     num_classes: number of logits; None: what the classifier in the file has.
 
   Raises:

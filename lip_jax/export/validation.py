@@ -74,8 +74,6 @@ def check_weights(
   """Compares what a file announces with what a network has, before any of it is read.
 
   Args:
-    shapes: of the file's arrays, by name.
-    dtypes: of the same, in safetensors' letters or NumPy's names.
     variables: of the network, from `flat_variables`, or anything else with a shape.
 
   Raises:

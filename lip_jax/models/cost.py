@@ -43,7 +43,6 @@ def multiply_adds(model: nnx.Module, image_size: int = 224) -> int:
   Args:
     model: of `create_model`, with arrays or with shapes in their place (`nnx.eval_shape`); it is
       left as it is.
-    image_size: height and width in pixels.
 
   Raises:
     UsageError: an image that is too small for the network.
@@ -60,7 +59,6 @@ def flops(model: nnx.Module, image_size: int = 224) -> int:
 
   Args:
     model: as for `multiply_adds`.
-    image_size: height and width in pixels.
 
   Raises:
     UsageError: as `multiply_adds`.
@@ -97,13 +95,7 @@ def _program(model: nnx.Module, image_size: int) -> core.Jaxpr:
 
 
 def _count(program: core.Jaxpr, own: _Count, kernels: bool = True) -> int:
-  """What the equations of a program count, and of the programs in them.
-
-  Args:
-    program: whose equations to count.
-    own: what an equation itself counts.
-    kernels: whether to look into functions with a gradient of their own: LIP, instance norm.
-  """
+  """What the equations of a program count, and of the programs in them."""
   return sum(_count_equation(equation, own, kernels) for equation in program.eqns)
 
 

@@ -178,10 +178,6 @@ class LIPProjection(Pooled):
 
   In a ResNet's transition both branches predict them from the block's input (section 3.3, figure
   4b); elsewhere what is pooled predicts its own.
-
-  Args:
-    top: of the logit modules.
-    average_steps: training steps that pool by averages first.
   """
 
   stem_kernel = 1
@@ -222,8 +218,6 @@ class LIPBottleneck(LIPProjection):
 
   Args:
     width: x in "Bottleneck-x".
-    top: of the logit modules.
-    average_steps: training steps that pool by averages first.
   """
 
   stem_kernel = 3
@@ -246,17 +240,7 @@ class LIPBottleneck(LIPProjection):
 
 
 class Convolutions(nnx.Module):
-  """3x3 convolution in the residual branch, 1x1 projection of the shortcut where it is needed.
-
-  Args:
-    in_features: channels of the block's input x.
-    branch_features: channels of the residual branch h.
-    mid_features: channels of its next features.
-    out_features: channels of the block's output.
-    stride: of both convolutions, in pixels.
-    dtype: of the computation.
-    rngs: source of the initial weights.
-  """
+  """3x3 convolution in the residual branch, 1x1 projection of the shortcut where it is needed."""
 
   def __init__(
     self,
@@ -283,18 +267,7 @@ class Convolutions(nnx.Module):
 
 
 class PoolTransition(nnx.Module):
-  """Pooling, then a 1x1 convolution, in both branches: figure 4c ("our baseline structure").
-
-  Args:
-    residual_pool: pools h.
-    shortcut_pool: pools x.
-    in_features: channels of the block's input x.
-    branch_features: channels of the residual branch h.
-    mid_features: channels of its next features.
-    out_features: channels of the block's output.
-    dtype: of the computation.
-    rngs: source of the initial weights.
-  """
+  """Pooling, then a 1x1 convolution, in both branches: figure 4c ("our baseline structure")."""
 
   def __init__(
     self,
@@ -321,15 +294,7 @@ class SharedLIPTransition(PoolTransition):
   """LIP and a 1x1 convolution in both branches, importance from the block's input: figure 4b.
 
   Args:
-    in_features: channels of the block's input x.
-    branch_features: channels of the residual branch h.
-    mid_features: channels of its next features.
-    out_features: channels of the block's output.
     width: of the bottleneck trunk that both logit modules share; None: they are projections.
-    top: of the logit modules.
-    average_steps: training steps that pool by averages first.
-    dtype: of the computation.
-    rngs: source of the initial weights.
   """
 
   def __init__(

@@ -115,10 +115,6 @@ class BatchNorm(nnx.Module):
     frozen: also in training normalize by the running statistics, and leave them as they are: what
       detectors call FrozenBatchNorm. Scale and bias have gradients as ever; whether they are
       trained is up to the optimizer.
-    momentum: share of the old running statistics that each training step keeps.
-    epsilon: added to the variance.
-    zero_init: start with the scale at zero instead of one.
-    dtype: of the output.
   """
 
   def __init__(
@@ -188,7 +184,6 @@ def make_batch_norm(
   Args:
     bn_group_size: images per batch-norm group in training; None or 0 for the whole batch.
     bn_axis_name: `BatchNorm`'s axis_name.
-    bn_frozen: keep the running statistics as they are, and normalize by them also in training.
     bn_epsilon: added to the variance; 0 in torchvision's detectors.
   """
   check_sizes(least=0, bn_group_size=0 if bn_group_size is None else bn_group_size)

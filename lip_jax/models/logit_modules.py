@@ -36,12 +36,7 @@ class Projection(nnx.Module):
   3x3 kernel it is the form that the published networks use for the LIP of the stem.
 
   Args:
-    in_features: channels that the logits are predicted from.
-    out_features: channels that are to be pooled.
-    kernel_size: of the convolution, in pixels.
     top: "norm_gate", "norm", "gate" or "none". Without the gate the logits are unbounded.
-    dtype: of the computation.
-    rngs: source of the initial weights.
   """
 
   def __init__(
@@ -109,11 +104,7 @@ class BottleneckTrunk(nnx.Module):
   All of the bottleneck form but its last layer. Two poolings of one block share it (section 3.3).
 
   Args:
-    in_features: channels of the input.
     width: x in "Bottleneck-x", channels of the output.
-    init: of the convolutions.
-    dtype: of the computation.
-    rngs: source of the initial weights.
   """
 
   def __init__(
@@ -140,13 +131,8 @@ class Bottleneck(nnx.Module):
   """The whole Bottleneck-x form of figure 4e: trunk, then projection.
 
   Args:
-    in_features: channels that the logits are predicted from.
-    out_features: channels that are to be pooled.
     width: x in "Bottleneck-x".
     top: as for `Projection`.
-    init: of the trunk's convolutions.
-    dtype: of the computation.
-    rngs: source of the initial weights.
   """
 
   def __init__(

@@ -22,7 +22,6 @@ def moments(
 
   Args:
     x: of any shape.
-    axes: to average over.
     axis_name: mesh axes to average over as well, inside `jax.shard_map`.
   """
   dtype = accumulation_dtype(x)

@@ -145,7 +145,6 @@ def detail_preserving_pool(
     lam: exponent lambda, >= 0: a number, or one per channel, [C].
     kernel: for the full form, [window_h, window_w, C].
     symmetric: whether pixels below d[p] count as details, too.
-    epsilon: keeps rho differentiable.
   """
   geometry = make_geometry(x, window, stride, padding)
   importance = detail_importance(x, alpha, lam, geometry, kernel, symmetric, epsilon)

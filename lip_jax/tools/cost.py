@@ -27,7 +27,6 @@ def costs(names: Sequence[str] = (), image_size: int = 224) -> Iterator[Cost]:
 
   Args:
     names: models, and names of `paper.NETWORKS`; none: all models, and tables 1, 3 and 4.
-    image_size: height and width in pixels.
 
   Raises:
     UsageError: an unknown name, before the first result; an image too small for the network.

@@ -78,7 +78,6 @@ def examine(
   """Runs all checks that apply; gives each verdict as soon as it is there, and never raises.
 
   Args:
-    subject: what to examine.
     progress: is told what is being done, and finally "".
   """
   subject, faults = _with_config(subject)

@@ -49,7 +49,6 @@ def result(row: paper.Row, runs: str | Path) -> Result:
 
   Args:
     row: one of `paper.NETWORKS`.
-    runs: directory of the runs.
   """
   from lip_jax.training import config as config_lib
 

@@ -18,10 +18,6 @@ class BucketSync:
   Those that have changed are written as a whole, every `seconds` at most. A copy that fails is
   reported, keeps nobody waiting, and is made up for by the next one. What was in the bucket
   before, and is not in the local directory, stays.
-
-  Args:
-    remote: directory in the bucket.
-    seconds: least time between the starts of two copies that nobody waits for.
   """
 
   def __init__(self, remote: epath.Path, *, seconds: float = 60.0):

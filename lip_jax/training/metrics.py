@@ -46,9 +46,6 @@ class MetricsWriter:
   Args:
     workdir: the run's directory, which exists, or one in a bucket.
     total_steps: where the progress bar ends.
-    start_step: step to go on from.
-    active: False on all processes but one: writes nothing.
-    shown: training metrics on the progress bar, beside the loss and the speed.
   """
 
   def __init__(

@@ -41,7 +41,6 @@ def optimizer(
   Args:
     config: "sgd" is PyTorch's, in its order of operations and with plain momentum:
       v <- momentum * v + (gradient + weight_decay * p);  p <- p - lr * v.
-    schedule: learning rate of a step.
     trained: whether each parameter is; None: all are. The others are left as they are, and have no
       state.
   """

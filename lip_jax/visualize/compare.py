@@ -220,7 +220,6 @@ def deletion_curves(
     images: to occlude; without labels, what the network predicts for them stands in their place.
     scores: what says how important a pixel is: "importance", of LIP, or "cam", the class activation
       map of the predicted class. None: importance if the network has LIP, else the latter.
-    fill: what takes the place of pixels: the data set's mean colour, or the image's own.
 
   Returns:
     The scores that were used, and a curve for each of `ORDERS`.

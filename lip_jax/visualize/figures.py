@@ -87,9 +87,7 @@ def importance_figure(
   alike where both share a trunk.
 
   Args:
-    model: a network in eval mode.
     images: [N, H, W, 3] uint8.
-    normalize: from these to what the model takes.
   """
   maps = main_layers(importance_maps(model, normalize(images)))
   if not maps:

@@ -67,7 +67,6 @@ def to_input(
 
   Args:
     maps: [..., H', W'] -> [..., H, W] of the same dtype.
-    size: (H, W) of the image, in pixels.
     method: between the centres; beyond the outermost ones the map goes on as it ends.
   """
   values = np.asarray(maps)

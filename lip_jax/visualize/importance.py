@@ -55,7 +55,6 @@ def pixel_importance(
 
   Args:
     maps: `importance_maps` of the images, by the model.
-    image_size: (H, W) in pixels.
 
   Returns:
     [N, H, W] float32; None where there are no maps.

@@ -129,13 +129,10 @@ def deletion_curve(
   first row by row goes first.
 
   Args:
-    predict: from normalized images to logits.
     images: [N, H, W, 3], normalized.
     scores: [N, H, W], for example `pixel_importance`.
     labels: [N]; None: what the network predicts for the whole images.
     fractions: increasing, 0 to 1, of the pixels to occlude, rounded to whole pixels.
-    fill: what takes the pixels' place: broadcasts against the images.
-    most_first: from the highest score on, or from the lowest.
 
   Raises:
     ValueError: scores of another shape than the images.

@@ -108,9 +108,7 @@ def draw_scene(config: ClutteredDigitsConfig, split: str, k: int) -> Scene:
   """Draws image k of a split; a pure function of (config, split, k).
 
   Args:
-    config: the look of the images.
     split: "train" or "validation"; decides which source digits are used.
-    k: number of the image in its split.
   """
   rng = np.random.default_rng([zlib.crc32(f"{config.name}/{split}".encode()), k])
   taken = np.zeros((config.canvas, config.canvas), np.bool_)

@@ -48,13 +48,7 @@ def write_labelled_images(
   """Writes a data set of images, labels and file names.
 
   Args:
-    directory: of the data set: .../NAME/VERSION.
-    splits: what it consists of.
-    class_names: in the order of the labels.
     settings: what it is made from and how, for `array_record_writer.workspace`.
-    description: for the data set's own information.
-    homepage: likewise.
-    rescale: what images pass through.
     num_shards: files of the train split, the others in proportion; None is as many as TFDS makes.
     num_workers: threads; None is one for each core, at most 16.
 

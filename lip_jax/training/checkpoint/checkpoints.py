@@ -66,7 +66,6 @@ class Checkpoints:
 
   Args:
     workdir: the run's directory; on several processes one that all of them see.
-    keep: how many of the latest to keep, beside the best one.
     best_metric: of those given to `save`, by which the best is known; written into the checkpoints.
     best_mode: whether the "max" or the "min" of it is best.
     read_only: never change anything, not even remains of interrupted saves.
@@ -191,8 +190,6 @@ class Checkpoints:
 
     Args:
       state: train state after `step` updates.
-      iterator: JSON-serialisable state of the input pipeline after the same step.
-      step: number of updates.
       metrics: validation results of this state, if it was evaluated.
 
     Raises:

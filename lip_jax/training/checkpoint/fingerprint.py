@@ -92,11 +92,7 @@ def _index(numpy: Any, shape: tuple[int, ...], ndim: int, strides: Any, first: A
   """Number, modulo 2^32, of each word in the whole array.
 
   Args:
-    numpy: numpy or jax.numpy.
     shape: of the words; behind the `ndim` axes of the array there may be one of parts of elements.
-    ndim: of the array.
-    strides: of the whole array, in elements.
-    first: number of the first element of this part.
   """
   index = numpy.full((1,) * len(shape), first, np.uint32)
   for axis in range(ndim):

@@ -83,7 +83,6 @@ def from_json(stored: bytes, step: int) -> Metadata:
   """Inverse of `Metadata.to_json`.
 
   Args:
-    stored: what was read from the file.
     step: of the checkpoint, by the name of its directory.
 
   Raises:
