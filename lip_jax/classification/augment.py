@@ -4,13 +4,13 @@ All randomness comes from a key, and so from (seed, step): a resumed run draws w
 would have drawn, on any number of devices.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lip_jax.classification.config import Augment, Data
+from lip_jax.ops.images import normalize
 
 # Luma of RGB, as in ITU-R BT.601, which Pillow and torchvision use for "grey".
 _GREY = (0.299, 0.587, 0.114)
@@ -48,7 +48,6 @@ def training_images(images: jax.Array, key: jax.Array, data: Data) -> jax.Array:
   Args:
     images: uint8 RGB [N, H, W, 3].
     key: where the randomness comes from.
-    data: what is on, and how images are normalized.
 
   Returns:
     float32 [N, H, W, 3].
@@ -68,24 +67,10 @@ def training_images(images: jax.Array, key: jax.Array, data: Data) -> jax.Array:
       contrast=augment.contrast,
       saturation=augment.saturation,
     )
-  images = normalize(images, data)
+  images = normalize(images, data.mean, data.std)
   if augment.erasing:
     images = random_erasing(images, jax.random.fold_in(key, 3), augment.erasing)
   return images
-
-
-def normalize(images: jax.Array, data: Data | Mapping[str, Any]) -> jax.Array:
-  """RGB images [..., H, W, 3], 0 to 255 -> float32, by the mean and deviation of the data set.
-
-  Args:
-    images: RGB.
-    data: of a training configuration; or what says the same of a loaded network, its config's
-      "preprocess".
-  """
-  values = (data.mean, data.std) if isinstance(data, Data) else (data["mean"], data["std"])
-  shape = (1,) * (images.ndim - 1) + (3,)
-  mean, std = (jnp.asarray(value, jnp.float32).reshape(shape) for value in values)
-  return (images.astype(jnp.float32) - mean) / std
 
 
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
@@ -109,7 +94,6 @@ def mix(
     images: float [N, H, W, C].
     labels: int [N].
     key: where the randomness comes from.
-    augment: what is on.
 
   Returns:
     The images and their labels; unchanged, with share 1, where both are off.
@@ -152,7 +136,6 @@ def random_erasing(images: jax.Array, key: jax.Array, probability: float) -> jax
   Args:
     images: float [N, H, W, C].
     key: where the randomness comes from.
-    probability: of an image to be erased.
   """
   count, height, width = images.shape[:3]
   on, area, aspect, top, left = jax.random.uniform(key, (5, count, 1))
@@ -183,8 +166,6 @@ def color_jitter(
     images: RGB [N, H, W, 3], 0 to 255.
     key: where the randomness comes from.
     brightness: x for the brightness; 0 leaves it.
-    contrast: x for the contrast.
-    saturation: x for the saturation.
 
   Returns:
     float32 [N, H, W, 3], 0 to 255.
@@ -210,7 +191,6 @@ def randaugment(images: jax.Array, key: jax.Array, num_ops: int, magnitude: floa
   Args:
     images: RGB [N, H, W, 3], 0 to 255.
     key: where the randomness comes from.
-    num_ops: operations on each image.
     magnitude: 0 to 30, at which a rotation is 30 degrees, a shear 0.3, a shift 0.45 of the side, a
       factor 0.1 or 1.9, posterization 4 bits, and solarization all of the image.
 

@@ -5,6 +5,7 @@ import math
 from typing import Any, ClassVar
 
 from lip_jax.errors import UsageError
+from lip_jax.models.registry import check_options
 from lip_jax.training import config as base
 from lip_jax.training.config import check_positive
 
@@ -114,6 +115,10 @@ class Config(base.Config):
 
   def check(self) -> None:
     super().check()
+    try:
+      check_options(self.model["name"], [key for key in self.model if key != "name"])
+    except UsageError as error:
+      raise UsageError(f"config.model: {error}") from None
     self.data.check()
     if not 0 <= self.label_smoothing < 1:
       raise UsageError(f"config.label_smoothing must be in [0, 1), got {self.label_smoothing}")

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lip_jax.classification import augment
 from lip_jax.errors import UsageError
+from lip_jax.ops import images
 
 _BATCH = 16  # images at once
 
@@ -35,7 +35,6 @@ def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Ima
   """Decodes image files and cuts out what the network sees.
 
   Args:
-    paths: JPEG, PNG and other files.
     config: from `lip_jax.load`.
 
   Raises:
@@ -67,10 +66,10 @@ def normalize(pixels: np.ndarray, config: Mapping[str, Any]) -> jax.Array:
   """Pixels [N, S, S, 3] uint8 -> what the network takes, float32.
 
   Args:
-    pixels: of images.
     config: from `lip_jax.load`.
   """
-  return augment.normalize(jnp.asarray(pixels), config["preprocess"])
+  preprocess = config["preprocess"]
+  return images.normalize(jnp.asarray(pixels), preprocess["mean"], preprocess["std"])
 
 
 def predict(
@@ -79,7 +78,6 @@ def predict(
   """The most probable classes of each image, the first one first.
 
   Args:
-    model: in evaluation mode.
     config: from `lip_jax.load`.
     pixels: uint8 [N, S, S, 3], as `read` gives them.
     top: classes for each image; no more than there are.

@@ -36,7 +36,6 @@ class Classification(Task):
   """Learns the classes of images.
 
   Args:
-    config: of the run.
     num_classes: where the data set need not be there; None: what it says.
   """
 

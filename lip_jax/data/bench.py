@@ -80,13 +80,7 @@ def bench(
   Args:
     dataset: as for `open_split`.
     data_dir: as for `open_split`.
-    split: to read.
-    image_size: side of the crops, pixels.
-    crop_scale: least and greatest area of the random crop, in parts of the image's.
-    batch_size: images in a batch.
     num_threads: of the pipeline; None is one for each core.
-    seconds: how long to measure, in all.
-    step_rates: images/s of trainings that are to be fed.
 
   Raises:
     UsageError: the data set cannot be opened, or a number is not positive.

@@ -23,11 +23,7 @@ def class_names() -> list[str]:
 
 
 def readable(names: Sequence[str]) -> list[str]:
-  """`names` with names for people in place of synsets, if these are ImageNet's; else as given.
-
-  Args:
-    names: of a data set's classes, all of ImageNet's or some of them, in any order.
-  """
+  """`names` with names for people in place of synsets, if these are ImageNet's; else as given."""
   by_synset = dict(zip(synsets(), class_names(), strict=True))
   return [by_synset[name] for name in names] if set(names) <= set(by_synset) else list(names)
 

@@ -166,7 +166,6 @@ def train_loader(
   Args:
     source: where the images come from.
     transform: makes the rows of batches, such as `transforms.TrainCrop(224, (0.08, 1.0))`.
-    global_batch_size: images of all processes in a step.
     seed: decides on the order and on what is random in `transform`.
     process_index: which process this is, of `process_count` that share each batch.
     process_count: see `process_index`.

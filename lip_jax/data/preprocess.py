@@ -63,7 +63,6 @@ def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
   the usual ImageNet pipelines do. Of 16 bits the upper 8 are kept.
 
   Args:
-    data: the encoded image.
     warnings: gets what the decoder says of a JPEG that is taken in spite of it. Whole files of
       ImageNet have such warnings, but so have files that were overwritten in the middle.
 
@@ -102,9 +101,6 @@ def decode_random_resized_crop(
   Args:
     data: the encoded image, of a kind that `decode_jpeg` takes.
     rng: where the randomness comes from.
-    size: of the result.
-    scale: least and greatest area of the part, in parts of the image's.
-    ratio: least and greatest width / height of the part.
     out: contiguous memory for the result, such as an image of a batch; None makes an array.
 
   Returns:
@@ -164,7 +160,6 @@ def resize_and_center_crop(image: np.ndarray, size: Size, resize: Size) -> np.nd
 
   Args:
     image: uint8 [H, W, 3].
-    size: of the result.
     resize: what the scaled image covers, at least `size`: a number is its shorter side, pixels.
 
   Returns:

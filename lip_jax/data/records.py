@@ -29,10 +29,6 @@ class Parser(Protocol):
 class ImageLabelParser:
   """For classification: "image", encoded, bytes; "label", int; and "id", str, where there is one.
 
-  Args:
-    features: the TFDS features that the examples were written with.
-    dataset: name of the data set, for errors.
-
   Raises:
     UsageError: the data set has no images with labels.
   """

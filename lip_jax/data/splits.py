@@ -15,8 +15,6 @@ def select(splits: Any, dataset: str, split: str) -> list[FilePart]:
   """The records that a split consists of.
 
   Args:
-    splits: TFDS's, of the data set.
-    dataset: its name, for errors.
     split: which one.
 
   Raises:

@@ -44,7 +44,6 @@ class TrainCrop:
   """A random part of the image, scaled, and the label: "image" uint8 [H, W, C], "label" int32.
 
   Args:
-    size: of the result, pixels: (height, width), or the side of a square.
     scale: least and greatest area of the part, in parts of the image's; None takes the whole
       image, scaled, and cut to shape.
     channels: 3, or 1 for grey.
@@ -77,7 +76,6 @@ class EvalCrop:
   """The centre of the image, and the label; with five crops "image" is uint8 [5, H, W, C].
 
   Args:
-    size: of a crop, pixels: (height, width), or the side of a square.
     resize: the image is scaled to cover just this before the crop: (height, width), or its shorter
       side; None is `size`.
     crops: 1, the centre, or 5, also the corners of the central part of the size `resize`

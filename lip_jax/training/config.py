@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lip_jax.errors import UsageError
-from lip_jax.export import validation
+from lip_jax.models.description import check_model
 from lip_jax.training import workdir as workdir_lib
+from lip_jax.training.json_files import parse_json
 
 
 class TaskPlace(typing.NamedTuple):
@@ -184,7 +185,7 @@ def config_class(values: Mapping[str, Any]) -> type[Config]:
     UsageError: there is no such task.
   """
   task = values.get("task", "classification")
-  if task not in TASKS:
+  if not isinstance(task, str) or task not in TASKS:
     raise UsageError(f"config.task must be one of {', '.join(TASKS)}, got {str(task)[:80]!r}")
   return find(TASKS[task].config)
 
@@ -215,11 +216,8 @@ def load(workdir: str | os.PathLike[str]) -> Config:
   text = workdir_lib.read_text(path)
   if text is None:
     raise UsageError(f"no run in {workdir}: {path} does not exist; give a run's --workdir")
-  try:
-    values = validation.parse_json(text, str(path))
-  except UsageError as error:
-    raise UsageError(f"{error}, or take another --workdir") from None
-  validation.check_model(values.get("model"), str(path))
+  values = parse_json(text, str(path), "copy the folder again, or take another --workdir")
+  check_model(values.get("model"), str(path))
   return from_dict(values)
 
 

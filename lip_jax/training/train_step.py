@@ -42,7 +42,6 @@ class Program:
       the average where the run has one.
 
   Args:
-    task: what is trained.
     steps_per_epoch: may be a fraction.
     devices: default: all, of all processes.
 
@@ -151,12 +150,8 @@ def train_step(
   """One update.
 
   Args:
-    state: before the update.
-    batch: of the task's loader, whole.
     stop: int [devices], from `sharding.StopFlags`; passed through as the greatest of them.
-    graph: of the model in training.
     optimizer: whose state `state.opt_state` is.
-    mesh: that all of it lies on.
     group_span: devices over which a batch-norm group is spread.
     task: what is trained; its randomness depends on the run's seed and the step alone.
 
@@ -209,6 +204,7 @@ def _gradients(
   """
   num_parts = task.config.accumulation_steps
   rounded = task.config.gradient_dtype == "bfloat16"
+  shares = num_parts * jax.lax.axis_size(sharding.AXES)
   trained = task_lib.trainable_mask(task, params)
 
   def loss_of(params, batch_stats, rows, totals: Scalars | None):
@@ -219,7 +215,8 @@ def _gradients(
     sums, weights = task.loss(model, rows, key)
     if totals is None:
       totals = jax.lax.psum(jax.lax.stop_gradient(weights), sharding.AXES)
-    loss = sum(sums[name] / totals[name] for name in task.trained)
+    # Of the size of the whole batch's, as are the gradients, on any number of devices and parts.
+    loss = sum(sums[name] * (shares / totals[name]) for name in task.trained)
     return loss, ((sums, totals), train_state.split(model)[1])
 
   def whole(param: jax.Array, axis: int) -> jax.Array:
@@ -256,7 +253,7 @@ def _gradients(
     if axis >= 0:
       total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=axis, tiled=True)
     total = jax.lax.psum(total, sharding.AXES if axis < 0 else ("data", "group"))
-    return total.astype(value.dtype)
+    return total.astype(value.dtype) / shares
 
   means = {name: value / totals[name] for name, value in jax.lax.psum(sums, sharding.AXES).items()}
   return (

@@ -108,9 +108,7 @@ def draw_scene(config: ClutteredDigitsConfig, split: str, k: int) -> Scene:
   """Draws image k of a split; a pure function of (config, split, k).
 
   Args:
-    config: the look of the images.
     split: "train" or "validation"; decides which source digits are used.
-    k: number of the image in its split.
   """
   rng = np.random.default_rng([zlib.crc32(f"{config.name}/{split}".encode()), k])
   taken = np.zeros((config.canvas, config.canvas), np.bool_)
@@ -214,7 +212,7 @@ def _place_fragments(
 
 def cut_piece(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray | None:
   """A rectangle of a mask that shows a small part of its ink, or None if none was found."""
-  total = mask.sum()
+  total = float(mask.sum())
   for tall, wide, down, right in rng.random((_TRIES, 4)).tolist():
     height = int(len(mask) * (0.25 + (_FRAGMENT_HEIGHT - 0.25) * tall))
     width = int(mask.shape[1] * (0.4 + 0.5 * wide))

@@ -29,7 +29,6 @@ def convert_to_array_record(
 
   Args:
     dataset: TFDS name, such as "imagenet2012".
-    data_dir: directory that holds the data set.
     out_dir: directory for the new one; not `data_dir`.
     num_workers: threads; None is one for each core, at most 16.
 

@@ -28,13 +28,8 @@ def prepare_folder(
 
   Args:
     folder: the image folder, as for "folder:DIR" in `open_split`.
-    name: of the new data set: lower-case letters, digits and underscores.
     data_dir: where to; the data set comes into DIR/NAME/1.0.0. This and the others as for
       `prepare_imagenet`.
-    shorter_side: pixels.
-    quality: of JPEG.
-    num_shards: files of the train split.
-    num_workers: threads.
 
   Returns:
     What was made, for people.

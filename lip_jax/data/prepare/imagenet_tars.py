@@ -56,7 +56,6 @@ def index_train_tar(path: str | Path, class_names: Sequence[str]) -> TarImages:
 
   Args:
     path: ILSVRC2012_img_train.tar.
-    class_names: the classes, in the order of their labels.
 
   Raises:
     UsageError: there is no such file, it is damaged or something else, or classes are missing.
@@ -104,7 +103,6 @@ def index_validation_tar(
   Args:
     path: ILSVRC2012_img_val.tar, with ILSVRC2012_val_00000001.JPEG and so on.
     image_labels: class names of the images 1, 2, ...
-    class_names: the classes, in the order of their labels.
 
   Raises:
     UsageError: there is no such file, it is damaged or something else, or images are missing.
