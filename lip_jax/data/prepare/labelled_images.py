@@ -48,15 +48,9 @@ def write_labelled_images(
   """Writes a data set of images, labels and file names.
 
   Args:
-    directory: of the data set: .../NAME/VERSION.
-    splits: what it consists of.
-    class_names: in the order of the labels.
     settings: what it is made from and how, for `array_record_writer.workspace`.
-    description: this and `homepage` are for the data set's own information.
-    homepage: see `description`.
-    rescale: what images pass through.
-    num_shards: this and `num_workers` as for `prepare_imagenet`.
-    num_workers: threads.
+    num_shards: files of the train split, the others in proportion; None is as many as TFDS makes.
+    num_workers: threads; None is one for each core, at most 16.
 
   Returns:
     What was made, for people.
