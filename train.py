@@ -87,8 +87,8 @@ _CONNECT_TIMEOUT = flags.DEFINE_float(
 _LIVENESS_TIMEOUT = flags.DEFINE_float(
   "liveness_timeout",
   45,
-  "Seconds without a sign of life (frozen, unreachable) after which a process counts as lost and "
-  "the others end with status 75. One that was killed is noticed at once.",
+  "Seconds without a sign of life (killed, frozen, unreachable) after which a process counts as "
+  "lost and the others end with status 75.",
 )
 
 
