@@ -54,13 +54,11 @@ class Data(base.Data):
   mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, in [0, 255]
   std: tuple[float, float, float] = (58.395, 57.12, 57.375)
   eval_crops: int = 1  # of which logits are averaged: 1 central, 5 with corners, 10 with mirrored
-  shuffle_window: int = 4096  # images shuffled among each other, where a data set is read in order
   augment: Augment = Augment()
 
   def check(self) -> None:
     """Raises UsageError for values that no run can have."""
-    for name in ("image_size", "shuffle_window"):
-      check_positive(f"config.data.{name}", getattr(self, name))
+    check_positive("config.data.image_size", self.image_size)
     for name in ("mean", "std"):
       value = getattr(self, name)
       if not isinstance(value, tuple) or len(value) != 3:
