@@ -55,8 +55,8 @@ def loop_match(boxes, gts, valid, rule, usable):
 def test_anchors_equal_the_reference(x64, kind, preset, dtype):
   arrays, anchors, rule = reference("targets"), ANCHORS[kind, preset], RULES[kind, preset]
   grids = [tuple(-(-side // stride) for side in PADDED) for stride in anchors.strides]
-  candidates = np.asarray(jax.jit(lambda: anchors.boxes(PADDED, grids, dtype))())
-  usable = jax.jit(lambda size: anchors.usable(size, PADDED, grids))(np.array(TARGETS["size"]))
+  candidates = anchors.boxes(PADDED, grids, dtype)
+  usable = anchors.usable(TARGETS["size"], PADDED, grids)
   for case in CASES:
     gts, valid = padded_truth(case)
     found = np.asarray(matched(candidates, gts.astype(dtype), valid, rule=rule, usable=usable))

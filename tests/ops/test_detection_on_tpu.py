@@ -42,7 +42,7 @@ def suppress(boxes, scores, labels, valid):
 
 
 def targets(gts, valid, size, priorities):
-  candidates = anchors.boxes(image, grids)
+  candidates = jnp.asarray(anchors.boxes(image, grids))
   found = match(
     candidates, gts, valid, rule=RULES["rpn", "mmdet1"], usable=anchors.usable(size, image, grids)
   )
