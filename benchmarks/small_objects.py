@@ -172,7 +172,7 @@ def run(name: str, seed: int, config: Config, args: argparse.Namespace) -> Resul
     "steps": trained.step,
     "seconds": None if resumed else round(seconds, 1),
     "parameters": count_parameters(model),
-    "multiply_adds": multiply_adds(model, config.data.image_size),
+    "multiply_adds": multiply_adds(model, config.data.shape[0]),
     "validation": trained.metrics["top1"],
     "conditions": evaluate_conditions(config, workdir, QUICK_IMAGES if args.quick else None),
   }

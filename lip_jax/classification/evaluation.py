@@ -102,10 +102,9 @@ def lower(
     params: arrays, or their shapes; likewise batch_stats.
   """
   crops = min(data.eval_crops, 5)  # mirrored on the device
-  size = data.image_size
   place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
   batch = {
-    "image": place((batch_size, *([crops] if crops > 1 else []), size, size, 3), jnp.uint8),
+    "image": place((batch_size, *([crops] if crops > 1 else []), *data.shape), jnp.uint8),
     "label": place((batch_size,), jnp.int32),
     "mask": place((batch_size,), jnp.float32),
   }
@@ -247,9 +246,11 @@ class Evaluator:
       images = images[:, 0]  # the central crop
     model = train_state.merge(self._graph, params, batch_stats)
     model.eval()
-    data = self._data
+    data, channels = self._data, images.shape[-1]
     figure = visualize.importance_figure(
-      model, images, lambda x: normalize(jnp.asarray(x), data.mean, data.std)
+      model,
+      np.repeat(images, 3 // channels, axis=-1),  # grey is drawn as such
+      lambda x: normalize(jnp.asarray(x[..., :channels]), data.mean, data.std),
     )
     return {} if figure is None else {"importance": visualize.figure_to_array(figure)}
 
@@ -260,6 +261,7 @@ class Evaluator:
         self._data.image_size,
         self._data.eval_resize,
         crops=min(self._data.eval_crops, 5),  # mirrored on the device
+        channels=len(self._data.mean),
       ),
       global_batch_size=self._batch_size,
       num_threads=self._data.num_threads,

@@ -47,7 +47,7 @@ def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Ima
       "preprocess; export or convert it again"
     )
   try:
-    from lip_jax.data import preprocess
+    from lip_jax.data import preprocess, transforms
   except ImportError as error:
     raise UsageError(f"images cannot be decoded here ({error}); install lip-jax[train]") from error
   for path in paths:
@@ -55,7 +55,7 @@ def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Ima
       pixels = preprocess.decode_center_crop(
         Path(path).read_bytes(), prepared["image_size"], prepared["resize"]
       )
-      yield Image(str(path), pixels, None)
+      yield Image(str(path), transforms.in_channels(pixels, len(prepared["mean"])), None)
     except OSError as error:
       yield Image(str(path), None, error.strerror or str(error))
     except preprocess.CorruptImage as error:

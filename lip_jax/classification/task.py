@@ -71,7 +71,7 @@ class Classification(Task):
     data = self.config.data
     return pipeline.train_loader(
       self.source,
-      transforms.TrainCrop(data.image_size, data.crop_scale),
+      transforms.TrainCrop(data.image_size, data.crop_scale, channels=len(data.mean)),
       global_batch_size=self.config.global_batch_size,
       seed=self.config.seed,
       num_threads=data.num_threads,
@@ -80,9 +80,8 @@ class Classification(Task):
     )
 
   def batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    side = self.config.data.image_size
     return {
-      "image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8),
+      "image": jax.ShapeDtypeStruct((size, *self.config.data.shape), jnp.uint8),
       "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
 

@@ -116,6 +116,10 @@ def _labelled(shape: tuple[int, ...], channels: int) -> Shapes:
   return {"image": ((*shape, channels), np.uint8), "label": ((), np.int32)}
 
 
+def in_channels(image: np.ndarray, channels: int) -> np.ndarray:
+  """RGB pixels [H, W, 3] as they are, or as grey ones [H, W, 1]."""
+  return image if channels == 3 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+
+
 def _write(image: np.ndarray, out: np.ndarray) -> None:
-  """Copies RGB pixels, as grey ones where that is what is wanted."""
-  out[...] = image if out.shape[-1] == 3 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+  out[...] = in_channels(image, out.shape[-1])

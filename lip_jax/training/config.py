@@ -289,13 +289,14 @@ def _fits(value: Any, kind: Any) -> bool:
   """Whether a value is of a field's type. Numbers of a tuple are counted by `check`, not here."""
   if isinstance(kind, types.UnionType):
     return any(_fits(value, one) for one in typing.get_args(kind))
+  number, *_ = typing.get_args(kind) or (None,)
   kind = typing.get_origin(kind) or kind
   if kind in (int, float):
     return isinstance(value, kind | int) and not isinstance(value, bool)
   if kind is tuple:
     # One number where several belong has a better error in `check`.
     values = value if isinstance(value, tuple) else (value,)
-    return all(_fits(v, float) and abs(v) < math.inf for v in values)
+    return all(_fits(v, number) and abs(v) < math.inf for v in values)
   return isinstance(value, kind)
 
 
