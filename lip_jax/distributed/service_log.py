@@ -8,6 +8,7 @@ with the status that the recipes restart by. All else that is written to stderr 
 
 import contextlib
 import ctypes
+import faulthandler
 import logging
 import os
 import re
@@ -80,6 +81,8 @@ class ServiceLog:
     # Python's own writing does not take the detour: a terminal stays one.
     direct = open(self._stderr, "w", buffering=1, errors="backslashreplace", closefd=False)
     self._open.enter_context(contextlib.redirect_stderr(direct))
+    faulthandler.enable(direct)  # what crashes leaves the thread no time to read
+    self._open.callback(faulthandler.disable)
     # An abort first sleeps for 6 s, the number of its signal: the thread reads, and ends sooner.
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p

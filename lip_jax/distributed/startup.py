@@ -78,14 +78,13 @@ def join(options: Options) -> Iterator[list[str]]:
     try:
       service.hosts = _meet(here)
       yield service.hosts
+      # However long the others take. The shutdown itself has a limit.
+      multihost_utils.sync_global_devices("lip_jax: the end of the run")
+      jax.distributed.shutdown()
     except BaseException as error:
-      if not isinstance(error, SystemExit) or error.code:
-        service.failing = 130 if isinstance(error, KeyboardInterrupt) else EXIT_ERROR
-        atexit.register(_leave, service.failing)  # once the error has been told here
-        raise
-      _finish()
+      service.failing = 130 if isinstance(error, KeyboardInterrupt) else EXIT_ERROR
+      atexit.register(_leave, service.failing)  # once the error has been told here
       raise
-    _finish()
 
 
 def locate(options: Options) -> Options | None:
@@ -257,12 +256,6 @@ def _meet(here: Options) -> list[str]:
       "batch: give all the same number (--local_device_ids)"
     )
   return sharding.gather(socket.gethostname())
-
-
-def _finish() -> None:
-  """Waits until all processes have come this far, however long that takes."""
-  multihost_utils.sync_global_devices("lip_jax: the end of the run")
-  jax.distributed.shutdown()
 
 
 def _leave(status: int) -> None:

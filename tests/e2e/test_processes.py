@@ -137,13 +137,22 @@ def cloud_tpu(port, metadata_port):
   }
 
 
-def killed(folder, victim, cluster=None):
-  run = Run(folder, [[f"--liveness-timeout={LIVENESS_TIMEOUT}"]] * 2, cluster=cluster)
+def killed(folder):
+  run = Run(folder, [[f"--liveness-timeout={LIVENESS_TIMEOUT}"]] * 2, cluster=open_mpi(free_port()))
   with contextlib.closing(run):
     begin = run.wait_for_steps()
-    run.processes[victim].kill()
-    results = run.end(1 - victim)
-    return results, time.monotonic() - begin
+    run.processes[0].kill()
+    return run.end(1), time.monotonic() - begin
+
+
+def killed_at_the_end(folder):
+  """Process 0 has made all steps, and waits for the other one."""
+  flags = [f"--liveness-timeout={LIVENESS_TIMEOUT}", "--steps=6"]
+  run = Run(folder, [flags, [*flags, "--slow-end=200"]], cluster=slurm(free_port()))
+  with contextlib.closing(run):
+    begin = run.wait_for_steps()
+    run.processes[1].kill()
+    return run.end(0), time.monotonic() - begin
 
 
 def frozen(folder, victim, count):
@@ -240,8 +249,8 @@ def results(tmp_path_factory):
     "frozen 0": (frozen, 0, 2),
     "not all": (not_all,),
     "cut off": (cut_off,),
-    "killed 1": (killed, 1, slurm(free_port())),
-    "killed 0": (killed, 0, open_mpi(free_port())),
+    "killed 1": (killed_at_the_end,),
+    "killed 0": (killed,),
     "bug": (ended, ["--bug-at=3"], []),
     "end": (ended_on_tpu, ["--steps=4", "--slow-end=6"], ["--steps=4"]),
     "unequal": (ended, ["--devices=2"], ["--devices=1"]),
