@@ -178,7 +178,7 @@ from lip_jax.training import trainer
 from lip_jax.training.metrics import log_to_stdout
 
 config = get_config()
-config.model.pool = "lip"  # or average, max, strided, soft, dpp_lite_sym, ...
+# Another pooling: config.model.pool = "max"  # or average, strided, soft, dpp_lite_sym, ...
 if SMALL:
   config.update({"num_epochs": 1.0, "global_batch_size": 16, "eval_batch_size": 20})
   config.model.update({"width": 4, "logit_width": 4, "bn_group_size": 16})

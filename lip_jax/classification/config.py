@@ -5,7 +5,6 @@ import math
 from typing import Any, ClassVar
 
 from lip_jax.errors import UsageError
-from lip_jax.models.registry import check_options
 from lip_jax.training import config as base
 from lip_jax.training.config import check_positive
 
@@ -126,10 +125,6 @@ class Config(base.Config):
 
   def check(self) -> None:
     super().check()
-    try:
-      check_options(self.model["name"], [key for key in self.model if key != "name"])
-    except UsageError as error:
-      raise UsageError(f"config.model: {error}") from None
     self.data.check()
     channels, taken = self.data.shape[-1], self.model.get("in_channels", 3)
     if taken != channels:

@@ -20,6 +20,7 @@ from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
 from lip_jax.models import create_model
+from lip_jax.models.registry import check_options
 from lip_jax.training.task import Batch, Scalars, Task
 from lip_jax.training.train_state import TrainState, Tree
 
@@ -37,6 +38,9 @@ class Classification(Task):
 
   Args:
     num_classes: where the data set need not be there; None: what it says.
+
+  Raises:
+    UsageError: an unknown network or option of it, with those there are.
   """
 
   best_metric = "top1"
@@ -46,6 +50,10 @@ class Classification(Task):
   def __init__(self, config: Config, num_classes: int | None = None):
     super().__init__(config)
     self._num_classes = num_classes
+    try:
+      check_options(config.model["name"], [key for key in config.model if key != "name"])
+    except UsageError as error:
+      raise UsageError(f"config.model: {error}") from None
 
   @functools.cached_property
   def source(self) -> Any:

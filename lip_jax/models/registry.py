@@ -62,7 +62,7 @@ def check_options(name: str, options: Iterable[str]) -> tuple[set[str], set[str]
   unknown = sorted(set(options) - valid)
   if unknown:
     raise UsageError(
-      f"unknown option {', '.join(map(repr, unknown))} for model {name!r}; valid options: "
+      f"unknown option {', '.join(unknown)} for model {name!r}; valid options: "
       + ", ".join(sorted(valid))
     )
   return pooling, norms, own

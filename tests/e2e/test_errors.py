@@ -20,9 +20,12 @@ def assert_one_line(done, *parts):
   [
     ("--config.model.name=lip_resnet51", ["'lip_resnet51'", "choose one of", "lip_resnet50"]),
     ("--config.model.pool=lipp", ["'lipp'", "original, strided, average"]),
-    ("--config.optim.learning_rate=1", ["config.optim", "'learning_rate'", "base_lr, momentum"]),
+    (
+      "--config.optim.learning_rate=1",
+      ["config.optim", "'learning_rate'", "optimizer, base_lr", "momentum"],
+    ),
     ("--config.sed=1", ["'sed'", "valid keys", "seed"]),
-    ("--config.model.pol=max", ["config.model", "'pol'", "pool"]),
+    ("--config.model.pol=max", ["config.model", "unknown option pol ", "pool"]),
     ("--config.data.dataset=imagenet2012", ["imagenet2012", "not prepared", "data.data_dir"]),
     ("--config.data.train_split=trian", ["'trian'", "train, validation"]),
     ("--config.model.bn_group_size=3", ["global_batch_size=8", "bn_group_size=3"]),

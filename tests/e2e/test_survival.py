@@ -19,7 +19,7 @@ def get_config():
   config = runpy.run_path({path!r})["get_config"]()
   config.model.name, config.model.pool = "resnet_small", "strided"
   config.model.width, config.model.stage_sizes = 8, (1, 1, 1, 1)
-  del config.model.logit, config.model.logit_width
+  del config.model.logit_width
   return config
 """
 

@@ -10,7 +10,6 @@ import sys
 import types
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -315,27 +314,19 @@ def test_another_state_replaces_no_checkpoint(tmp_path):
 
 
 @struct.dataclass
-class Averaging(TrainState):
-  """A train state with one field more, which may be absent."""
-
-  ema: Any = None
-
-
 def averaging(step, *, average):
-  state = make_state(step)
-  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-  return Averaging(**fields, ema=make_state(step + 1).params if average else None)
+  ema = make_state(step + 1).params if average else None
+  return dataclasses.replace(make_state(step), ema=ema)
 
 
 @pytest.mark.parametrize("average", [True, False])
-def test_a_train_state_may_have_other_fields(tmp_path, average):
+def test_a_train_state_may_have_an_average(tmp_path, average):
   workdir = tmp_path / "with space & 100%"
   state = averaging(2, average=average)
   with Checkpoints(workdir) as checkpoints:
     checkpoints.save(state, {}, step=2)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     restored = checkpoints.restore(2, abstract(state)).state
-    assert isinstance(restored, Averaging)
     assert_same(restored, state)
     params, _ = checkpoints.restore_weights(2)
     assert_same(params, state.ema if average else state.params)
