@@ -22,7 +22,7 @@ def assert_one_line(done, *parts):
     ("--config.model.pool=lipp", ["'lipp'", "original, strided, average"]),
     (
       "--config.optim.learning_rate=1",
-      ["config.optim", "'learning_rate'", "optimizer, base_lr", "momentum"],
+      ["config.optim", "'learning_rate'", "base_lr"],
     ),
     ("--config.sed=1", ["'sed'", "valid keys", "seed"]),
     ("--config.model.pol=max", ["config.model", "unknown option pol ", "pool"]),

@@ -18,7 +18,6 @@ import optax
 import pytest
 import tensorstore
 from fixture_ports import free_port
-from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -313,7 +312,6 @@ def test_another_state_replaces_no_checkpoint(tmp_path):
     assert_is(checkpoints.restore_latest(LIKE), 2)
 
 
-@struct.dataclass
 def averaging(step, *, average):
   ema = make_state(step + 1).params if average else None
   return dataclasses.replace(make_state(step), ema=ema)
