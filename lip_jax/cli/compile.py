@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lip_jax.cli import configuration
-from lip_jax.cli.arguments import positive
+from lip_jax.cli.arguments import add, add_command
 from lip_jax.cli.output import progress, table
 
 if TYPE_CHECKING:
@@ -25,36 +25,28 @@ _STEPS = {"train": "training step", "eval": "evaluation step"}
 def add_commands(commands: Any) -> None:
   """Adds `compile` to the subparsers `commands`."""
   text = "compile a run for TPUs that are not there: memory, FLOPs, traffic, estimated speed"
-  parser = commands.add_parser(
-    "compile",
-    help=text,
-    description=f"{text}; docs/tpu.md explains the figures. Takes minutes for a large network.",
-  )
-  parser.add_argument(
-    "--config", required=True, metavar="FILE", help="such as configs/imagenet.py:lip_resnet50"
-  )
-  parser.add_argument(
-    "--topology",
+  more = "; docs/tpu.md explains the figures. Takes minutes for a large network."
+  parser = add_command(commands, "compile", _compile, text, more)
+  add(
+    parser,
+    {
+      "--config FILE": "such as configs/imagenet.py:lip_resnet50",
+      "--topology NAME": "TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
+    },
     required=True,
-    metavar="NAME",
-    help="TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
   )
   configuration.add_changes(parser)
-  parser.add_argument(
-    "--per-device-batch",
-    type=positive,
-    metavar="N",
-    help="images of a step on each chip (default: the configuration's batch sizes, divided)",
+  add(
+    parser,
+    {
+      "--per-device-batch N": "images of a step on each chip (default: the configuration's batch "
+      "sizes, divided)",
+      "--num-classes N": "classes of the data set (default: 1000 of imagenet2012, or what the data "
+      "set says)",
+      "--only {train,eval}": "one of the two steps (default: both)",
+      "--json": "every digit, for machines",
+    },
   )
-  parser.add_argument(
-    "--num-classes",
-    type=positive,
-    metavar="N",
-    help="classes of the data set (default: 1000 of imagenet2012, or what the data set says)",
-  )
-  parser.add_argument("--only", choices=list(_STEPS), help="one of the two steps (default: both)")
-  parser.add_argument("--json", action="store_true", help="every digit, for machines")
-  parser.set_defaults(run=_compile)
 
 
 def _compile(args: argparse.Namespace) -> None:

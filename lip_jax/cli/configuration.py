@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lip_jax.cli.arguments import add, add_command
 from lip_jax.errors import UsageError
 from lip_jax.training import config as config_lib
 
@@ -100,23 +101,19 @@ def _parse(text: str, kind: Any) -> Any:
 def add_config_command(commands: Any) -> None:
   """Adds `config` to the subparsers `commands`."""
   text = "print the whole configuration of a file: its values and the defaults of all others"
-  parser = commands.add_parser("config", help=text, description=text)
-  parser.add_argument("file", metavar="FILE", help="such as configs/imagenet.py:lip_resnet50")
+  parser = add_command(commands, "config", _print, text)
+  add(parser, {"file FILE": "such as configs/imagenet.py:lip_resnet50"})
   add_changes(parser)
-  parser.add_argument("--json", action="store_true", help="as a run's config.json has it")
-  parser.set_defaults(run=_print)
+  add(parser, {"--json": "as a run's config.json has it"})
 
 
 def add_changes(parser: argparse.ArgumentParser) -> None:
   """Adds the option that changes values of a configuration."""
-  parser.add_argument(
-    "--set",
-    action="append",
-    default=[],
-    metavar="KEY=VALUE",
-    help="a value of the configuration, such as dtype=bfloat16 or model.pool=average; may be "
-    "repeated; --config.KEY=VALUE is the same",
+  text = (
+    "a value of the configuration, such as dtype=bfloat16 or model.pool=average; may be repeated; "
+    "--config.KEY=VALUE is the same"
   )
+  add(parser, {"--set KEY=VALUE": text}, action="append", default=[])
 
 
 def _print(args: argparse.Namespace) -> None:

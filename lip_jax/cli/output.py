@@ -12,7 +12,7 @@ def progress(text: str) -> None:
 
 
 @contextlib.contextmanager
-def working(text: str) -> Iterator[None]:
+def working(text: str = "") -> Iterator[None]:
   """Context with a progress line, which is removed behind it."""
   progress(text)
   try:

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lip_jax.cli.arguments import positive
-from lip_jax.cli.output import progress, table
+from lip_jax.cli.arguments import add, add_command, positive
+from lip_jax.cli.output import progress, table, working
 
 if TYPE_CHECKING:
   from lip_jax.tools.cost import Cost
@@ -19,38 +19,24 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
   """Adds `models` and `tables` to the subparsers `commands`."""
   text = "list the networks: parameters and FLOPs, beside the paper's figures"
-  models = commands.add_parser("models", help=text, description=text)
-  models.add_argument(
-    "names",
-    nargs="*",
-    metavar="NAME",
-    help="model, or row of the paper's tables (default: all models, and tables 1, 3 and 4)",
-  )
-  models.add_argument(
-    "--image-size", type=positive, default=224, help="height and width in pixels (default: 224)"
-  )
-  models.add_argument("--json", action="store_true", help="every digit, for machines")
-  models.set_defaults(run=_models)
+  models = add_command(commands, "models", _models, text)
+  text = "model, or row of the paper's tables (default: all models, and tables 1, 3 and 4)"
+  add(models, {"names NAME": text}, nargs="*")
+  text = "height and width in pixels (default: 224)"
+  add(models, {"--image-size IMAGE_SIZE": text}, type=positive, default=224)
+  add(models, {"--json": "every digit, for machines"})
 
   text = "list the paper's tables: each row as printed, our network's size, and our result"
-  tables = commands.add_parser("tables", help=text, description=text)
-  tables.add_argument(
-    "numbers",
-    nargs="*",
-    type=_number,
-    metavar="N",
-    help="table, 1 to 6 (default: all, and our further poolings)",
-  )
-  tables.add_argument(
-    "--runs",
-    default="runs",
-    metavar="DIR",
-    help="where the runs are, each in DIR/<row> (default: runs)",
-  )
-  form = tables.add_mutually_exclusive_group()
-  form.add_argument("--json", action="store_true", help="every digit and command, for machines")
-  form.add_argument("--markdown", action="store_true", help="for the documentation")
-  tables.set_defaults(run=_tables)
+  tables = add_command(commands, "tables", _tables, text)
+  text = "table, 1 to 6 (default: all, and our further poolings)"
+  add(tables, {"numbers N": text}, nargs="*", type=_number)
+  text = "where the runs are, each in DIR/<row> (default: runs)"
+  add(tables, {"--runs DIR": text}, default="runs")
+  forms = {
+    "--json": "every digit and command, for machines",
+    "--markdown": "for the documentation",
+  }
+  add(tables.add_mutually_exclusive_group(), forms)
 
 
 def _number(text: str) -> int:
@@ -65,12 +51,10 @@ def _models(args: argparse.Namespace) -> None:
 
   total = len(args.names or cost.default_names())
   costs = []
-  try:
+  with working():
     for number, one in enumerate(cost.costs(args.names, args.image_size), start=1):
       costs.append(one)
       progress(f"{number}/{total} {one.name}")
-  finally:
-    progress("")
   if args.json:
     values = [_cost_values(one, args.image_size) for one in costs]
     print(json.dumps({"rule": RULE, "networks": values}, indent=2))
