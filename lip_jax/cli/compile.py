@@ -56,7 +56,8 @@ def _compile(args: argparse.Namespace) -> None:
   topology = aot_compile.topology(args.topology)
   chips = len(topology.devices)
   if args.per_device_batch:
-    config = aot_compile.with_batch(config, args.per_device_batch * chips)
+    batch = args.per_device_batch * chips
+    config = dataclasses.replace(config, global_batch_size=batch, eval_batch_size=batch)
   classes = args.num_classes or aot_compile.num_classes(config)
   functions = {"train": aot_compile.train_step, "eval": aot_compile.eval_step}
   batches = {"train": config.global_batch_size, "eval": config.eval_batch_size}

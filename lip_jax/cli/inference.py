@@ -160,10 +160,6 @@ def _draw(model: Any, config: dict[str, Any], pixels: Any, out: str) -> None:
     drawn = visualize.draw_importance(
       model, pixels, lambda images: prediction.normalize(images, config), out
     )
-  except (OSError, ValueError) as error:
-    raise UsageError(
-      f"cannot write {out} ({error}); name a .png in a folder that exists"
-    ) from error
   except ImportError as error:
     raise UsageError(f"pictures need lip-jax[train] ({error}); install it") from error
   if not drawn:

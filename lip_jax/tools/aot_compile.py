@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from lip_jax.data import fake
 from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.tools import paper
@@ -140,19 +139,10 @@ def num_classes(config: Config) -> int:
   Raises:
     UsageError: the data set is needed, and not there.
   """
-  name = config.data.dataset.partition(":")[0]
-  if name == paper.DATASET:
+  if config.data.dataset.partition(":")[0] == paper.DATASET:
     return 1000
-  if name == "fake":
-    return fake.NUM_CLASSES
-  return open_split(
-    config.data.dataset, config.data.validation_split, config.data.data_dir
-  ).num_classes
-
-
-def with_batch(config: Config, images: int) -> Config:
-  """The configuration with this many images a step, in training and in evaluation."""
-  return dataclasses.replace(config, global_batch_size=images, eval_batch_size=images)
+  data = config.data
+  return open_split(data.dataset, data.validation_split, data.data_dir).num_classes
 
 
 def train_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> Figures:
