@@ -2,7 +2,7 @@
 
 import argparse
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 DATA_DIR = {
@@ -19,14 +19,19 @@ def positive(text: str) -> int:
 
 
 def option(text: str) -> tuple[str, Any]:
-  """Key and value: a Python literal, or else a string."""
+  """Key and value."""
   key, equals, value = text.partition("=")
   if not (key.isidentifier() and equals):
     raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+  return key, literal(value)
+
+
+def literal(text: str) -> Any:
+  """Value of a Python literal; the text itself, if it is none."""
   try:
-    return key, ast.literal_eval(value)
+    return ast.literal_eval(text)
   except (ValueError, SyntaxError):
-    return key, value
+    return text
 
 
 # By metavar; of others, text.
@@ -47,7 +52,8 @@ def add_command(
   run: Callable[[argparse.Namespace], int | None],
   text: str,
   more: str = "",
-  **settings: Any,
+  epilog: str | None = None,
+  parents: Sequence[argparse.ArgumentParser] = (),
 ) -> argparse.ArgumentParser:
   """Adds a subcommand to the subparsers `commands`.
 
@@ -55,9 +61,16 @@ def add_command(
     run: is called with what has been parsed; what it returns is the exit status, None: 0.
     text: says in a line what the command does.
     more: behind `text` where the command itself is described.
-    settings: of `ArgumentParser`.
+    epilog: printed as it is, below the arguments.
   """
-  parser = commands.add_parser(name, help=text, description=text + more, **settings)
+  parser = commands.add_parser(
+    name,
+    help=text,
+    description=text + more,
+    epilog=epilog,
+    parents=parents,
+    formatter_class=argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter,
+  )
   parser.set_defaults(run=run)
   return parser
 

@@ -26,26 +26,21 @@ def add_commands(commands: Any) -> None:
   text = "compile a run for TPUs that are not there: memory, FLOPs, traffic, estimated speed"
   more = "; docs/tpu.md explains the figures. Takes minutes for a large network."
   parser = add_command(commands, "compile", _compile, text, more)
-  add(
-    parser,
-    {
-      "--config FILE": "such as configs/imagenet.py:lip_resnet50",
-      "--topology NAME": "TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
-    },
-    required=True,
-  )
+  arguments = {
+    "--config FILE": "such as configs/imagenet.py:lip_resnet50",
+    "--topology NAME": "TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
+  }
+  add(parser, arguments, required=True)
   configuration.add_changes(parser)
-  add(
-    parser,
-    {
-      "--per-device-batch N": "images of a step on each chip (default: the configuration's batch "
-      "sizes, divided)",
-      "--num-classes N": "classes of the data set (default: 1000 of imagenet2012, or what the data "
-      "set says)",
-      "--only {train,eval}": "one of the two steps (default: both)",
-      "--json": "every digit, for machines",
-    },
-  )
+  arguments = {
+    "--per-device-batch N": "images of a step on each chip (default: the configuration's batch "
+    "sizes, divided)",
+    "--num-classes N": "classes of the data set (default: 1000 of imagenet2012, or what the data "
+    "set says)",
+    "--only {train,eval}": "one of the two steps (default: both)",
+    "--json": "every digit, for machines",
+  }
+  add(parser, arguments)
 
 
 def _compile(args: argparse.Namespace) -> None:

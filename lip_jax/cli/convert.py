@@ -11,15 +11,13 @@ def add_commands(commands: Any) -> None:
   """Adds `convert` to the subparsers `commands`."""
   text = "convert a file of PyTorch weights to an exported folder, or such a folder to a file"
   convert = add_command(commands, "convert", _convert, text)
-  add(
-    convert,
-    {
-      "source SOURCE": "file of weights, or exported folder",
-      "out OUT": "folder, or file, to write",
-      "--model NAME": "for a file: the model that it is of",
-      "--num-classes N": "for a file: classes (default: as in the file)",
-    },
-  )
+  arguments = {
+    "source SOURCE": "file of weights, or exported folder",
+    "out OUT": "folder, or file, to write",
+    "--model NAME": "for a file: the model that it is of",
+    "--num-classes N": "for a file: classes (default: as in the file)",
+  }
+  add(convert, arguments)
   text = "for a file: an option of the model, such as logit_width=64; may be repeated"
   add(convert, {"--option KEY=VALUE": text}, action="append", default=[], type=option)
   add(convert, {"--overwrite": "replace OUT if it exists"})

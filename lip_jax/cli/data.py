@@ -14,14 +14,12 @@ def add_commands(commands: Any) -> None:
   directory, workers, writing = (argparse.ArgumentParser(add_help=False) for _ in range(3))
   add(directory, DATA_DIR)
   add(workers, {"--num-workers N": "threads (default: one for each core, at most 16)"})
-  add(
-    writing,
-    {
-      "--shorter-side PIXELS": "scale larger images down to this",
-      "--quality Q": "JPEG quality of images that are scaled (default: 95)",
-      "--num-shards N": "files of the train split (default: as TFDS)",
-    },
-  )
+  arguments = {
+    "--shorter-side PIXELS": "scale larger images down to this",
+    "--quality Q": "JPEG quality of images that are scaled (default: 95)",
+    "--num-shards N": "files of the train split (default: as TFDS)",
+  }
+  add(writing, arguments)
 
   text = "make a data set in ArrayRecord format; the same command goes on if it is interrupted"
   prepare = actions.add_parser("prepare", help=text, description=text)
@@ -43,13 +41,11 @@ def add_commands(commands: Any) -> None:
 
   text = "read a whole data set and say what is wrong with it; exit status 1 if anything is"
   verify = add_command(actions, "verify", _verify_data, text, parents=[directory, workers])
-  add(
-    verify,
-    {
-      "dataset DATASET": "TFDS name, or folder:DIR",
-      "--decode {sample,all,none}": "which images to decode as well (default: sample, one in 64)",
-    },
-  )
+  arguments = {
+    "dataset DATASET": "TFDS name, or folder:DIR",
+    "--decode {sample,all,none}": "which images to decode as well (default: sample, one in 64)",
+  }
+  add(verify, arguments)
   verify.set_defaults(decode="sample")
   _add_bench(actions, directory)
 
@@ -61,14 +57,12 @@ def _add_bench(actions: Any, directory: argparse.ArgumentParser) -> None:
   add(bench, source, required=True)
   add(bench, {"--split SPLIT": "(default: train)"})
   add(bench, {"--image-size IMAGE_SIZE": "in pixels (default: 224)"}, type=positive)
-  add(
-    bench,
-    {
-      "--num-threads N": "(default: one for each core)",
-      "--seconds SECONDS": "to measure for, in all (default: 10)",
-      "--images-per-second RATE...": "of trainings that are to be fed (default: a few)",
-    },
-  )
+  arguments = {
+    "--num-threads N": "(default: one for each core)",
+    "--seconds SECONDS": "to measure for, in all (default: 10)",
+    "--images-per-second RATE...": "of trainings that are to be fed (default: a few)",
+  }
+  add(bench, arguments)
   bench.set_defaults(split="train", image_size=224, seconds=10.0)
 
 

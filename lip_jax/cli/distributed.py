@@ -20,32 +20,28 @@ def add_flags(parser: argparse.ArgumentParser, connect_timeout: float = 300) -> 
     "start the same command on each; on Cloud TPU, under SLURM, Open MPI and "
     "Kubernetes the processes find each other",
   )
-  add(
-    group,
-    {
-      "--distributed {auto,on,off}": "auto: one process of several if a cluster or the flags below "
-      "say so. on: an error if they do not. off: this process is on its own, whatever they say "
-      "(default: auto)",
-      "--coordinator_address HOST:PORT": "of process 0, the same for all processes: any free port "
-      "that they can reach",
-      "--num_processes N": "of the run, on all hosts",
-      "--process_id K": "which one this is, from 0",
-    },
-  )
+  arguments = {
+    "--distributed {auto,on,off}": "auto: one process of several if a cluster or the flags below "
+    "say so. on: an error if they do not. off: this process is on its own, whatever they say "
+    "(default: auto)",
+    "--coordinator_address HOST:PORT": "of process 0, the same for all processes: any free port "
+    "that they can reach",
+    "--num_processes N": "of the run, on all hosts",
+    "--process_id K": "which one this is, from 0",
+  }
+  add(group, arguments)
   text = (
     "GPUs of this host that this process uses, such as 0,1 (default: all, or one each where a "
     "launcher has started several processes on the host)"
   )
   add(group, {"--local_device_ids K,K": text}, type=_numbers)
-  add(
-    group,
-    {
-      "--connect_timeout SECONDS": "that the processes wait for each other at the start (default: "
-      f"{connect_timeout:g})",
-      "--liveness_timeout SECONDS": "without a sign of life (frozen, unreachable) after which a "
-      "process counts as lost and the others end with status 75 (default: 45)",
-    },
-  )
+  arguments = {
+    "--connect_timeout SECONDS": "that the processes wait for each other at the start (default: "
+    f"{connect_timeout:g})",
+    "--liveness_timeout SECONDS": "without a sign of life (frozen, unreachable) after which a "
+    "process counts as lost and the others end with status 75 (default: 45)",
+  }
+  add(group, arguments)
   parser.set_defaults(distributed="auto", connect_timeout=connect_timeout, liveness_timeout=45.0)
 
 

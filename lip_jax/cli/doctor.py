@@ -20,18 +20,16 @@ def add_commands(commands: Any) -> None:
     "measures whether the input keeps up with the training steps."
   )
   doctor = add_command(commands, "doctor", _doctor, text, more)
-  add(
-    doctor,
-    {
-      "--workdir DIR": "of the run to be, or gs://BUCKET/DIR",
-      "--data-dir DIR": "of the data sets (default: the config's, or TFDS's)",
-      "--dataset NAME": "to look for (default: the config's)",
-      "--config FILE": "of the run to be, such as configs/imagenet.py:lip_resnet50 (default: that "
-      "of the run in --workdir)",
-      "--no-bench": "measure no speed",
-      "--json": "for machines",
-    },
-  )
+  arguments = {
+    "--workdir DIR": "of the run to be, or gs://BUCKET/DIR",
+    "--data-dir DIR": "of the data sets (default: the config's, or TFDS's)",
+    "--dataset NAME": "to look for (default: the config's)",
+    "--config FILE": "of the run to be, such as configs/imagenet.py:lip_resnet50 (default: that "
+    "of the run in --workdir)",
+    "--no-bench": "measure no speed",
+    "--json": "for machines",
+  }
+  add(doctor, arguments)
   distributed.add_flags(doctor, connect_timeout=60)
 
 

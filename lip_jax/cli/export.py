@@ -15,35 +15,31 @@ def add_commands(commands: Any) -> None:
     "how; N is free."
   )
   export = add_command(commands, "export", _export, text, more)
-  add(
-    export,
-    {
-      "path PATH": "training run, checkpoint, exported folder, or hf://ORG/NAME",
-      "out OUT": "file or folder to write",
-      "--format {folder,stablehlo,onnx}": "(default: by OUT's end, .stablehlo or .onnx, else "
-      "folder: safetensors and config.json)",
-      "--dtype {float32,bfloat16,float16}": "of the computation; in a folder, of the kernels "
-      "(default: float32)",
-      "--image-size S": "in pixels (default: the network's own)",
-      "--evaluation FILE": "for a folder: what lip-jax evaluate PATH --json printed, for the model "
-      "card",
-      "--overwrite": "replace OUT if it exists",
-    },
-  )
+  arguments = {
+    "path PATH": "training run, checkpoint, exported folder, or hf://ORG/NAME",
+    "out OUT": "file or folder to write",
+    "--format {folder,stablehlo,onnx}": "(default: by OUT's end, .stablehlo or .onnx, else "
+    "folder: safetensors and config.json)",
+    "--dtype {float32,bfloat16,float16}": "of the computation; in a folder, of the kernels "
+    "(default: float32)",
+    "--image-size S": "in pixels (default: the network's own)",
+    "--evaluation FILE": "for a folder: what lip-jax evaluate PATH --json printed, for the model "
+    "card",
+    "--overwrite": "replace OUT if it exists",
+  }
+  add(export, arguments)
   export.set_defaults(dtype="float32")
 
   text = "upload an exported folder to the Hugging Face hub, with a model card"
   push = add_command(commands, "push", _push, text)
-  add(
-    push,
-    {
-      "folder FOLDER": "what lip-jax export wrote",
-      "name ORG/NAME": "of the repository; made if it is not there",
-      "--private": "make a new repository private",
-      "--licence ID": "(default: apache-2.0)",
-      "--dry-run": "print the card and what would be uploaded; nothing is sent",
-    },
-  )
+  arguments = {
+    "folder FOLDER": "what lip-jax export wrote",
+    "name ORG/NAME": "of the repository; made if it is not there",
+    "--private": "make a new repository private",
+    "--licence ID": "(default: apache-2.0)",
+    "--dry-run": "print the card and what would be uploaded; nothing is sent",
+  }
+  add(push, arguments)
   push.set_defaults(licence="apache-2.0")
 
 

@@ -18,53 +18,45 @@ _DRAWN = 16  # images in a picture of importance maps, at most
 def add_commands(commands: Any) -> None:
   """Adds `evaluate` and `predict` to the subparsers `commands`."""
   network = argparse.ArgumentParser(add_help=False)
-  add(
-    network,
-    {
-      "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
-      "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model",
-      "--model NAME": "for a file of weights: of which model",
-    },
-  )
+  arguments = {
+    "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
+    "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model",
+    "--model NAME": "for a file of weights: of which model",
+  }
+  add(network, arguments)
   text = "for a file of weights: an option of the model; may be repeated"
   add(network, {"--option KEY=VALUE": text}, action="append", default=[], type=option)
-  add(
-    network,
-    {
-      "--dtype {float32,bfloat16}": "of the computation (default: a training run's own, else "
-      "float32)",
-      "--json": "every digit, for machines",
-    },
-  )
+  arguments = {
+    "--dtype {float32,bfloat16}": "of the computation (default: a training run's own, else "
+    "float32)",
+    "--json": "every digit, for machines",
+  }
+  add(network, arguments)
 
   text = "evaluate a network: exact top-1, top-5 and loss over all images of a split"
   evaluate = add_command(commands, "evaluate", _evaluate, text, parents=[network])
-  add(
-    evaluate,
-    {
-      "--data DATASET": "TFDS name such as imagenet2012, or folder:DIR (default: that of the "
-      "training run)",
-      **DATA_DIR,
-      "--checkpoint WHICH": "of a training run: best, latest or a step number (default: best)",
-      "--split SPLIT": "(default: validation, or that of the training run)",
-      "--batch-size N": "images at once on all devices; results do not depend on it (default: 128)",
-    },
-  )
+  arguments = {
+    "--data DATASET": "TFDS name such as imagenet2012, or folder:DIR (default: that of the "
+    "training run)",
+    **DATA_DIR,
+    "--checkpoint WHICH": "of a training run: best, latest or a step number (default: best)",
+    "--split SPLIT": "(default: validation, or that of the training run)",
+    "--batch-size N": "images at once on all devices; results do not depend on it (default: 128)",
+  }
+  add(evaluate, arguments)
   text = "of which logits are averaged: centre, with corners, with mirrored (default: 1)"
   evaluate.add_argument("--crops", type=int, choices=(1, 5, 10), help=text)
   distributed.add_flags(evaluate)
 
   text = "print the most probable classes of images; exit status 1 if any cannot be read"
   predict = add_command(commands, "predict", _predict, text, parents=[network])
-  add(
-    predict,
-    {
-      "images IMAGE...": "JPEG, PNG or other file",
-      "--top N": "(default: 5)",
-      "--importance OUT.png": "draw what each LIP layer finds important in the images, of the "
-      f"first {_DRAWN}",
-    },
-  )
+  arguments = {
+    "images IMAGE...": "JPEG, PNG or other file",
+    "--top N": "(default: 5)",
+    "--importance OUT.png": "draw what each LIP layer finds important in the images, of the "
+    f"first {_DRAWN}",
+  }
+  add(predict, arguments)
   predict.set_defaults(top=5)
 
 

@@ -22,20 +22,17 @@ exit status:
 def add_commands(commands: Any) -> None:
   """Adds `train` and `config` to the subparsers `commands`."""
   text = "train a network, or go on where the run in --workdir stopped"
-  raw = argparse.RawDescriptionHelpFormatter
-  parser = add_command(commands, "train", _train, text, epilog=_EPILOG, formatter_class=raw)
+  parser = add_command(commands, "train", _train, text, epilog=_EPILOG)
   add(parser, {"--config FILE": "configuration, for example configs/cluttered_digits.py"})
   configuration.add_changes(parser)
-  add(
-    parser,
-    {
-      "--workdir DIR": "of the run: checkpoints, metrics, TensorBoard files, pictures; or "
-      "gs://BUCKET/RUN",
-      "--start_from RUN/checkpoints/STEP": "checkpoint of another run, that a new run goes on from",
-      "--weights PATH": "network that a new run starts from, to fine-tune it: a run, an exported "
-      "folder or hf://ORGANISATION/NAME; its classifier is replaced if the data have other classes",
-    },
-  )
+  arguments = {
+    "--workdir DIR": "of the run: checkpoints, metrics, TensorBoard files, pictures; or "
+    "gs://BUCKET/RUN",
+    "--start_from RUN/checkpoints/STEP": "checkpoint of another run, that a new run goes on from",
+    "--weights PATH": "network that a new run starts from, to fine-tune it: a run, an exported "
+    "folder or hf://ORGANISATION/NAME; its classifier is replaced if the data have other classes",
+  }
+  add(parser, arguments)
   distributed.add_flags(parser)
   configuration.add_config_command(commands)
 

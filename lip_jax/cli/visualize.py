@@ -37,21 +37,16 @@ def add_commands(commands: Any) -> None:
     ": importance maps of LIP, class activation maps, effective receptive fields (figure 5 of the "
     "paper); shift consistency and deletion curves"
   )
-  raw = argparse.RawDescriptionHelpFormatter
-  visualize = add_command(
-    commands, "visualize", _visualize, text, more, epilog=_EPILOG, formatter_class=raw
-  )
-  add(
-    visualize,
-    {
-      "paths PATH...": "networks, as lip_jax.load takes them, and image files; without image files "
-      "the first images of the data set are taken",
-      "--out FILE": f"figure to write: .png, .svg or .pdf (default: {_OUT}; none where numbers are "
-      "printed)",
-      "--names NAME...": "of the networks (default: of their folders)",
-      "--count N": "images of the data set (default: 2 to draw, 8 with --layers, 200 to measure)",
-    },
-  )
+  visualize = add_command(commands, "visualize", _visualize, text, more, epilog=_EPILOG)
+  arguments = {
+    "paths PATH...": "networks, as lip_jax.load takes them, and image files; without image files "
+    "the first images of the data set are taken",
+    "--out FILE": f"figure to write: .png, .svg or .pdf (default: {_OUT}; none where numbers are "
+    "printed)",
+    "--names NAME...": "of the networks (default: of their folders)",
+    "--count N": "images of the data set (default: 2 to draw, 8 with --layers, 200 to measure)",
+  }
+  add(visualize, arguments)
   add(
     visualize.add_argument_group("data set, where no image files are given"),
     {
@@ -77,21 +72,19 @@ def _add_figure_options(figure: Any) -> None:
 
 
 def _add_number_options(numbers: Any) -> None:
-  add(
-    numbers,
-    {
-      "--shift-consistency": "how often the prediction survives a shift of 1 to 8 pixels",
-      "--border {crop,reflect,zero,wrap}": "what a shift brings in: the image beyond the central "
-      "crop, its mirror image, the data set's mean colour, or its other side (default: crop if the "
-      "crop leaves 8 pixels, else reflect)",
-      "--deletion": "what is left of the prediction as pixels are occluded",
-      "--by {importance,cam}": "which pixels are important: by LIP's importance maps, or the class "
-      "activation map (default: the first if the network has LIP)",
-      "--fill {dataset,image}": "mean colour that takes the place of occluded pixels (default: "
-      "dataset)",
-      "--json": "every digit, for machines",
-    },
-  )
+  arguments = {
+    "--shift-consistency": "how often the prediction survives a shift of 1 to 8 pixels",
+    "--border {crop,reflect,zero,wrap}": "what a shift brings in: the image beyond the central "
+    "crop, its mirror image, the data set's mean colour, or its other side (default: crop if the "
+    "crop leaves 8 pixels, else reflect)",
+    "--deletion": "what is left of the prediction as pixels are occluded",
+    "--by {importance,cam}": "which pixels are important: by LIP's importance maps, or the class "
+    "activation map (default: the first if the network has LIP)",
+    "--fill {dataset,image}": "mean colour that takes the place of occluded pixels (default: "
+    "dataset)",
+    "--json": "every digit, for machines",
+  }
+  add(numbers, arguments)
 
 
 def _visualize(args: argparse.Namespace) -> None:
@@ -125,7 +118,11 @@ def _visualize(args: argparse.Namespace) -> None:
     if measuring:
       _measure(args, networks, images, out)
     elif args.layers:
-      _draw_layers(networks[0], images(8), out or _OUT)
+      pixels, normalize = images(8).pixels, networks[0].normalize
+      if not figures.draw_importance(networks[0].model, pixels, normalize, out or _OUT):
+        raise UsageError(
+          f"{networks[0].path} has no LIP layer; leave --layers out for the other maps"
+        )
     else:
       _draw(args, networks, images(2), out or _OUT)
   if out is not None and not args.json:
@@ -141,13 +138,6 @@ def _draw(args: argparse.Namespace, networks: "list[Network]", images: "Images",
     label = None if args.label is None else compare.find_class(network, args.label)
     columns.append(compare.column(network, images.pixels, label=label, locations=args.location))
   figures.save_figure(figures.comparison_figure(images.pixels, columns, images.titles), out)
-
-
-def _draw_layers(network: "Network", images: "Images", out: str) -> None:
-  from lip_jax.visualize import figures
-
-  if not figures.draw_importance(network.model, images.pixels, network.normalize, out):
-    raise UsageError(f"{network.path} has no LIP layer; leave --layers out for the other maps")
 
 
 def _measure(

@@ -113,9 +113,12 @@ def topology(name: str) -> Topology:
       "the compiler for TPUs is missing: pip install 'lip-jax[tpu]', which brings libtpu; it needs "
       "no TPU"
     )
+  # Whether the links of each axis close to a ring: in whole cubes of 4, or rows of 16.
+  cubes = all(size % 4 == 0 for size in sizes)
+  wrap = (cubes,) * 3 if len(sizes) == 3 else (sizes[0] == 16, sizes[1] == 16, False)
   try:
     description = topologies.get_topology_desc(
-      platform="tpu", topology_name=name, wrap=_wraps(sizes), **chip.options
+      platform="tpu", topology_name=name, wrap=wrap, **chip.options
     )
   except Exception as error:  # of libtpu, whose types depend on its version
     reason = str(error).strip().splitlines()[0]
@@ -124,13 +127,6 @@ def topology(name: str) -> Topology:
       f"{_EXAMPLES}"
     ) from error
   return Topology(name, chip, description.devices)
-
-
-def _wraps(sizes: Sequence[int]) -> tuple[bool, bool, bool]:
-  """Whether the links of each axis close to a ring: in whole cubes of 4, or rows of 16."""
-  if len(sizes) == 3:
-    return (all(size % 4 == 0 for size in sizes),) * 3
-  return sizes[0] == 16, sizes[1] == 16, False
 
 
 def num_classes(config: Config) -> int:

@@ -33,13 +33,10 @@ NOTES = {
 # Parameters in millions, FLOPs in thousands of millions by the rule of `lip_jax.models.cost`.
 _CLASSIFICATION = ("top1", "top5", "parameters_m", "flops_g")
 _DETECTION = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
-COLUMNS: dict[int, tuple[str, ...]] = {
-  1: _CLASSIFICATION,
-  2: ("top1", "top5"),
-  3: _CLASSIFICATION,
-  4: _CLASSIFICATION,
-  5: _DETECTION,
-  6: _DETECTION,
+COLUMNS = {
+  **dict.fromkeys((1, 3, 4), _CLASSIFICATION),
+  2: _CLASSIFICATION[:2],
+  **dict.fromkeys((5, 6), _DETECTION),
 }
 
 DATASET = "imagenet2012"
