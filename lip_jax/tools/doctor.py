@@ -51,9 +51,7 @@ class Subject:
   workdir: str | None = None  # of the run to be; None: not checked
   data_dir: str | None = None  # of the data sets; None: the config's, or else TFDS's default
   dataset: str | None = None  # None: the config's
-  config: config_lib.Config | None = (
-    None  # of the run to be; None: that of the run in `workdir`, if any
-  )
+  config: config_lib.Config | None = None  # of the run to be; None: that in `workdir`, if any
   processes: startup.Options = dataclasses.field(default_factory=startup.Options)
   bench_seconds: float = 5.0  # to measure each of the two, beside compilation
   device_timeout: float = 120.0  # seconds until devices that do not answer count as hanging
@@ -140,7 +138,7 @@ def _hosts(subject: Subject, company: _Company) -> Iterator[Verdict]:
   company.hosts = place.num_processes or 1
   options = json.dumps(dataclasses.asdict(subject.processes))
   try:
-    names = machine.ask(_JOIN, options, **service_log.ENVIRONMENT)
+    names = machine.ask(_JOIN, options, env={**os.environ, **service_log.ENVIRONMENT})
   except UsageError as error:
     yield "problem", str(error), "--distributed=off checks this host alone"
     return

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -153,7 +153,12 @@ def _why_unused(kinds: list[str]) -> str:
   return ""
 
 
-def ask(code: str, *arguments: str, timeout: float | None = None, **environment: str) -> Any:
+def ask(
+  code: str,
+  *arguments: str,
+  timeout: float | None = None,
+  env: Mapping[str, str] | None = None,
+) -> Any:
   """What Python code prints in its last line, in JSON, in a process of its own.
 
   Raises:
@@ -162,7 +167,7 @@ def ask(code: str, *arguments: str, timeout: float | None = None, **environment:
   """
   done = subprocess.run(
     [sys.executable, "-c", code, *arguments],
-    env={**os.environ, **environment},
+    env=env,
     capture_output=True,
     text=True,
     timeout=timeout,
