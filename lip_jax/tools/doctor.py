@@ -69,33 +69,33 @@ def examine(
   subject, faults = _with_config(subject)
   yield from faults
   company = _Company()
-  checks: dict[str, Callable[[Subject], Iterator[Verdict]]] = {
-    "versions": lambda _: machine.versions(),
+  checks = {
+    "versions": machine.versions(),
     # First: the devices of several TPU hosts answer together.
-    "hosts": lambda subject: _hosts(subject, company),
-    "devices": lambda subject: machine.devices(subject.device_timeout),
-    "memory": lambda _: machine.memory(),
-    "workdir": _workdir,
-    "data dir": _data_dir,
-    "data set": _dataset,
-    "speed": lambda subject: _speed(subject, company, progress),
+    "hosts": _hosts(subject, company),
+    "devices": machine.devices(subject.device_timeout),
+    "memory": machine.memory(),
+    "workdir": _workdir(subject),
+    "data dir": _data_dir(subject),
+    "data set": _dataset(subject),
+    "speed": _speed(subject, company, progress),
   }
-  for name, check in checks.items():
+  for name, verdicts in checks.items():  # which run as they are asked for
     progress(f"checking: {name}")
     try:
-      for verdict in check(subject):
+      for verdict in verdicts:
         progress("")
         yield Finding(name, *verdict)
         if name == "devices" and verdict[0] == "problem":
           # Nor would they be faster, or answer at all, where the steps are measured.
-          checks["speed"] = lambda _: iter(())
-    except UsageError as error:
-      progress("")
-      yield Finding(name, "problem", str(error))
+          checks["speed"] = iter(())
     except (Exception, SystemExit) as error:  # whatever the libraries raise on a broken machine
       progress("")
-      said = (str(error).strip() or "no message").splitlines()[0][:300]
-      yield Finding(name, "problem", f"the check failed: {type(error).__name__}: {said}")
+      said = str(error)
+      if not isinstance(error, UsageError):
+        first = (said.strip() or "no message").splitlines()[0][:300]
+        said = f"the check failed: {type(error).__name__}: {first}"
+      yield Finding(name, "problem", said)
   progress("")
 
 
