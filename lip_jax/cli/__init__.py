@@ -9,17 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lip_jax import __version__
-from lip_jax.cli import (
-  compile,
-  convert,
-  data,
-  doctor,
-  export,
-  inference,
-  tables,
-  train,
-  visualize,
-)
+from lip_jax.cli import compile, convert, data, doctor, export, inference, tables, train, visualize
 from lip_jax.errors import UsageError
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so

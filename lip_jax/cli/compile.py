@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lip_jax.cli import configuration
-from lip_jax.cli.arguments import positive
+from lip_jax.cli.arguments import add, add_command
 from lip_jax.cli.output import progress, table
 
 if TYPE_CHECKING:
-  from lip_jax.tools.aot_compile import Chip, Figures, Topology
-  from lip_jax.training.config import Config
+  from lip_jax.tools.aot_compile import Chip, Figures
 
 _STEPS = {"train": "training step", "eval": "evaluation step"}
 
@@ -25,36 +24,23 @@ _STEPS = {"train": "training step", "eval": "evaluation step"}
 def add_commands(commands: Any) -> None:
   """Adds `compile` to the subparsers `commands`."""
   text = "compile a run for TPUs that are not there: memory, FLOPs, traffic, estimated speed"
-  parser = commands.add_parser(
-    "compile",
-    help=text,
-    description=f"{text}; docs/tpu.md explains the figures. Takes minutes for a large network.",
-  )
-  parser.add_argument(
-    "--config", required=True, metavar="FILE", help="such as configs/imagenet.py:lip_resnet50"
-  )
-  parser.add_argument(
-    "--topology",
-    required=True,
-    metavar="NAME",
-    help="TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
-  )
+  more = "; docs/tpu.md explains the figures. Takes minutes for a large network."
+  parser = add_command(commands, "compile", _compile, text, more)
+  arguments = {
+    "--config FILE": "such as configs/imagenet.py:lip_resnet50",
+    "--topology NAME": "TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
+  }
+  add(parser, arguments, required=True)
   configuration.add_changes(parser)
-  parser.add_argument(
-    "--per-device-batch",
-    type=positive,
-    metavar="N",
-    help="images of a step on each chip (default: the configuration's batch sizes, divided)",
-  )
-  parser.add_argument(
-    "--num-classes",
-    type=positive,
-    metavar="N",
-    help="classes of the data set (default: 1000 of imagenet2012, or what the data set says)",
-  )
-  parser.add_argument("--only", choices=list(_STEPS), help="one of the two steps (default: both)")
-  parser.add_argument("--json", action="store_true", help="every digit, for machines")
-  parser.set_defaults(run=_compile)
+  arguments = {
+    "--per-device-batch N": "images of a step on each chip (default: the configuration's batch "
+    "sizes, divided)",
+    "--num-classes N": "classes of the data set (default: 1000 of imagenet2012, or what the data "
+    "set says)",
+    "--only {train,eval}": "one of the two steps (default: both)",
+    "--json": "every digit, for machines",
+  }
+  add(parser, arguments)
 
 
 def _compile(args: argparse.Namespace) -> None:
@@ -63,20 +49,30 @@ def _compile(args: argparse.Namespace) -> None:
 
   config = configuration.load(args.config, args.set)
   topology = aot_compile.topology(args.topology)
+  chips = len(topology.devices)
   if args.per_device_batch:
-    config = aot_compile.with_batch(config, args.per_device_batch * len(topology.devices))
+    batch = args.per_device_batch * chips
+    config = dataclasses.replace(config, global_batch_size=batch, eval_batch_size=batch)
   classes = args.num_classes or aot_compile.num_classes(config)
   functions = {"train": aot_compile.train_step, "eval": aot_compile.eval_step}
-  figures, seconds = {}, {}
+  batches = {"train": config.global_batch_size, "eval": config.eval_batch_size}
+  steps = {}
   for step in [args.only] if args.only else _STEPS:
     started = time.monotonic()
-    with _busy(f"compiling the {_STEPS[step]} for {len(topology.devices)} chips"):
-      figures[step] = functions[step](config, classes, topology.devices)
-    seconds[step] = time.monotonic() - started
-  if args.json:
-    print(json.dumps(_values(config, topology, figures, seconds), indent=2))
-  else:
-    print(_report(config, topology, figures))
+    with _busy(f"compiling the {_STEPS[step]} for {chips} chips"):
+      figures = functions[step](config, classes, topology.devices)
+    steps[step] = _values(figures, topology.chip, batches[step] / chips)
+    steps[step]["compile_seconds"] = time.monotonic() - started
+  values = {
+    "model": dict(config.model),
+    "dtype": config.dtype,
+    "gradient_dtype": config.gradient_dtype,
+    "topology": topology.name,
+    "chips": chips,
+    "hbm": topology.chip.hbm,
+    "steps": steps,
+  }
+  print(json.dumps(values, indent=2) if args.json else _report(values))
 
 
 def _prepare_process() -> None:
@@ -114,82 +110,58 @@ def _busy(what: str) -> Iterator[None]:
     progress("")
 
 
-def _values(
-  config: "Config",
-  topology: "Topology",
-  figures: dict[str, "Figures"],
-  seconds: dict[str, float],
-) -> dict[str, Any]:
+def _values(figures: "Figures", chip: "Chip", images: float) -> dict[str, Any]:
+  """All that is said of a step that takes so many images on each chip."""
   from lip_jax.tools.aot_compile import roofline
 
-  steps = {}
-  for step, one in figures.items():
-    images = _batch(config, step) / len(topology.devices)
-    bound = roofline(one, topology.chip)
-    steps[step] = {
-      "images_per_chip": images,
-      **dataclasses.asdict(one),
-      "collectives": [each._asdict() for each in one.collectives],
-      "peak": one.peak,
-      "free": 1 - one.peak / topology.chip.hbm,
-      "estimate": {**bound._asdict(), "step": bound.step, "images_per_second": images / bound.step},
-      "compile_seconds": seconds[step],
-    }
+  bound = roofline(figures, chip)
   return {
-    "model": dict(config.model),
-    "dtype": config.dtype,
-    "gradient_dtype": config.gradient_dtype,
-    "topology": topology.name,
-    "chips": len(topology.devices),
-    "hbm": topology.chip.hbm,
-    "steps": steps,
+    "images_per_chip": images,
+    **dataclasses.asdict(figures),
+    "collectives": [each._asdict() for each in figures.collectives],
+    "peak": figures.peak,
+    "free": 1 - figures.peak / chip.hbm,
+    "estimate": {**bound._asdict(), "step": bound.step, "images_per_second": images / bound.step},
   }
 
 
-def _batch(config: "Config", step: str) -> int:
-  return config.global_batch_size if step == "train" else config.eval_batch_size
-
-
-def _report(config: "Config", topology: "Topology", figures: dict[str, "Figures"]) -> str:
-  chips = len(topology.devices)
-  columns = [
-    _column(one, topology.chip, _batch(config, step) // chips) for step, one in figures.items()
-  ]
-  rows = [("each chip", *figures)]
+def _report(values: dict[str, Any]) -> str:
+  steps = values["steps"]
+  columns = [_column(one, values["hbm"]) for one in steps.values()]
+  rows = [("each chip", *steps)]
   rows += [(name, *(column[name] for column in columns)) for name in columns[0]]
   notes = [
-    f"{config.model['name']} in {config.dtype} on {topology.name}, {chips} chips",
+    f"{values['model']['name']} in {values['dtype']} on {values['topology']}, {values['chips']} "
+    "chips",
     table(rows),
-    *(_traffic(step, one) for step, one in figures.items()),
+    *(_traffic(step, one["collectives"]) for step, one in steps.items()),
     "The compiler's figures and, in the estimate, public peak rates of the chip; nothing is "
     "measured.\ndocs/tpu.md explains them.",
   ]
-  if config.dtype == "float32":
+  if values["dtype"] == "float32":
     notes.append("On TPUs --config.dtype=bfloat16 is recommended: activations take half the bytes.")
   return "\n\n".join(notes)
 
 
-def _column(one: "Figures", chip: "Chip", images: int) -> dict[str, str]:
+def _column(step: dict[str, Any], hbm: float) -> dict[str, str]:
   """What the table says of a step."""
-  from lip_jax.tools.aot_compile import roofline
-
-  bound = roofline(one, chip)
+  estimate = step["estimate"]
   return {
-    "images": f"{images:,}",
-    "memory: arguments": _giga(one.arguments),
-    "  outputs": _giga(one.outputs),
-    "  of them in the place of arguments": _giga(one.aliased),
-    "  temporary": _giga(one.temporaries),
-    "  code": _giga(one.code),
-    "  peak": _giga(one.peak),
-    f"  left of {_giga(chip.hbm)}": f"{100 * (1 - one.peak / chip.hbm):.1f} %",
-    "FLOPs": f"{one.flops / 1e9:,.3f} G",
-    "bytes accessed": _giga(one.bytes_accessed),
-    "estimate: computing": _milli(bound.compute),
-    "  memory accesses": _milli(bound.memory),
-    "  communication": _milli(bound.communication),
-    "  step, the greatest of them": _milli(bound.step),
-    "  images/s": f"{images / bound.step:,.0f}",
+    "images": f"{step['images_per_chip']:,.0f}",
+    "memory: arguments": _giga(step["arguments"]),
+    "  outputs": _giga(step["outputs"]),
+    "  of them in the place of arguments": _giga(step["aliased"]),
+    "  temporary": _giga(step["temporaries"]),
+    "  code": _giga(step["code"]),
+    "  peak": _giga(step["peak"]),
+    f"  left of {_giga(hbm)}": f"{100 * step['free']:.1f} %",
+    "FLOPs": f"{step['flops'] / 1e9:,.3f} G",
+    "bytes accessed": _giga(step["bytes_accessed"]),
+    "estimate: computing": _milli(estimate["compute"]),
+    "  memory accesses": _milli(estimate["memory"]),
+    "  communication": _milli(estimate["communication"]),
+    "  step, the greatest of them": _milli(estimate["step"]),
+    "  images/s": f"{estimate['images_per_second']:,.0f}",
   }
 
 
@@ -201,13 +173,13 @@ def _milli(seconds: float) -> str:
   return f"{1e3 * seconds:,.3f} ms"
 
 
-def _traffic(step: str, one: "Figures") -> str:
-  """The collectives of a step."""
-  if not one.collectives:
+def _traffic(step: str, collectives: list[dict[str, Any]]) -> str:
+  if not collectives:
     return f"Collectives of a chip, {step}: none"
   rows = [("kind", "type", "operations", "bytes")]
   rows += [
-    (each.kind, each.dtype, f"{each.operations:,}", f"{each.bytes:,}") for each in one.collectives
+    (each["kind"], each["dtype"], f"{each['operations']:,}", f"{each['bytes']:,}")
+    for each in collectives
   ]
   return (
     f"Collectives of a chip, {step} (bytes that go into one; of all-gather those that come out):\n"

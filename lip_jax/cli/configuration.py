@@ -1,7 +1,6 @@
 """Configurations given to a command: a file, and values that are changed."""
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import runpy
@@ -13,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lip_jax.cli.arguments import add, add_command, literal
 from lip_jax.errors import UsageError
 from lip_jax.training import config as config_lib
 
@@ -68,18 +68,15 @@ def _field(cls: Any, name: str, where: str) -> Any:
   """Type of a field of a configuration's class; any in settings that a constructor checks."""
   if typing.get_origin(cls) is Mapping:
     return Any
-  fields = {field.name: field for field in dataclasses.fields(cls)} if _is_class(cls) else {}
-  if name not in fields:
-    near = difflib.get_close_matches(name, fields, 1)
+  fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+  kinds = {field.name: field.type for field in fields}
+  if name not in kinds:
+    near = difflib.get_close_matches(name, kinds, 1)
     raise UsageError(
-      f"{where} has no key {name!r}; valid keys: {', '.join(fields) or 'none'}"
+      f"{where} has no key {name!r}; valid keys: {', '.join(kinds) or 'none'}"
       + (f"; did you mean {near[0]}?" if near else "")
     )
-  return fields[name].type
-
-
-def _is_class(kind: Any) -> bool:
-  return dataclasses.is_dataclass(kind) and isinstance(kind, type)
+  return kinds[name]
 
 
 def _parse(text: str, kind: Any) -> Any:
@@ -91,32 +88,25 @@ def _parse(text: str, kind: Any) -> Any:
     return text.lower() == "true"
   if str in kinds:
     return text
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+  return literal(text)
 
 
 def add_config_command(commands: Any) -> None:
   """Adds `config` to the subparsers `commands`."""
   text = "print the whole configuration of a file: its values and the defaults of all others"
-  parser = commands.add_parser("config", help=text, description=text)
-  parser.add_argument("file", metavar="FILE", help="such as configs/imagenet.py:lip_resnet50")
+  parser = add_command(commands, "config", _print, text)
+  add(parser, {"file FILE": "such as configs/imagenet.py:lip_resnet50"})
   add_changes(parser)
-  parser.add_argument("--json", action="store_true", help="as a run's config.json has it")
-  parser.set_defaults(run=_print)
+  add(parser, {"--json": "as a run's config.json has it"})
 
 
 def add_changes(parser: argparse.ArgumentParser) -> None:
   """Adds the option that changes values of a configuration."""
-  parser.add_argument(
-    "--set",
-    action="append",
-    default=[],
-    metavar="KEY=VALUE",
-    help="a value of the configuration, such as dtype=bfloat16 or model.pool=average; may be "
-    "repeated; --config.KEY=VALUE is the same",
+  text = (
+    "a value of the configuration, such as dtype=bfloat16 or model.pool=average; may be repeated; "
+    "--config.KEY=VALUE is the same"
   )
+  add(parser, {"--set KEY=VALUE": text}, action="append", default=[])
 
 
 def _print(args: argparse.Namespace) -> None:

@@ -3,33 +3,24 @@
 import argparse
 from typing import Any
 
-from lip_jax.cli.arguments import option, positive
+from lip_jax.cli.arguments import add, add_command, option, select
 from lip_jax.errors import UsageError
 
 
 def add_commands(commands: Any) -> None:
   """Adds `convert` to the subparsers `commands`."""
   text = "convert a file of PyTorch weights to an exported folder, or such a folder to a file"
-  convert = commands.add_parser("convert", help=text, description=text)
-  convert.add_argument("source", metavar="SOURCE", help="file of weights, or exported folder")
-  convert.add_argument("out", metavar="OUT", help="folder, or file, to write")
-  convert.add_argument("--model", metavar="NAME", help="for a file: the model that it is of")
-  convert.add_argument(
-    "--num-classes",
-    type=positive,
-    metavar="N",
-    help="for a file: classes (default: as in the file)",
-  )
-  convert.add_argument(
-    "--option",
-    action="append",
-    default=[],
-    type=option,
-    metavar="KEY=VALUE",
-    help="for a file: an option of the model, such as logit_width=64; may be repeated",
-  )
-  convert.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-  convert.set_defaults(run=_convert)
+  convert = add_command(commands, "convert", _convert, text)
+  arguments = {
+    "source SOURCE": "file of weights, or exported folder",
+    "out OUT": "folder, or file, to write",
+    "--model NAME": "for a file: the model that it is of",
+    "--num-classes N": "for a file: classes (default: as in the file)",
+  }
+  add(convert, arguments)
+  text = "for a file: an option of the model, such as logit_width=64; may be repeated"
+  add(convert, {"--option KEY=VALUE": text}, action="append", default=[], type=option)
+  add(convert, {"--overwrite": "replace OUT if it exists"})
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -39,5 +30,4 @@ def _convert(args: argparse.Namespace) -> None:
   flags = {"model": "--model", "num_classes": "--num-classes", "overwrite": "--overwrite"}
   for name in options.keys() & flags.keys():
     raise UsageError(f"{name} is no option of a model; give it as {flags[name]}")
-  given = {key: getattr(args, key) for key in flags}
-  print(convert_weights(args.source, args.out, **given, **options))
+  print(convert_weights(args.source, args.out, **select(args, *flags), **options))

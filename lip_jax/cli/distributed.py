@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lip_jax.cli.arguments import positive
+from lip_jax.cli.arguments import add, select
 
 if TYPE_CHECKING:
   from lip_jax.distributed import startup
@@ -20,42 +20,29 @@ def add_flags(parser: argparse.ArgumentParser, connect_timeout: float = 300) -> 
     "start the same command on each; on Cloud TPU, under SLURM, Open MPI and "
     "Kubernetes the processes find each other",
   )
-  group.add_argument(
-    "--distributed",
-    choices=("auto", "on", "off"),
-    default="auto",
-    help="auto: one process of several if a cluster or the flags below say so. on: an error if "
-    "they do not. off: this process is on its own, whatever they say (default: auto)",
+  arguments = {
+    "--distributed {auto,on,off}": "auto: one process of several if a cluster or the flags below "
+    "say so. on: an error if they do not. off: this process is on its own, whatever they say "
+    "(default: auto)",
+    "--coordinator_address HOST:PORT": "of process 0, the same for all processes: any free port "
+    "that they can reach",
+    "--num_processes N": "of the run, on all hosts",
+    "--process_id K": "which one this is, from 0",
+  }
+  add(group, arguments)
+  text = (
+    "GPUs of this host that this process uses, such as 0,1 (default: all, or one each where a "
+    "launcher has started several processes on the host)"
   )
-  group.add_argument(
-    "--coordinator_address",
-    metavar="HOST:PORT",
-    help="of process 0, the same for all processes: any free port that they can reach",
-  )
-  group.add_argument("--num_processes", type=positive, metavar="N", help="of the run, on all hosts")
-  group.add_argument("--process_id", type=int, metavar="K", help="which one this is, from 0")
-  group.add_argument(
-    "--local_device_ids",
-    type=_numbers,
-    metavar="K,K",
-    help="GPUs of this host that this process uses, such as 0,1 (default: all, or one each where a "
-    "launcher has started several processes on the host)",
-  )
-  group.add_argument(
-    "--connect_timeout",
-    type=float,
-    default=connect_timeout,
-    metavar="SECONDS",
-    help=f"that the processes wait for each other at the start (default: {connect_timeout:g})",
-  )
-  group.add_argument(
-    "--liveness_timeout",
-    type=float,
-    default=45.0,
-    metavar="SECONDS",
-    help="without a sign of life (frozen, unreachable) after which a process counts as lost and "
-    "the others end with status 75 (default: 45)",
-  )
+  add(group, {"--local_device_ids K,K": text}, type=_numbers)
+  arguments = {
+    "--connect_timeout SECONDS": "that the processes wait for each other at the start (default: "
+    f"{connect_timeout:g})",
+    "--liveness_timeout SECONDS": "without a sign of life (frozen, unreachable) after which a "
+    "process counts as lost and the others end with status 75 (default: 45)",
+  }
+  add(group, arguments)
+  parser.set_defaults(distributed="auto", connect_timeout=connect_timeout, liveness_timeout=45.0)
 
 
 def _numbers(text: str) -> list[int]:
@@ -70,7 +57,7 @@ def options(args: argparse.Namespace) -> "startup.Options":
   from lip_jax.distributed import startup
 
   names = (field.name for field in dataclasses.fields(startup.Options))
-  return startup.Options(**{name: getattr(args, name) for name in names})
+  return startup.Options(**select(args, *names))
 
 
 @contextlib.contextmanager

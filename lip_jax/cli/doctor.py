@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from lip_jax.cli import distributed
+from lip_jax.cli.arguments import add, add_command, select
 from lip_jax.cli.output import progress
 
 
@@ -14,27 +15,22 @@ def add_commands(commands: Any) -> None:
   text = (
     "check this machine for training, one verdict per line; exit status 1 if there is a problem"
   )
-  doctor = commands.add_parser(
-    "doctor",
-    help=text,
-    description=f"{text}. Without arguments: versions, devices, memory and the data directory. "
-    "With --config it also measures whether the input keeps up with the training steps.",
+  more = (
+    ". Without arguments: versions, devices, memory and the data directory. With --config it also "
+    "measures whether the input keeps up with the training steps."
   )
-  doctor.add_argument("--workdir", metavar="DIR", help="of the run to be, or gs://BUCKET/DIR")
-  doctor.add_argument(
-    "--data-dir", metavar="DIR", help="of the data sets (default: the config's, or TFDS's)"
-  )
-  doctor.add_argument("--dataset", metavar="NAME", help="to look for (default: the config's)")
-  doctor.add_argument(
-    "--config",
-    metavar="FILE",
-    help="of the run to be, such as configs/imagenet.py:lip_resnet50 (default: that of the run in "
-    "--workdir)",
-  )
-  doctor.add_argument("--no-bench", action="store_true", help="measure no speed")
-  doctor.add_argument("--json", action="store_true", help="for machines")
+  doctor = add_command(commands, "doctor", _doctor, text, more)
+  arguments = {
+    "--workdir DIR": "of the run to be, or gs://BUCKET/DIR",
+    "--data-dir DIR": "of the data sets (default: the config's, or TFDS's)",
+    "--dataset NAME": "to look for (default: the config's)",
+    "--config FILE": "of the run to be, such as configs/imagenet.py:lip_resnet50 (default: that "
+    "of the run in --workdir)",
+    "--no-bench": "measure no speed",
+    "--json": "for machines",
+  }
+  add(doctor, arguments)
   distributed.add_flags(doctor, connect_timeout=60)
-  doctor.set_defaults(run=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -42,9 +38,7 @@ def _doctor(args: argparse.Namespace) -> int:
   from lip_jax.tools import doctor
 
   subject = doctor.Subject(
-    workdir=args.workdir,
-    data_dir=args.data_dir,
-    dataset=args.dataset,
+    **select(args, "workdir", "data_dir", "dataset"),
     config=configuration.load(args.config) if args.config else None,
     processes=distributed.options(args),
     bench=not args.no_bench,

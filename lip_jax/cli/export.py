@@ -3,76 +3,52 @@
 import argparse
 from typing import Any
 
-from lip_jax.cli.arguments import positive
-from lip_jax.cli.output import progress
+from lip_jax.cli.arguments import add, add_command, select
+from lip_jax.cli.output import working
 
 
 def add_commands(commands: Any) -> None:
   """Adds `export` and `push` to the subparsers `commands`."""
   text = "write a network as a folder, StableHLO or ONNX; each is checked against the network"
-  export = commands.add_parser(
-    "export",
-    help=text,
-    description=text
-    + ". Files take uint8 RGB images [N, S, S, 3] and normalize them themselves, if the network "
-    "says how; N is free.",
+  more = (
+    ". Files take uint8 RGB images [N, S, S, 3] and normalize them themselves, if the network says "
+    "how; N is free."
   )
-  export.add_argument(
-    "path", metavar="PATH", help="training run, checkpoint, exported folder, or hf://ORG/NAME"
-  )
-  export.add_argument("out", metavar="OUT", help="file or folder to write")
-  export.add_argument(
-    "--format",
-    choices=("folder", "stablehlo", "onnx"),
-    help="(default: by OUT's end, .stablehlo or .onnx, else folder: safetensors and config.json)",
-  )
-  export.add_argument(
-    "--dtype",
-    choices=("float32", "bfloat16", "float16"),
-    default="float32",
-    help="of the computation; in a folder, of the kernels (default: float32)",
-  )
-  export.add_argument(
-    "--image-size", type=positive, metavar="S", help="in pixels (default: the network's own)"
-  )
-  export.add_argument(
-    "--evaluation",
-    metavar="FILE",
-    help="for a folder: what lip-jax evaluate PATH --json printed, for the model card",
-  )
-  export.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-  export.set_defaults(run=_export)
+  export = add_command(commands, "export", _export, text, more)
+  arguments = {
+    "path PATH": "training run, checkpoint, exported folder, or hf://ORG/NAME",
+    "out OUT": "file or folder to write",
+    "--format {folder,stablehlo,onnx}": "(default: by OUT's end, .stablehlo or .onnx, else "
+    "folder: safetensors and config.json)",
+    "--dtype {float32,bfloat16,float16}": "of the computation; in a folder, of the kernels "
+    "(default: float32)",
+    "--image-size S": "in pixels (default: the network's own)",
+    "--evaluation FILE": "for a folder: what lip-jax evaluate PATH --json printed, for the model "
+    "card",
+    "--overwrite": "replace OUT if it exists",
+  }
+  add(export, arguments)
+  export.set_defaults(dtype="float32")
 
   text = "upload an exported folder to the Hugging Face hub, with a model card"
-  push = commands.add_parser("push", help=text, description=text)
-  push.add_argument("folder", metavar="FOLDER", help="what lip-jax export wrote")
-  push.add_argument("name", metavar="ORG/NAME", help="of the repository; made if it is not there")
-  push.add_argument("--private", action="store_true", help="make a new repository private")
-  push.add_argument("--licence", default="apache-2.0", metavar="ID", help="(default: apache-2.0)")
-  push.add_argument(
-    "--dry-run",
-    action="store_true",
-    help="print the card and what would be uploaded; nothing is sent",
-  )
-  push.set_defaults(run=_push)
+  push = add_command(commands, "push", _push, text)
+  arguments = {
+    "folder FOLDER": "what lip-jax export wrote",
+    "name ORG/NAME": "of the repository; made if it is not there",
+    "--private": "make a new repository private",
+    "--licence ID": "(default: apache-2.0)",
+    "--dry-run": "print the card and what would be uploaded; nothing is sent",
+  }
+  add(push, arguments)
+  push.set_defaults(licence="apache-2.0")
 
 
 def _export(args: argparse.Namespace) -> None:
   from lip_jax.export import saving
 
-  progress(f"exporting {args.path} and checking what is written")
-  try:
-    report = saving.write(
-      args.path,
-      args.out,
-      form=args.format,
-      dtype=args.dtype,
-      image_size=args.image_size,
-      evaluation=args.evaluation,
-      overwrite=args.overwrite,
-    )
-  finally:
-    progress("")
+  given = select(args, "dtype", "image_size", "evaluation", "overwrite")
+  with working(f"exporting {args.path} and checking what is written"):
+    report = saving.write(args.path, args.out, form=args.format, **given)
   print(report)
 
 
@@ -86,9 +62,6 @@ def _push(args: argparse.Namespace) -> None:
       print(f"would upload {file}: {size:,} bytes")
     print(f"to {upload.url}")
     return
-  progress(f"uploading {args.folder}")
-  try:
+  with working(f"uploading {args.folder}"):
     url = hub.push(args.folder, args.name, licence=args.licence, private=args.private)
-  finally:
-    progress("")
   print(f"{url}\nload it with: lip_jax.load('hf://{args.name}')")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lip_jax.cli import distributed
-from lip_jax.cli.arguments import option, positive
-from lip_jax.cli.output import progress, table
+from lip_jax.cli.arguments import DATA_DIR, add, add_command, option, select
+from lip_jax.cli.output import progress, table, working
 from lip_jax.errors import UsageError
 
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
@@ -18,71 +18,46 @@ _DRAWN = 16  # images in a picture of importance maps, at most
 def add_commands(commands: Any) -> None:
   """Adds `evaluate` and `predict` to the subparsers `commands`."""
   network = argparse.ArgumentParser(add_help=False)
-  network.add_argument(
-    "path",
-    metavar="PATH",
-    help="training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
+  arguments = {
+    "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
     "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model",
-  )
-  network.add_argument("--model", metavar="NAME", help="for a file of weights: of which model")
-  network.add_argument(
-    "--option",
-    action="append",
-    default=[],
-    type=option,
-    metavar="KEY=VALUE",
-    help="for a file of weights: an option of the model; may be repeated",
-  )
-  network.add_argument(
-    "--dtype",
-    choices=("float32", "bfloat16"),
-    help="of the computation (default: a training run's own, else float32)",
-  )
-  network.add_argument("--json", action="store_true", help="every digit, for machines")
+    "--model NAME": "for a file of weights: of which model",
+  }
+  add(network, arguments)
+  text = "for a file of weights: an option of the model; may be repeated"
+  add(network, {"--option KEY=VALUE": text}, action="append", default=[], type=option)
+  arguments = {
+    "--dtype {float32,bfloat16}": "of the computation (default: a training run's own, else "
+    "float32)",
+    "--json": "every digit, for machines",
+  }
+  add(network, arguments)
 
   text = "evaluate a network: exact top-1, top-5 and loss over all images of a split"
-  evaluate = commands.add_parser("evaluate", help=text, description=text, parents=[network])
-  evaluate.add_argument(
-    "--data",
-    metavar="DATASET",
-    help="TFDS name such as imagenet2012, or folder:DIR (default: that of the training run)",
-  )
-  evaluate.add_argument(
-    "--data-dir",
-    metavar="DIR",
-    help="directory of the data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
-  )
-  evaluate.add_argument(
-    "--checkpoint",
-    metavar="WHICH",
-    help="of a training run: best, latest or a step number (default: best)",
-  )
-  evaluate.add_argument("--split", help="(default: validation, or that of the training run)")
-  evaluate.add_argument(
-    "--batch-size",
-    type=positive,
-    metavar="N",
-    help="images at once on all devices; results do not depend on it (default: 128)",
-  )
-  evaluate.add_argument(
-    "--crops",
-    type=int,
-    choices=(1, 5, 10),
-    help="of which logits are averaged: centre, with corners, with mirrored (default: 1)",
-  )
+  evaluate = add_command(commands, "evaluate", _evaluate, text, parents=[network])
+  arguments = {
+    "--data DATASET": "TFDS name such as imagenet2012, or folder:DIR (default: that of the "
+    "training run)",
+    **DATA_DIR,
+    "--checkpoint WHICH": "of a training run: best, latest or a step number (default: best)",
+    "--split SPLIT": "(default: validation, or that of the training run)",
+    "--batch-size N": "images at once on all devices; results do not depend on it (default: 128)",
+  }
+  add(evaluate, arguments)
+  text = "of which logits are averaged: centre, with corners, with mirrored (default: 1)"
+  evaluate.add_argument("--crops", type=int, choices=(1, 5, 10), help=text)
   distributed.add_flags(evaluate)
-  evaluate.set_defaults(run=_evaluate)
 
   text = "print the most probable classes of images; exit status 1 if any cannot be read"
-  predict = commands.add_parser("predict", help=text, description=text, parents=[network])
-  predict.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or other file")
-  predict.add_argument("--top", type=positive, default=5, metavar="N", help="(default: 5)")
-  predict.add_argument(
-    "--importance",
-    metavar="OUT.png",
-    help=f"draw what each LIP layer finds important in the images, of the first {_DRAWN}",
-  )
-  predict.set_defaults(run=_predict)
+  predict = add_command(commands, "predict", _predict, text, parents=[network])
+  arguments = {
+    "images IMAGE...": "JPEG, PNG or other file",
+    "--top N": "(default: 5)",
+    "--importance OUT.png": "draw what each LIP layer finds important in the images, of the "
+    f"first {_DRAWN}",
+  }
+  add(predict, arguments)
+  predict.set_defaults(top=5)
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -111,22 +86,11 @@ def _evaluate(args: argparse.Namespace) -> None:
   except ImportError as error:
     raise UsageError(f"evaluation needs lip-jax[train] ({error}); install it") from error
 
-  with distributed.joined(args, log=False) as first:
-    progress("loading the network")
-    try:
-      model, config = _load(args)
-      progress("compiling")
-      results = evaluate_loaded(
-        model,
-        config,
-        dataset=args.data,
-        data_dir=args.data_dir,
-        split=args.split,
-        batch_size=args.batch_size,
-        crops=args.crops,
-      )
-    finally:
-      progress("")
+  given = select(args, "data_dir", "split", "batch_size", "crops")
+  with distributed.joined(args, log=False) as first, working("loading the network"):
+    model, config = _load(args)
+    progress("compiling")
+    results = evaluate_loaded(model, config, dataset=args.data, **given)
   if not first:
     return
   if args.json:
@@ -154,16 +118,13 @@ def _predict(args: argparse.Namespace) -> int:
 
   if args.importance:
     figures.check_format(args.importance)  # before the work
-  try:
-    progress("loading the network")
+  with working("loading the network"):
     model, config = _load(args)
     progress("computing")
     images = list(prediction.read(args.images, config))
     readable = [image for image in images if image.pixels is not None]
     pixels = np.array([image.pixels for image in readable])
     predictions = prediction.predict(model, config, pixels, args.top) if readable else []
-  finally:
-    progress("")
   found = iter(predictions)
   values: list[dict[str, Any]] = []
   for image in images:
@@ -191,10 +152,6 @@ def _draw(model: Any, config: dict[str, Any], pixels: Any, out: str) -> None:
     drawn = visualize.draw_importance(
       model, pixels, lambda images: prediction.normalize(images, config), out
     )
-  except (OSError, ValueError) as error:
-    raise UsageError(
-      f"cannot write {out} ({error}); name a .png in a folder that exists"
-    ) from error
   except ImportError as error:
     raise UsageError(f"pictures need lip-jax[train] ({error}); install it") from error
   if not drawn:

@@ -1,13 +1,24 @@
 """What the subcommands print: aligned tables, progress."""
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def progress(text: str) -> None:
   """Replaces the progress line of a terminal; an empty text removes it."""
   if sys.stderr.isatty():
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def working(text: str = "") -> Iterator[None]:
+  """Context with a progress line, which is removed behind it."""
+  progress(text)
+  try:
+    yield
+  finally:
+    progress("")
 
 
 def table(rows: Iterable[tuple[str, ...]], right: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> str:

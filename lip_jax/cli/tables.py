@@ -5,52 +5,40 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lip_jax.cli.arguments import positive
-from lip_jax.cli.output import progress, table
+from lip_jax.cli.arguments import add, add_command, positive
+from lip_jax.cli.output import progress, table, working
 
 if TYPE_CHECKING:
   from lip_jax.tools.cost import Cost
   from lip_jax.tools.paper import Row
   from lip_jax.tools.paper_results import Result
 
+  Entry = tuple[Row, Cost | None, Result | None]  # None: no network
+
 
 def add_commands(commands: Any) -> None:
   """Adds `models` and `tables` to the subparsers `commands`."""
   text = "list the networks: parameters and FLOPs, beside the paper's figures"
-  models = commands.add_parser("models", help=text, description=text)
-  models.add_argument(
-    "names",
-    nargs="*",
-    metavar="NAME",
-    help="model, or row of the paper's tables (default: all models, and tables 1, 3 and 4)",
-  )
-  models.add_argument(
-    "--image-size", type=positive, default=224, help="height and width in pixels (default: 224)"
-  )
-  models.add_argument("--json", action="store_true", help="every digit, for machines")
-  models.set_defaults(run=_models)
+  models = add_command(commands, "models", _models, text)
+  text = "model, or row of the paper's tables (default: all models, and tables 1, 3 and 4)"
+  add(models, {"names NAME": text}, nargs="*")
+  text = "height and width in pixels (default: 224)"
+  add(models, {"--image-size IMAGE_SIZE": text}, type=positive, default=224)
+  add(models, {"--json": "every digit, for machines"})
 
   text = "list the paper's tables: each row as printed, our network's size, and our result"
-  tables = commands.add_parser("tables", help=text, description=text)
-  tables.add_argument(
-    "numbers",
-    nargs="*",
-    type=_number,
-    metavar="N",
-    help="table, 1 to 6 (default: all, and our further poolings)",
-  )
-  tables.add_argument(
-    "--runs",
-    default="runs",
-    metavar="DIR",
-    help="where the runs are, each in DIR/<row> (default: runs)",
-  )
-  form = tables.add_mutually_exclusive_group()
-  form.add_argument("--json", action="store_true", help="every digit and command, for machines")
-  form.add_argument("--markdown", action="store_true", help="for the documentation")
-  tables.set_defaults(run=_tables)
+  tables = add_command(commands, "tables", _tables, text)
+  text = "table, 1 to 6 (default: all, and our further poolings)"
+  add(tables, {"numbers N": text}, nargs="*", type=_number)
+  text = "where the runs are, each in DIR/<row> (default: runs)"
+  add(tables, {"--runs DIR": text}, default="runs")
+  forms = {
+    "--json": "every digit and command, for machines",
+    "--markdown": "for the documentation",
+  }
+  add(tables.add_mutually_exclusive_group(), forms)
 
 
 def _number(text: str) -> int:
@@ -64,44 +52,21 @@ def _models(args: argparse.Namespace) -> None:
   from lip_jax.tools import cost
 
   total = len(args.names or cost.default_names())
-  costs = []
-  try:
+  values = []
+  with working():
     for number, one in enumerate(cost.costs(args.names, args.image_size), start=1):
-      costs.append(one)
+      values.append(_cost_values(one, args.image_size))
       progress(f"{number}/{total} {one.name}")
-  finally:
-    progress("")
   if args.json:
-    values = [_cost_values(one, args.image_size) for one in costs]
     print(json.dumps({"rule": RULE, "networks": values}, indent=2))
     return
   heading = ("network", "parameters", "paper", "difference", "FLOPs", "paper", "difference")
-  print(table([heading, *(_cost_cells(one, args.image_size) for one in costs)]))
+  print(table([heading, *map(_cost_cells, values)]))
   print(f"\nOne image of {args.image_size} px: {RULE}.")
   print("docs/paper_vs_code.md explains the differences.")
 
 
 _PAPER_SIZE = 224  # pixels, of the images that the paper's FLOPs are of
-
-
-def _cost_cells(one: "Cost", image_size: int) -> tuple[str, ...]:
-  printed = one.row.printed if one.row else {}
-  flops = printed.get("flops_g") if image_size == _PAPER_SIZE else None
-  return (
-    one.name,
-    f"{one.parameters:,}",
-    *_comparison(one.parameters / 1e6, printed.get("parameters_m"), "{:.1f}", "M"),
-    f"{one.flops / 1e9:.3f} G",
-    *_comparison(one.flops / 1e9, flops, "{:.2f}", "G"),
-  )
-
-
-def _comparison(ours: float, paper: float | None, form: str, unit: str) -> list[str]:
-  """The paper's figure, and how ours differs from it."""
-  if paper is None:
-    return ["", ""]
-  difference = f"{ours - paper:+.2f} {unit} {100 * (ours / paper - 1):+5.1f} %"
-  return [f"{form.format(paper)} {unit}", difference]
 
 
 def _cost_values(one: "Cost", image_size: int) -> dict[str, Any]:
@@ -116,6 +81,21 @@ def _cost_values(one: "Cost", image_size: int) -> dict[str, Any]:
     values[f"difference_{name}_{unit}"] = None if paper is None else ours - paper
     values[f"difference_{name}_percent"] = None if paper is None else 100 * (ours / paper - 1)
   return values
+
+
+def _cost_cells(values: dict[str, Any]) -> tuple[str, ...]:
+  cells = [values["name"]]
+  for name, ours, unit, digits in (
+    ("parameters", f"{values['parameters']:,}", "M", 1),
+    ("flops", f"{values['flops'] / 1e9:.3f} G", "G", 2),
+  ):
+    paper, difference = (values[f"{of}_{name}_{unit.lower()}"] for of in ("paper", "difference"))
+    percent = values[f"difference_{name}_percent"]
+    compared = ["", ""]
+    if paper is not None:
+      compared = [f"{paper:.{digits}f} {unit}", f"{difference:+.2f} {unit} {percent:+5.1f} %"]
+    cells += [ours, *compared]
+  return tuple(cells)
 
 
 # What a table shows for each of its columns: what is printed, and where there are two, ours.
@@ -133,14 +113,6 @@ _HEADINGS = {
 }
 _TWO_DIGITS = ("top1", "top5", "flops_g")
 _WIDTH = 100  # of prose
-
-
-class _Entry(NamedTuple):
-  """A row, and what is ours of it: None where there is no network."""
-
-  row: "Row"
-  cost: "Cost | None"
-  result: "Result | None"
 
 
 def _tables(args: argparse.Namespace) -> None:
@@ -164,30 +136,28 @@ def _tables(args: argparse.Namespace) -> None:
   for title, number, rows in groups:
     entries, columns = _entries(rows, args.runs), paper.COLUMNS[number or 1]
     notes = [paper.NOTES[number]] if number in paper.NOTES else []
-    notes += [f"{e.row.name}: {e.result}." for e in entries if e.result and e.result.why]
-    show(title, [_heading(columns), *(_cells(entry, columns) for entry in entries)], notes)
+    notes += [f"{row.name}: {result}." for row, _, result in entries if result and result.why]
+    heading = ("row", "", *(text for column in columns for text in _HEADINGS[column]))
+    show(title, [heading, *(_cells(entry, columns) for entry in entries)], notes)
   if not args.markdown:
     print(textwrap.fill(f"Accuracies in percent; here: ours. {RULE}.", _WIDTH))
     print("A row's network, if there is one here:")
     print(f"  python train.py --config=configs/imagenet.py:ROW --workdir={args.runs}/ROW")
 
 
-def _entries(rows: "Sequence[Row]", runs: str) -> list[_Entry]:
+def _entries(rows: "Sequence[Row]", runs: str) -> "list[Entry]":
   from lip_jax.tools import cost, paper_results
 
-  entries = []
-  for row in rows:
-    progress(row.name)
-    if row.model:
-      (size,) = cost.costs([row.name])
-      entries.append(_Entry(row, size, paper_results.result(row, runs)))
-    else:
-      entries.append(_Entry(row, None, None))
-  progress("")
+  entries: list[Entry] = []
+  with working():
+    for row in rows:
+      progress(row.name)
+      size = next(cost.costs([row.name])) if row.model else None
+      entries.append((row, size, paper_results.result(row, runs) if row.model else None))
   return entries
 
 
-def _row_values(entry: _Entry, runs: str) -> dict[str, Any]:
+def _row_values(entry: "Entry", runs: str) -> dict[str, Any]:
   from lip_jax.tools import paper_results
 
   row, size, result = entry
@@ -200,11 +170,7 @@ def _row_values(entry: _Entry, runs: str) -> dict[str, Any]:
   }
 
 
-def _heading(columns: Sequence[str]) -> tuple[str, ...]:
-  return ("row", "", *(heading for column in columns for heading in _HEADINGS[column]))
-
-
-def _cells(entry: _Entry, columns: Sequence[str]) -> tuple[str, ...]:
+def _cells(entry: "Entry", columns: Sequence[str]) -> tuple[str, ...]:
   """A line of a table: for each column the printed figure, and ours where there is one."""
   row, size, result = entry
   ours = {}

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from lip_jax.cli import configuration, distributed
+from lip_jax.cli.arguments import add, add_command
 from lip_jax.errors import UsageError
 
 _EPILOG = """
@@ -21,35 +22,18 @@ exit status:
 def add_commands(commands: Any) -> None:
   """Adds `train` and `config` to the subparsers `commands`."""
   text = "train a network, or go on where the run in --workdir stopped"
-  parser = commands.add_parser(
-    "train",
-    help=text,
-    description=text,
-    epilog=_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument(
-    "--config", metavar="FILE", help="configuration, for example configs/cluttered_digits.py"
-  )
+  parser = add_command(commands, "train", _train, text, epilog=_EPILOG)
+  add(parser, {"--config FILE": "configuration, for example configs/cluttered_digits.py"})
   configuration.add_changes(parser)
-  parser.add_argument(
-    "--workdir",
-    metavar="DIR",
-    help="of the run: checkpoints, metrics, TensorBoard files, pictures; or gs://BUCKET/RUN",
-  )
-  parser.add_argument(
-    "--start_from",
-    metavar="RUN/checkpoints/STEP",
-    help="checkpoint of another run, that a new run goes on from",
-  )
-  parser.add_argument(
-    "--weights",
-    metavar="PATH",
-    help="network that a new run starts from, to fine-tune it: a run, an exported folder or "
-    "hf://ORGANISATION/NAME; its classifier is replaced if the data have other classes",
-  )
+  arguments = {
+    "--workdir DIR": "of the run: checkpoints, metrics, TensorBoard files, pictures; or "
+    "gs://BUCKET/RUN",
+    "--start_from RUN/checkpoints/STEP": "checkpoint of another run, that a new run goes on from",
+    "--weights PATH": "network that a new run starts from, to fine-tune it: a run, an exported "
+    "folder or hf://ORGANISATION/NAME; its classifier is replaced if the data have other classes",
+  }
+  add(parser, arguments)
   distributed.add_flags(parser)
-  parser.set_defaults(run=_train)
   configuration.add_config_command(commands)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lip_jax.cli.arguments import positive
-from lip_jax.cli.output import progress, table
+from lip_jax.cli.arguments import DATA_DIR, add, add_command
+from lip_jax.cli.output import progress, table, working
 from lip_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,102 +33,58 @@ that under the label's mean probability, against the occluded part of the image.
 def add_commands(commands: Any) -> None:
   """Adds `visualize` to the subparsers `commands`."""
   text = "draw what networks look at, side by side, or measure how steady they are"
-  visualize = commands.add_parser(
-    "visualize",
-    help=text,
-    description=f"{text}: importance maps of LIP, class activation maps, effective receptive "
-    "fields (figure 5 of the paper); shift consistency and deletion curves",
-    epilog=_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  more = (
+    ": importance maps of LIP, class activation maps, effective receptive fields (figure 5 of the "
+    "paper); shift consistency and deletion curves"
   )
-  visualize.add_argument(
-    "paths",
-    nargs="+",
-    metavar="PATH",
-    help="networks, as lip_jax.load takes them, and image files; without image files the first "
-    "images of the data set are taken",
-  )
-  visualize.add_argument(
-    "--out",
-    metavar="FILE",
-    help=f"figure to write: .png, .svg or .pdf (default: {_OUT}; none where numbers are printed)",
-  )
-  visualize.add_argument(
-    "--names", nargs="+", metavar="NAME", help="of the networks (default: of their folders)"
-  )
-  visualize.add_argument(
-    "--count",
-    type=positive,
-    metavar="N",
-    help="images of the data set (default: 2 to draw, 8 with --layers, 200 to measure)",
-  )
-  visualize.set_defaults(run=_visualize)
-
-  data = visualize.add_argument_group("data set, where no image files are given")
-  data.add_argument(
-    "--data",
-    metavar="DATASET",
-    help="TFDS name, folder:DIR or fake (default: what the network was trained on)",
-  )
-  data.add_argument("--split", default="validation", help="(default: validation)")
-  data.add_argument(
-    "--data-dir",
-    metavar="DIR",
-    help="directory of the data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+  visualize = add_command(commands, "visualize", _visualize, text, more, epilog=_EPILOG)
+  arguments = {
+    "paths PATH...": "networks, as lip_jax.load takes them, and image files; without image files "
+    "the first images of the data set are taken",
+    "--out FILE": f"figure to write: .png, .svg or .pdf (default: {_OUT}; none where numbers are "
+    "printed)",
+    "--names NAME...": "of the networks (default: of their folders)",
+    "--count N": "images of the data set (default: 2 to draw, 8 with --layers, 200 to measure)",
+  }
+  add(visualize, arguments)
+  add(
+    visualize.add_argument_group("data set, where no image files are given"),
+    {
+      "--data DATASET": "TFDS name, folder:DIR or fake (default: what the network was trained on)",
+      "--split SPLIT": "(default: validation)",
+      **DATA_DIR,
+    },
   )
   _add_figure_options(visualize.add_argument_group("figure"))
   _add_number_options(visualize.add_argument_group("numbers, instead of the figure"))
+  visualize.set_defaults(split="validation", fill="dataset")
 
 
 def _add_figure_options(figure: Any) -> None:
-  figure.add_argument(
-    "--layers", action="store_true", help="importance maps of every LIP layer, of one network"
+  add(figure, {"--layers": "importance maps of every LIP layer, of one network"})
+  text = "name or number of the class of the activation maps (default: what is predicted)"
+  add(figure, {"--class CLASS": text}, dest="label")
+  text = (
+    "of the class activation map, whose receptive field to draw; may be repeated (default: where "
+    "the map is largest)"
   )
-  figure.add_argument(
-    "--class",
-    dest="label",
-    metavar="CLASS",
-    help="name or number of the class of the activation maps (default: what is predicted)",
-  )
-  figure.add_argument(
-    "--location",
-    type=_location,
-    action="append",
-    metavar="ROW,COLUMN",
-    help="of the class activation map, whose receptive field to draw; may be repeated (default: "
-    "where the map is largest)",
-  )
+  add(figure, {"--location ROW,COLUMN": text}, action="append", type=_location)
 
 
 def _add_number_options(numbers: Any) -> None:
-  numbers.add_argument(
-    "--shift-consistency",
-    action="store_true",
-    help="how often the prediction survives a shift of 1 to 8 pixels",
-  )
-  numbers.add_argument(
-    "--border",
-    choices=("crop", "reflect", "zero", "wrap"),
-    help="what a shift brings in: the image beyond the central crop, its mirror image, the data "
-    "set's mean colour, or its other side (default: crop if the crop leaves 8 pixels, else "
-    "reflect)",
-  )
-  numbers.add_argument(
-    "--deletion", action="store_true", help="what is left of the prediction as pixels are occluded"
-  )
-  numbers.add_argument(
-    "--by",
-    choices=("importance", "cam"),
-    help="which pixels are important: by LIP's importance maps, or the class activation map "
-    "(default: the first if the network has LIP)",
-  )
-  numbers.add_argument(
-    "--fill",
-    choices=("dataset", "image"),
-    default="dataset",
-    help="mean colour that takes the place of occluded pixels (default: dataset)",
-  )
-  numbers.add_argument("--json", action="store_true", help="every digit, for machines")
+  arguments = {
+    "--shift-consistency": "how often the prediction survives a shift of 1 to 8 pixels",
+    "--border {crop,reflect,zero,wrap}": "what a shift brings in: the image beyond the central "
+    "crop, its mirror image, the data set's mean colour, or its other side (default: crop if the "
+    "crop leaves 8 pixels, else reflect)",
+    "--deletion": "what is left of the prediction as pixels are occluded",
+    "--by {importance,cam}": "which pixels are important: by LIP's importance maps, or the class "
+    "activation map (default: the first if the network has LIP)",
+    "--fill {dataset,image}": "mean colour that takes the place of occluded pixels (default: "
+    "dataset)",
+    "--json": "every digit, for machines",
+  }
+  add(numbers, arguments)
 
 
 def _visualize(args: argparse.Namespace) -> None:
@@ -150,8 +106,7 @@ def _visualize(args: argparse.Namespace) -> None:
     raise UsageError("image files and --data are given; leave one of them out")
   if args.layers and len(folders) > 1:
     raise UsageError(f"--layers is for one network, got {len(folders)}")
-  try:
-    progress("loading")
+  with working("loading"):
     networks = compare.load_networks(folders, args.names)
 
     def images(default_count: int, margin: int = 0) -> "Images":
@@ -163,11 +118,13 @@ def _visualize(args: argparse.Namespace) -> None:
     if measuring:
       _measure(args, networks, images, out)
     elif args.layers:
-      _draw_layers(networks[0], images(8), out or _OUT)
+      pixels, normalize = images(8).pixels, networks[0].normalize
+      if not figures.draw_importance(networks[0].model, pixels, normalize, out or _OUT):
+        raise UsageError(
+          f"{networks[0].path} has no LIP layer; leave --layers out for the other maps"
+        )
     else:
       _draw(args, networks, images(2), out or _OUT)
-  finally:
-    progress("")
   if out is not None and not args.json:
     print(f"figure: {out}")
 
@@ -181,13 +138,6 @@ def _draw(args: argparse.Namespace, networks: "list[Network]", images: "Images",
     label = None if args.label is None else compare.find_class(network, args.label)
     columns.append(compare.column(network, images.pixels, label=label, locations=args.location))
   figures.save_figure(figures.comparison_figure(images.pixels, columns, images.titles), out)
-
-
-def _draw_layers(network: "Network", images: "Images", out: str) -> None:
-  from lip_jax.visualize import figures
-
-  if not figures.draw_importance(network.model, images.pixels, network.normalize, out):
-    raise UsageError(f"{network.path} has no LIP layer; leave --layers out for the other maps")
 
 
 def _measure(

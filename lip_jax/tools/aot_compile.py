@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from lip_jax.data import fake
 from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.tools import paper
@@ -114,9 +113,12 @@ def topology(name: str) -> Topology:
       "the compiler for TPUs is missing: pip install 'lip-jax[tpu]', which brings libtpu; it needs "
       "no TPU"
     )
+  # Whether the links of each axis close to a ring: in whole cubes of 4, or rows of 16.
+  cubes = all(size % 4 == 0 for size in sizes)
+  wrap = (cubes,) * 3 if len(sizes) == 3 else (sizes[0] == 16, sizes[1] == 16, False)
   try:
     description = topologies.get_topology_desc(
-      platform="tpu", topology_name=name, wrap=_wraps(sizes), **chip.options
+      platform="tpu", topology_name=name, wrap=wrap, **chip.options
     )
   except Exception as error:  # of libtpu, whose types depend on its version
     reason = str(error).strip().splitlines()[0]
@@ -127,32 +129,16 @@ def topology(name: str) -> Topology:
   return Topology(name, chip, description.devices)
 
 
-def _wraps(sizes: Sequence[int]) -> tuple[bool, bool, bool]:
-  """Whether the links of each axis close to a ring: in whole cubes of 4, or rows of 16."""
-  if len(sizes) == 3:
-    return (all(size % 4 == 0 for size in sizes),) * 3
-  return sizes[0] == 16, sizes[1] == 16, False
-
-
 def num_classes(config: Config) -> int:
   """Classes of a run's data set, which need not be there if it is ImageNet.
 
   Raises:
     UsageError: the data set is needed, and not there.
   """
-  name = config.data.dataset.partition(":")[0]
-  if name == paper.DATASET:
+  if config.data.dataset.partition(":")[0] == paper.DATASET:
     return 1000
-  if name == "fake":
-    return fake.NUM_CLASSES
-  return open_split(
-    config.data.dataset, config.data.validation_split, config.data.data_dir
-  ).num_classes
-
-
-def with_batch(config: Config, images: int) -> Config:
-  """The configuration with this many images a step, in training and in evaluation."""
-  return dataclasses.replace(config, global_batch_size=images, eval_batch_size=images)
+  data = config.data
+  return open_split(data.dataset, data.validation_split, data.data_dir).num_classes
 
 
 def train_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> Figures:

@@ -14,9 +14,8 @@ _INSTRUCTION = re.compile(r"(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<rest>.*)")
 _COLLECTIVE = re.compile(
   rf"(?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>[^)]*)\)"
 )
-_OPERATION = re.compile(
-  r" [a-z][\w-]*\("
-)  # behind an instruction's shape, whose layout is T(8,128)
+# Behind an instruction's shape, whose layout is T(8,128).
+_OPERATION = re.compile(r" [a-z][\w-]*\(")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|bf16|[suf]\d+(?:e\w+)?|c64|c128)\[(?P<sizes>[\d,]*)\]")
 _CALLS = re.compile(
   r"\b(?P<how>calls|to_apply|body|condition|branch_computations|called_computations)="
@@ -27,6 +26,7 @@ _ENDS = re.compile(r" async-(?:update|done)\(")  # names again what has been sta
 # For TPUs: one operation, in the background of several fusions, each of which names it.
 _CHAIN = re.compile(r'\bchain_id="(\w+)"')
 _LIMIT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+_Arrays = list[tuple[str, int]]  # dtype and bytes of each
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -44,11 +44,6 @@ class Collective(NamedTuple):
   bytes: int
 
 
-class _Instruction(NamedTuple):
-  kind: str
-  arrays: tuple[tuple[str, int], ...]  # dtype and bytes of each
-
-
 def collectives(text: str) -> list[Collective]:
   """Collectives of a compiled program, most bytes first.
 
@@ -60,23 +55,18 @@ def collectives(text: str) -> list[Collective]:
   """
   totals: collections.Counter[tuple[str, str]] = collections.Counter()
   counts: collections.Counter[tuple[str, str]] = collections.Counter()
-  for times, instruction in _executed(text):
-    for dtype in {dtype for dtype, _ in instruction.arrays}:
-      counts[instruction.kind, dtype] += times
-    for dtype, size in instruction.arrays:
-      totals[instruction.kind, dtype] += times * size
+  for times, kind, arrays in _executed(text):
+    for dtype in {dtype for dtype, _ in arrays}:
+      counts[kind, dtype] += times
+    for dtype, size in arrays:
+      totals[kind, dtype] += times * size
   found = [Collective(*key, counts[key], totals[key]) for key in counts]
   return sorted(found, key=lambda one: (-one.bytes, one.kind, one.dtype))
 
 
-def total_bytes(found: Sequence[Collective]) -> int:
-  """Bytes of all of them."""
-  return sum(one.bytes for one in found)
-
-
-def _executed(text: str) -> list[tuple[int, _Instruction]]:
-  """Collectives of a program, and how often each runs."""
-  found: dict[str, list[_Instruction]] = {}
+def _executed(text: str) -> list[tuple[int, str, _Arrays]]:
+  """Collectives of a program: how often each runs, its kind and its arrays."""
+  found: dict[str, list[tuple[str, _Arrays]]] = {}
   calls: dict[str, list[tuple[str, int]]] = {}
   limits: dict[str, list[int]] = {}
   times: collections.Counter[str] = collections.Counter()
@@ -94,7 +84,7 @@ def _executed(text: str) -> list[tuple[int, _Instruction]]:
       shapes[instruction["name"]] = rest[: operation.start()] if operation else rest
       chain = _CHAIN.search(rest)
       if (collective := _COLLECTIVE.match(rest)) and not (chain and chain[1] in chains):
-        found[name].append(_read(collective, shapes))
+        found[name].append((collective["kind"], _read(collective, shapes)))
       if chain:
         chains.add(chain[1])
       if limit := _LIMIT.match(rest):
@@ -105,33 +95,28 @@ def _executed(text: str) -> list[tuple[int, _Instruction]]:
   for caller in reversed(found):
     for called, rounds in calls[caller]:
       times[called] += rounds * times[caller]
-  return [(times[name], instruction) for name in found for instruction in found[name]]
+  return [(times[name], *collective) for name in found for collective in found[name]]
 
 
-def _read(collective: re.Match[str], shapes: dict[str, str]) -> _Instruction:
+def _read(collective: re.Match[str], shapes: dict[str, str]) -> _Arrays:
   names = [operand.split()[-1].lstrip("%") for operand in collective["operands"].split(", ")]
   operands = [array for name in names for array in _arrays(shapes[name])]
   if collective["kind"] != "all-gather":
-    return _Instruction(collective["kind"], tuple(operands))
+    return operands
   results = _arrays(collective["result"])
   if collective["start"]:  # gives the operands, then the results
     results = results[len(operands) : 2 * len(operands)]
-  return _Instruction("all-gather", tuple(results))
+  return results
 
 
-def _arrays(shape: str) -> list[tuple[str, int]]:
-  """Dtype and bytes of the arrays of a shape, which may be a tuple."""
+def _arrays(shape: str) -> _Arrays:
+  """Those of a shape, which may be a tuple."""
   arrays = []
   for array in _ARRAY.finditer(shape):
     sizes = [int(size) for size in array["sizes"].split(",") if size]
-    arrays.append((array["dtype"], math.prod(sizes) * _bits(array["dtype"]) // 8))
+    bits = re.search(r"\d+", array["dtype"])  # none: pred
+    arrays.append((array["dtype"], math.prod(sizes) * (int(bits[0]) if bits else 8) // 8))
   return arrays
-
-
-def _bits(dtype: str) -> int:
-  """Of one element."""
-  digits = re.search(r"\d+", dtype)
-  return int(digits[0]) if digits else 8  # pred
 
 
 def _called(rest: str, limits: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:

@@ -33,7 +33,7 @@ def costs(names: Sequence[str] = (), image_size: int = 224) -> Iterator[Cost]:
   """
   names = names or default_names()
   rows = [_row(name) for name in names]
-  return _costs(names, rows, image_size)
+  return (_cost(name, row, image_size) for name, row in zip(names, rows, strict=True))
 
 
 def default_names() -> list[str]:
@@ -54,17 +54,14 @@ def _row(name: str) -> paper.Row | None:
   )
 
 
-def _costs(
-  names: Sequence[str], rows: Sequence[paper.Row | None], image_size: int
-) -> Iterator[Cost]:
-  for name, row in zip(names, rows, strict=True):
-    model = row.model if row and row.model else name
-    options = dict(row.options) if row else {}
-    counts = _cost(model, tuple(options.items()), image_size)
-    yield Cost(name, model, options, *counts, row)
+def _cost(name: str, row: paper.Row | None, image_size: int) -> Cost:
+  model, options = (row.model or name, dict(row.options)) if row else (name, {})
+  return Cost(name, model, options, *_counts(model, tuple(options.items()), image_size), row)
 
 
-@functools.cache
-def _cost(name: str, options: tuple[tuple[str, Any], ...], image_size: int) -> tuple[int, int, int]:
+@functools.cache  # networks stand in several tables
+def _counts(
+  name: str, options: tuple[tuple[str, Any], ...], image_size: int
+) -> tuple[int, int, int]:
   model = abstract_model(name, **dict(options))
   return count_parameters(model), *counts(model, image_size)

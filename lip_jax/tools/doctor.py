@@ -7,8 +7,6 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from lip_jax.distributed import service_log, startup
 from lip_jax.errors import UsageError
 from lip_jax.tools import machine
 from lip_jax.tools.machine import Status, Verdict
+from lip_jax.training import config as config_lib
 from lip_jax.training import workdir as workdir_lib
-from lip_jax.training.config import Config
 
 _GIB = 2**30
 _LITTLE_SPACE = 5 * _GIB  # on a disk, where the size of a checkpoint is not known
@@ -48,28 +46,16 @@ class _Company:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What is examined.
+  """What is examined."""
 
-  Attributes:
-    workdir: of the run to be; None: not checked.
-    data_dir: of the data sets; None: the config's, or else TFDS's default.
-    dataset: None: the config's.
-    config: of the run to be; None: that of the run in `workdir`, if there is one.
-    processes: how this one finds the others of the run.
-    bench_seconds: how long to measure each of the two, beside compilation.
-    device_timeout: seconds until devices that do not answer count as hanging.
-    bench: whether to measure input against training step, which takes about a minute; needs a
-      configuration.
-  """
-
-  workdir: str | None = None
-  data_dir: str | None = None
-  dataset: str | None = None
-  config: Config | None = None
+  workdir: str | None = None  # of the run to be; None: not checked
+  data_dir: str | None = None  # of the data sets; None: the config's, or else TFDS's default
+  dataset: str | None = None  # None: the config's
+  config: config_lib.Config | None = None  # of the run to be; None: that in `workdir`, if any
   processes: startup.Options = dataclasses.field(default_factory=startup.Options)
-  bench_seconds: float = 5.0
-  device_timeout: float = 120.0
-  bench: bool = True
+  bench_seconds: float = 5.0  # to measure each of the two, beside compilation
+  device_timeout: float = 120.0  # seconds until devices that do not answer count as hanging
+  bench: bool = True  # measure input against training step, about a minute; needs a configuration
 
 
 def examine(
@@ -83,49 +69,51 @@ def examine(
   subject, faults = _with_config(subject)
   yield from faults
   company = _Company()
-  checks: dict[str, Callable[[Subject], Iterator[Verdict]]] = {
-    "versions": lambda _: machine.versions(),
+  checks = {
+    "versions": machine.versions(),
     # First: the devices of several TPU hosts answer together.
-    "hosts": lambda subject: _hosts(subject, company),
-    "devices": lambda subject: machine.devices(subject.device_timeout),
-    "memory": lambda _: machine.memory(),
-    "workdir": _workdir,
-    "data dir": _data_dir,
-    "data set": _dataset,
-    "speed": lambda subject: _speed(subject, company, progress),
+    "hosts": _hosts(subject, company),
+    "devices": machine.devices(subject.device_timeout),
+    "memory": machine.memory(),
+    "workdir": _workdir(subject),
+    "data dir": _data_dir(subject),
+    "data set": _dataset(subject),
+    "speed": _speed(subject, company, progress),
   }
-  for name, check in checks.items():
+  for name, verdicts in checks.items():  # which run as they are asked for
     progress(f"checking: {name}")
     try:
-      for verdict in check(subject):
+      for verdict in verdicts:
         progress("")
         yield Finding(name, *verdict)
         if name == "devices" and verdict[0] == "problem":
           # Nor would they be faster, or answer at all, where the steps are measured.
-          checks["speed"] = lambda _: iter(())
-    except UsageError as error:
-      progress("")
-      yield Finding(name, "problem", str(error))
+          checks["speed"] = iter(())
     except (Exception, SystemExit) as error:  # whatever the libraries raise on a broken machine
       progress("")
-      said = (str(error).strip() or "no message").splitlines()[0][:300]
-      yield Finding(name, "problem", f"the check failed: {type(error).__name__}: {said}")
+      said = str(error)
+      if not isinstance(error, UsageError):
+        first = (said.strip() or "no message").splitlines()[0][:300]
+        said = f"the check failed: {type(error).__name__}: {first}"
+      yield Finding(name, "problem", said)
   progress("")
 
 
 def _with_config(subject: Subject) -> tuple[Subject, list[Finding]]:
-  """With the configuration of the run in the workdir, where none is given."""
-  if subject.config is not None or subject.workdir is None:
-    return subject, []
-  from lip_jax.training import config as config_lib
-
+  """With what the configuration says, by default that of the run in the workdir."""
+  config = subject.config
   try:
-    path = workdir_lib.absolute(subject.workdir) / "config.json"
-    if workdir_lib.read_text(path) is None:
-      return subject, []
-    return dataclasses.replace(subject, config=config_lib.load(subject.workdir)), []
+    if config is None and subject.workdir is not None:
+      path = workdir_lib.absolute(subject.workdir) / "config.json"
+      if workdir_lib.read_text(path) is not None:
+        config = config_lib.load(subject.workdir)
   except Exception as error:  # as for the checks
     return subject, [Finding("config", "problem", f"that of {subject.workdir}: {error}")]
+  if config is None:
+    return subject, []
+  data_dir = subject.data_dir or config.data.data_dir
+  dataset = subject.dataset or config.data.dataset
+  return dataclasses.replace(subject, config=config, data_dir=data_dir, dataset=dataset), []
 
 
 # In a process of its own, which ends when others do not come. Prints the names in its last line.
@@ -149,19 +137,11 @@ def _hosts(subject: Subject, company: _Company) -> Iterator[Verdict]:
     return
   company.hosts = place.num_processes or 1
   options = json.dumps(dataclasses.asdict(subject.processes))
-  joined = subprocess.run(
-    [sys.executable, "-c", _JOIN, options],
-    env={**os.environ, **service_log.ENVIRONMENT},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  if joined.returncode:
-    said = (joined.stderr.strip() or f"exit status {joined.returncode}").splitlines()[-1]
-    remedy = "--distributed=off checks this host alone"
-    yield "problem", said.removeprefix("error: "), remedy
+  try:
+    names = machine.ask(_JOIN, options, env={**os.environ, **service_log.ENVIRONMENT})
+  except UsageError as error:
+    yield "problem", str(error), "--distributed=off checks this host alone"
     return
-  names = json.loads(joined.stdout.splitlines()[-1])
   company.hosts, company.processes_here = len(set(names)), names.count(socket.gethostname())
   where = f"process 0 at {place.coordinator_address or names[0]}"
   yield "ok", f"all {len(names)} processes have connected ({where}): {', '.join(names)}"
@@ -176,7 +156,6 @@ def _workdir(subject: Subject) -> Iterator[Verdict]:
   need = 0
   if subject.config is not None:
     from lip_jax.tools import step_bench
-    from lip_jax.training import config as config_lib
     from lip_jax.training.checkpoint.checkpoints import most_at_a_time
 
     if workdir_lib.read_text(path / "config.json") is not None:
@@ -201,14 +180,13 @@ def _workdir(subject: Subject) -> Iterator[Verdict]:
 def _data_dir(subject: Subject) -> Iterator[Verdict]:
   from tensorflow_datasets.core import constants
 
-  configured = subject.config.data.data_dir if subject.config else None
-  directory = os.path.expanduser(subject.data_dir or configured or constants.DATA_DIR)
+  directory = os.path.expanduser(subject.data_dir or constants.DATA_DIR)
   if workdir_lib.in_bucket(directory):
     path = workdir_lib.absolute(directory)
     yield "ok", f"{path}: {len(list(path.iterdir()))} entries; in a bucket, which is read only here"
     return
   if not os.path.isdir(directory):
-    if subject.data_dir or configured:
+    if subject.data_dir:
       raise UsageError(f"there is no directory {directory}; name the one that holds the data sets")
     yield "ok", f"{directory} does not exist yet; it is made with the first data set"
     return
@@ -233,14 +211,13 @@ def _dataset(subject: Subject) -> Iterator[Verdict]:
   from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
   from lip_jax.data.source import open_split
 
-  data = subject.config.data if subject.config else None
-  dataset = subject.dataset or (data.dataset if data else None)
+  dataset = subject.dataset
   if dataset is None:
     return
+  data = subject.config.data if subject.config else None
   splits = (data.train_split, data.validation_split) if data else ("train", "validation")
-  data_dir = subject.data_dir or (data.data_dir if data else None)
   try:
-    sources = [open_split(dataset, split, data_dir, prepare=False) for split in splits]
+    sources = [open_split(dataset, split, subject.data_dir, prepare=False) for split in splits]
   except UsageError:
     if dataset.partition("/")[0] != ClutteredDigits.name:
       raise
@@ -270,13 +247,12 @@ def _speed(
   from lip_jax.tools import step_bench
 
   data: Any = subject.config.data
-  dataset = subject.dataset or data.dataset
-  progress(f"reading {dataset}, {subject.bench_seconds:g} s")
+  progress(f"reading {subject.dataset}, {subject.bench_seconds:g} s")
   crops = {} if data.crop_scale is None else {"crop_scale": data.crop_scale}
   try:
     read = bench.bench(
-      dataset,
-      data_dir=subject.data_dir or data.data_dir,
+      subject.dataset or data.dataset,
+      data_dir=subject.data_dir,
       split=data.train_split,
       image_size=data.image_size,
       num_threads=data.num_threads,

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,20 +37,15 @@ print(json.dumps({
 
 def versions() -> Iterator[Verdict]:
   """Whether the packages that training needs are there, in versions that are supported."""
-  from importlib import metadata
-
   requirements = _requirements()
-  found, missing, wrong = {}, [], []
-  for requirement in requirements:
-    try:
-      version = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
-      missing.append(requirement.name)
-      continue
-    found[requirement.name] = version
-    if not requirement.specifier.contains(version, prereleases=True):
-      wrong.append(f"{requirement.name} {version} (supported: {requirement.specifier})")
-  found["jaxlib"] = _installed("jaxlib") or "missing"
+  found = {one.name: _installed(one.name) for one in requirements}
+  found["jaxlib"] = _installed("jaxlib")
+  missing = [name for name, version in found.items() if version is None]
+  wrong = [
+    f"{one.name} {found[one.name]} (supported: {one.specifier})"
+    for one in requirements
+    if found[one.name] and not one.specifier.contains(found[one.name], prereleases=True)
+  ]
   python = ".".join(map(str, sys.version_info[:3]))
   shown = ", ".join(f"{name} {found[name]}" for name in _SHOWN if name in found)
   if wrong:
@@ -61,12 +58,9 @@ def versions() -> Iterator[Verdict]:
 
 def _requirements() -> list[Any]:
   """What lip-jax requires for training: of the installed package, or of the tree it runs from."""
-  import tomllib
-  from importlib import metadata
-
   from packaging.requirements import Requirement
 
-  project = Path(__file__).parents[1] / "pyproject.toml"
+  project = Path(__file__).parents[2] / "pyproject.toml"
   if project.is_file():
     values = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
     return [*map(Requirement, values["dependencies"] + values["optional-dependencies"]["train"])]
@@ -76,8 +70,6 @@ def _requirements() -> list[Any]:
 
 def _installed(package: str) -> str | None:
   """Version of a package, None if it is not installed."""
-  from importlib import metadata
-
   try:
     return metadata.version(package)
   except metadata.PackageNotFoundError:
@@ -93,9 +85,17 @@ def devices(timeout: float) -> Iterator[Verdict]:
   present = _accelerators()
   wanted = os.environ.get("JAX_PLATFORMS", "")
   try:
-    seen = _probe(timeout)
+    seen = ask(_PROBE, timeout=timeout)
+  except subprocess.TimeoutExpired:
+    text = (
+      f"the devices do not answer within {timeout:g} s: another process holds them, or they are "
+      "those of several hosts, and the same command has to be started on all"
+    )
+    yield "problem", text, _why_unused(present) or "see the message of jax"
+    return
   except UsageError as error:
-    yield "problem", str(error), _why_unused(present) or "see the message of jax"
+    text = f"jax cannot use its devices: {str(error)[:300]}"
+    yield "problem", text, _why_unused(present) or "see the message of jax"
     return
   text = f"{seen['count']} {seen['platform']} device(s), {seen['kind']}"
   if seen["memory"]:
@@ -153,25 +153,30 @@ def _why_unused(kinds: list[str]) -> str:
   return ""
 
 
-def _probe(seconds: float) -> dict[str, Any]:
-  """What jax sees, asked in another process.
+def ask(
+  code: str,
+  *arguments: str,
+  timeout: float | None = None,
+  env: Mapping[str, str] | None = None,
+) -> Any:
+  """What Python code prints in its last line, in JSON, in a process of its own.
 
   Raises:
-    UsageError: it fails, crashes, or does not answer in time.
+    UsageError: it fails or crashes, with the last line of what it says.
+    subprocess.TimeoutExpired: it does not end within `timeout` seconds.
   """
-  try:
-    done = subprocess.run(
-      [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=seconds, check=False
-    )
-  except subprocess.TimeoutExpired:
-    raise UsageError(
-      f"the devices do not answer within {seconds:g} s: another process holds them, or they are "
-      "those of several hosts, and the same command has to be started on all"
-    ) from None
+  done = subprocess.run(
+    [sys.executable, "-c", code, *arguments],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    check=False,
+  )
   if done.returncode:
-    said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1][:300]
-    raise UsageError(f"jax cannot use its devices: {said}")
-  return json.loads(done.stdout.strip().splitlines()[-1])
+    said = done.stderr.strip() or f"exit status {done.returncode}"
+    raise UsageError(said.splitlines()[-1].removeprefix("error: "))
+  return json.loads(done.stdout.splitlines()[-1])
 
 
 def memory() -> Iterator[Verdict]:

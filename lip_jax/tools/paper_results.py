@@ -119,10 +119,8 @@ def _last_step(lines: list[dict[str, Any]], num_epochs: float) -> int | None:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
   """The numbers of a run, but for a line that is being written."""
-  if not path.exists():
-    return []
   lines = []
-  for text in path.read_text(encoding="utf-8").splitlines():
+  for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
     try:
       lines.append(json.loads(text))
     except json.JSONDecodeError:

@@ -1,5 +1,6 @@
 """Figures of compiled programs: on fake CPU devices, and for TPUs where their compiler is there."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ from lip_jax.classification.task import Classification
 from lip_jax.cli import configuration
 from lip_jax.models import cost
 from lip_jax.tools import aot_compile
-from lip_jax.tools.collectives import Collective, collectives, total_bytes
+from lip_jax.tools.collectives import Collective, collectives
 from lip_jax.training.train_step import Program
 
 ROOT = Path(__file__).parents[2]
@@ -145,11 +146,10 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
 
 
 def test_evaluation_sends_no_parameters():
-  config = aot_compile.with_batch(configuration.load(TINY, CHANGES), 16)
-  assert config.eval_batch_size == config.global_batch_size == 16
+  config = dataclasses.replace(configuration.load(TINY, CHANGES), eval_batch_size=16)
   figures = aot_compile.eval_step(config, 10, jax.devices())
   assert figures.flops > 0
-  assert total_bytes(figures.collectives) < figures.arguments / 100
+  assert sum(one.bytes for one in figures.collectives) < figures.arguments / 100
 
 
 def test_the_estimate_is_set_by_the_slowest_part():
