@@ -111,7 +111,7 @@ def load(
 
 def public_source(config: Mapping[str, Any]) -> Any:
   """config["source"], where a network is from, without the folders of this machine."""
-  source = config.get("source")
+  source: Any = config.get("source")
   path = source.get("path") if isinstance(source, Mapping) else None
   if not isinstance(path, str) or path.startswith("hf://"):
     return source

@@ -50,9 +50,8 @@ def class_activation_maps(
     UsageError: a label that the network does not have, or a network of another kind.
   """
   function, state = _functional(model)
-  count = _classifier(model).kernel.shape[1]
   if classes is not None:
-    labels = np.asarray(classes)
+    count, labels = _classifier(model).kernel.shape[1], np.asarray(classes)
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= count:
       raise UsageError(f"class {classes} is not one of the network's: expected 0 to {count - 1}")
     classes = jnp.broadcast_to(jnp.asarray(labels, jnp.int32), (len(images),))

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from lip_jax.errors import UsageError
-from lip_jax.visualize.grids import even_grid, layer_grids, to_input
+from lip_jax.visualize.grids import layer_grids, to_input
 from lip_jax.visualize.importance import importance_maps, main_layers
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def importance_figure(
   for axis, image in zip(axes[0], images, strict=True):
     axis.imshow(image)
   for row, (name, values) in enumerate(maps.items(), start=1):
-    grid = grids.get(name) or even_grid(values.shape[1:], size)
-    placed = to_input(values, grid, size, "nearest")
+    placed = to_input(values, grids.get(name), size, "nearest")
     _label(axes[row, 0], f"{_short(name)}\n{values.shape[1]}x{values.shape[2]}")
     for axis, image, one in zip(axes[row], images, placed, strict=True):
       _draw_importance(axis, image, one)
@@ -245,50 +244,42 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
   Raises:
     UsageError: another suffix, or the file cannot be written.
   """
+  from etils import epath
+
   check_format(path)
   # Matplotlib writes to disks only, and the path may be in a bucket.
   picture = io.BytesIO()
-  figure.savefig(picture, format=_suffix(path), dpi=_DPI)
+  figure.savefig(picture, format=Path(path).suffix.lower()[1:], dpi=_DPI)
   try:
-    if "://" in str(path):
-      from etils import epath
-
-      epath.Path(path).write_bytes(picture.getvalue())
-    else:
-      Path(path).write_bytes(picture.getvalue())
+    epath.Path(path).write_bytes(picture.getvalue())
   except OSError as error:
     raise UsageError(f"cannot write {path} ({error}); choose another file") from error
 
 
 def check_format(path: str | os.PathLike[str]) -> None:
   """Raises UsageError unless a figure can be written to a file of this name."""
-  if f".{_suffix(path)}" not in FORMATS:
+  if Path(path).suffix.lower() not in FORMATS:
     raise UsageError(f"cannot draw {path}: its name must end in {', '.join(FORMATS)}")
   folder = Path(path).parent
   if "://" not in str(path) and not folder.is_dir():
     raise UsageError(f"cannot write {path}: there is no folder {folder}; create it first")
 
 
-def _suffix(path: str | os.PathLike[str]) -> str:
-  return os.path.splitext(path)[1].lower().removeprefix(".")
-
-
 def figure_to_array(figure: "Figure") -> np.ndarray:
   """The figure's pixels, uint8 [H, W, 3], for example for TensorBoard."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
   figure.set_dpi(_DPI)
-  figure.canvas.draw()
-  canvas: Any = figure.canvas
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _figure(width: float, height: float) -> "Figure":
   """An empty figure, in inches."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(width, height), layout="constrained")
-  FigureCanvasAgg(figure)
-  return figure
+  return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_importance(axis: "Axes", image: np.ndarray, importance: np.ndarray) -> None:
