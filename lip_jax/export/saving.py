@@ -133,10 +133,9 @@ def _write_folder(
   preprocess = inference.resized(config.get("preprocess"), image_size)
   if preprocess is None and image_size is not None:
     raise UsageError("the network does not say how its images are prepared; leave out image_size")
-  results: Any = evaluation
   if evaluation is None and image_size is None and dtype == jnp.float32:
-    results = config.get("evaluation")  # what is known of the network, which is still the same
-  config = {**config, "preprocess": preprocess, "evaluation": results and _results(results)}
+    evaluation = config.get("evaluation")  # what is known of the network, which is still the same
+  config = {**config, "preprocess": preprocess, "evaluation": evaluation and _results(evaluation)}
   with destination.replacing(out) as temporary:
     folders.save(temporary, model, config)
     written, found = folders.load(temporary)

@@ -33,9 +33,8 @@ from lip_jax.training.json_files import parse_json
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-_NETWORK = "network.bin"
-_CONFIG_FILE = "config.json"
-_CONFIG_ENTRY = "config"
+_NETWORK, _CONFIG = "network.bin", "config.json"  # in a StableHLO file
+_CONFIG_ENTRY = "config"  # of an ONNX file's metadata
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same network gives the same file
 
 # Images [N, S, S, 3] -> logits float32 [N, num_classes]; and the config of the `InferenceFunction`.
@@ -50,7 +49,7 @@ def to_stablehlo(network: InferenceFunction) -> tuple[bytes, str]:
   file = io.BytesIO()
   with zipfile.ZipFile(file, "w") as archive:
     text = json.dumps(network.config, indent=2) + "\n"
-    archive.writestr(zipfile.ZipInfo(_CONFIG_FILE, _TIME), text)
+    archive.writestr(zipfile.ZipInfo(_CONFIG, _TIME), text)
     archive.writestr(zipfile.ZipInfo(_NETWORK, _TIME), bytes(exported.serialize()))
   return file.getvalue(), f"jax {jax.__version__} on {checking_device().platform}"
 
@@ -70,7 +69,7 @@ def load_stablehlo(path: str | Path) -> Loaded:
   path = _existing(path)
   try:
     with zipfile.ZipFile(path) as archive:
-      config = parse_json(archive.read(_CONFIG_FILE).decode(), f"{_CONFIG_FILE} in {path}")
+      config = parse_json(archive.read(_CONFIG).decode(), f"{_CONFIG} in {path}")
       exported = jax.export.deserialize(bytearray(archive.read(_NETWORK)))
   except UsageError:
     raise

@@ -1,4 +1,7 @@
-"""Several loaded networks on the same images: what `lip-jax visualize` draws and measures."""
+"""Several loaded networks on the same images: what `lip-jax visualize` draws and measures.
+
+What cannot be read, is not there or does not fit the networks is a `UsageError` everywhere here.
+"""
 
 import contextlib
 import itertools
@@ -108,12 +111,11 @@ def read_images(networks: Sequence[Network], paths: Sequence[str], margin: int =
   """Image files, prepared for the networks; `margin` pixels are left around the central square."""
   from lip_jax.data.preprocess import CorruptImage, decode_center_crop
 
-  preprocess = networks[0].preprocess
-  size, resize = preprocess["image_size"] + 2 * margin, preprocess["resize"]
-  pixels = []
+  preprocess, pixels = networks[0].preprocess, []
+  size = preprocess["image_size"] + 2 * margin
   for path in paths:
     try:
-      pixels.append(decode_center_crop(Path(path).read_bytes(), size, resize))
+      pixels.append(decode_center_crop(Path(path).read_bytes(), size, preprocess["resize"]))
     except (OSError, CorruptImage) as error:
       raise UsageError(f"cannot read the image {path}: {error}; give another") from error
   return Images(np.stack(pixels), None, [Path(path).stem for path in paths])
@@ -212,9 +214,6 @@ def deletion_curves(
 
   Returns:
     The scores that were used, and a curve for each of `ORDERS`.
-
-  Raises:
-    UsageError: importance is asked of a network without LIP; the labels are of other classes.
   """
   if images.labels is not None:
     config = network.config

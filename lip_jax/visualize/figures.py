@@ -105,7 +105,8 @@ def importance_figure(
     _label(axes[row, 0], f"{_short(name)}\n{values.shape[1]}x{values.shape[2]}")
     for axis, image, one in zip(axes[row], images, placed, strict=True):
       _draw_importance(axis, image, one)
-  _bare(axes)
+  for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
   bar = _colour_bar(figure, _IMPORTANCE, ax=axes[1:], shrink=0.6 if rows > 3 else 0.9)
   bar.set_label("importance, relative to the image's mean")
   return figure
@@ -117,7 +118,7 @@ def draw_importance(
   normalize: Callable[[np.ndarray], Any],
   path: str | os.PathLike[str],
 ) -> bool:
-  """Writes `importance_figure` to a file; False if there is nothing to draw, as it has no LIP."""
+  """Writes `importance_figure` to a file; False if there is none."""
   figure = importance_figure(model, images, normalize)
   if figure is not None:
     save_figure(figure, path)
@@ -160,23 +161,17 @@ def comparison_figure(
         _label(axis, label)
       for row, bar in zip(rows[1:], bars, strict=True):
         _colour_bar(figure, bar, cax=figure.add_subplot(grid[row, -1]))
-    axes[0, 0].annotate(
-      title,
-      (0, 1),
-      (0, 30),
-      xycoords="axes fraction",
-      textcoords="offset points",
-      fontweight="bold",
-      **_TITLE,
-    )
-    _bare(axes)
+    above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes[0, 0].annotate(title, (0, 1), (0, 30), fontweight="bold", **above, **_TITLE)
+    for axis in axes.flat:
+      axis.set(xticks=[], yticks=[])
   return figure
 
 
 def _draw_column(axes: np.ndarray, column: Column, number: int, image: np.ndarray) -> None:
   """What one network makes of an image, from top to bottom."""
   points, fields = column.points[number], column.fields[number]
-  first, *importance, activation = axes[: len(axes) - len(fields)]
+  (first, *importance, activation), receptive = np.split(axes, [len(axes) - len(fields)])
   first.set_title(f"{column.name}\n{column.titles[number]}", **_TITLE)
   first.imshow(image)
   for axis in importance:  # none, or one
@@ -190,7 +185,7 @@ def _draw_column(axes: np.ndarray, column: Column, number: int, image: np.ndarra
   _overlay(activation, image, maps / max(maps.max(), 1e-30), _ACTIVATION)
   for axis in (first, activation):
     _mark(axis, points)
-  for axis, field, point in zip(axes[len(axes) - len(fields) :], fields, points, strict=True):
+  for axis, field, point in zip(receptive, fields, points, strict=True):
     # The root, so that more than the few largest gradients is seen.
     axis.imshow(np.sqrt(field / max(field.max(), 1e-30)), cmap=_FIELD, vmin=0, vmax=1)
     _mark(axis, point[None])
@@ -217,22 +212,16 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
       axis.plot(curve.x, curve.y, **line(curve.network, curve.kind))
     handles = [Line2D([], [], label=name, **line(name, kinds[0])) for name in present]
     if len(kinds) > 1:
-      grey = {"color": "0.3", "linewidth": 1.4}
-      handles += [
-        Line2D([], [], label=kind, **{**line(present[0], kind), **grey}) for kind in kinds
-      ]
+      for kind in kinds:
+        handles.append(Line2D([], [], label=kind, **line(present[0], kind)))
+        handles[-1].set(color="0.3", linewidth=1.4)
     axis.set_title(plot.title, fontsize=11)
     axis.set(xlabel=plot.x_label, ylabel=plot.y_label)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    legend = axis.legend(
-      handles=handles,
-      fontsize=8,
-      frameon=False,
-      loc="upper center",
-      bbox_to_anchor=(0.5, -0.17),
-      ncols=2 if len(kinds) > 1 else 3,
-    )
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    columns = 2 if len(kinds) > 1 else 3
+    legend = axis.legend(handles=handles, fontsize=8, frameon=False, ncols=columns, **below)
     for text in legend.get_texts():
       text.set_parse_math(False)
   return figure
@@ -307,11 +296,6 @@ def _mark(axis: "Axes", points: np.ndarray) -> None:
 
 def _label(axis: "Axes", text: str) -> None:
   axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-
-
-def _bare(axes: np.ndarray) -> None:
-  for axis in axes.flat:
-    axis.set(xticks=[], yticks=[])
 
 
 def _colour_bar(figure: Any, colours: str, **where: Any) -> Any:

@@ -90,40 +90,34 @@ def _weights(count: int, size: int, stride: float, offset: float, method: str) -
 
 def _walk(model: nnx.Module) -> Iterator[tuple[str, str, Grid]]:
   """("pool", path, grid of its input) and ("feature", name, grid), in the order of computation."""
+  grid = Grid()
+  for name, steps in _stages(model):
+    for layer, *pools in steps:
+      for path in pools:
+        yield "pool", path, grid
+      grid = grid.through(layer)
+    yield "feature", name, grid
+
+
+def _stages(model: nnx.Module) -> Iterator[tuple[str, list[Any]]]:
+  """Name of each feature, and (layer that changes the grid, paths of the poolings there)."""
   if isinstance(model, ResNet):
-    yield from _walk_resnet(model)
+    yield "stem", [(model.conv1,), (model.pool, "pool")]
+    for stage in range(1, 5):
+      steps: list[Any] = []
+      for index, block in enumerate(getattr(model, f"layer{stage}")):
+        path, spatial = f"layer{stage}.{index}", block.spatial
+        if isinstance(spatial, PoolTransition):
+          pools = (f"{path}.spatial.residual_pool", f"{path}.spatial.shortcut_pool")
+          steps.append((spatial.residual_pool, *pools))
+        else:
+          steps.append((spatial.residual_conv,))
+        if block.pool is not None:
+          steps.append((block.pool, f"{path}.pool"))
+      yield f"c{stage + 1}", steps
   elif isinstance(model, DenseNet):
-    yield from _walk_densenet(model)
-
-
-def _walk_resnet(model: ResNet) -> Iterator[tuple[str, str, Grid]]:
-  grid = Grid().through(model.conv1)
-  yield "pool", "pool", grid
-  grid = grid.through(model.pool)
-  yield "feature", "stem", grid
-  for stage in range(1, 5):
-    for index, block in enumerate(getattr(model, f"layer{stage}")):
-      path, spatial = f"layer{stage}.{index}", block.spatial
-      if isinstance(spatial, PoolTransition):
-        yield "pool", f"{path}.spatial.residual_pool", grid
-        yield "pool", f"{path}.spatial.shortcut_pool", grid
-        grid = grid.through(spatial.residual_pool)
-      else:
-        grid = grid.through(spatial.residual_conv)
-      if block.pool is not None:
-        yield "pool", f"{path}.pool", grid
-        grid = grid.through(block.pool)
-    yield "feature", f"c{stage + 1}", grid
-
-
-def _walk_densenet(model: DenseNet) -> Iterator[tuple[str, str, Grid]]:
-  grid = Grid().through(model.conv0)
-  yield "pool", "pool0", grid
-  grid = grid.through(model.pool0)
-  yield "feature", "stem", grid
-  for stage in range(4):
-    if stage > 0:
-      pool = getattr(model, f"transition{stage}").pool
-      yield "pool", f"transition{stage}.pool", grid
-      grid = grid.through(pool)
-    yield "feature", f"c{stage + 2}", grid
+    yield "stem", [(model.conv0,), (model.pool0, "pool0")]
+    yield "c2", []
+    for stage in range(1, 4):
+      path = f"transition{stage}"
+      yield f"c{stage + 2}", [(getattr(model, path).pool, f"{path}.pool")]
