@@ -20,7 +20,6 @@ _CARD = "README.md"
 _FILES = (folders.CONFIG, folders.WEIGHTS)
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _CLASSES_SHOWN = 10
-_DEFAULT_SIZE = 224
 _ACCURACIES = (("top1", "top-1"), ("top5", "top-5"))
 _CITATION = """\
 @inproceedings{gao2019lip,
@@ -184,7 +183,7 @@ def _metadata(config: Mapping[str, Any], repository: str, licence: str) -> str:
 
 
 def _facts(model: nnx.Module, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-  size = (config.get("preprocess") or {}).get("image_size", _DEFAULT_SIZE)
+  size = (config.get("preprocess") or {}).get("image_size", 224)
   options = {key: value for key, value in config["model"].items() if key != "name"}
   facts = [
     ("architecture", config["model"]["name"]),
@@ -231,5 +230,4 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _plain(text: str) -> str:
   """One line without markup."""
-  line = " ".join(str(text).split())
-  return "".join(f"\\{character}" if character in "\\`*[]<>|" else character for character in line)
+  return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
