@@ -31,13 +31,6 @@ _TICKS: dict[str, dict[float, str]] = {
   _FIELD: {0: "0", 0.5: "1/4", 1: "largest"},
 }
 _TITLE: dict[str, Any] = {"fontsize": 9, "parse_math": False}  # a dollar sign is no formula
-_MARKER: dict[str, Any] = {
-  "marker": "o",
-  "markersize": 5,
-  "markerfacecolor": "none",
-  "linestyle": "none",
-  "clip_on": False,
-}
 # Blue, orange, green, ... of Okabe and Ito, and a line style for print in grey.
 _LINES: tuple[tuple[str, Any], ...] = (
   ("#0072B2", "-"),
@@ -102,7 +95,8 @@ def importance_figure(
     axis.imshow(image)
   for row, (name, values) in enumerate(maps.items(), start=1):
     placed = to_input(values, grids.get(name), size, "nearest")
-    _label(axes[row, 0], f"{_short(name)}\n{values.shape[1]}x{values.shape[2]}")
+    short = name.split(".")[0] if "." in name else "stem"  # layer2.0.pool: "layer2"
+    _label(axes[row, 0], f"{short}\n{values.shape[1]}x{values.shape[2]}")
     for axis, image, one in zip(axes[row], images, placed, strict=True):
       _draw_importance(axis, image, one)
   for axis in axes.flat:
@@ -291,7 +285,8 @@ def _mark(axis: "Axes", points: np.ndarray) -> None:
   """Rings, white on black, so that they are seen on any ground."""
   for row, column in points:
     for colour, width in (("black", 2.6), ("white", 1.2)):
-      axis.plot([column], [row], markeredgecolor=colour, markeredgewidth=width, **_MARKER)
+      edge: dict[str, Any] = {"markeredgecolor": colour, "markeredgewidth": width}
+      axis.plot([column], [row], "o", markersize=5, markerfacecolor="none", clip_on=False, **edge)
 
 
 def _label(axis: "Axes", text: str) -> None:
@@ -307,9 +302,3 @@ def _colour_bar(figure: Any, colours: str, **where: Any) -> Any:
   bar = figure.colorbar(shades, ticks=list(ticks), **where)
   bar.ax.set_yticklabels(ticks.values(), fontsize=8)
   return bar
-
-
-def _short(path: str) -> str:
-  """Short name of a LIP layer: "layer2.0.spatial.residual_pool" -> "layer2"."""
-  parts = path.split(".")
-  return parts[0] if len(parts) > 1 else "stem"
