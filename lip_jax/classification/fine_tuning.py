@@ -46,8 +46,7 @@ def start_from(
     for key, array in _flat(state.batch_stats).items()
   }
   validation.check_weights(
-    {key: array.shape for key, array in taken.items()},
-    {key: "float32" for key in taken},
+    {key: (array.shape, "float32") for key, array in taken.items()},
     {key: a for key, a in own.items() if same_classes or not key.startswith(_CLASSIFIERS)},
     f"the weights of {path} ({found['model']}) are not those of config.model ({config.model})",
   )

@@ -28,11 +28,7 @@ def read(workdir: epath.Path) -> list[str] | None:
 
 
 def of_run(workdir: epath.Path, config: Config, num_classes: int) -> list[str] | None:
-  """Names of a run's classes: what `classes.json` says, else its data set's, if that is here.
-
-  Raises:
-    UsageError: the file holds something else.
-  """
+  """Names of a run's classes: what `classes.json` says, else its data set's, if that is here."""
   names = read(workdir)
   if names is not None:
     return validation.check_class_names(names, num_classes, str(workdir / FILE))

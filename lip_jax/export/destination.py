@@ -3,8 +3,7 @@
 import contextlib
 import os
 import re
-import shutil
-import uuid
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,26 +32,22 @@ def replacing(path: Path) -> Iterator[Path]:
   """
   _check_local(path)
   path = path.resolve()
-  mark = uuid.uuid4().hex[:8]
-  temporary, old = path.with_name(f".{mark}.{path.name}"), path.with_name(f".{mark}.old")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield temporary
-    if path.is_dir():  # a folder cannot be renamed over one that is not empty
-      path.rename(old)
-    os.replace(temporary, path)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as beside:
+      temporary, old = Path(beside, path.name), Path(beside, f"{path.name}.old")
+      try:
+        yield temporary
+        if path.is_dir():  # a folder cannot be renamed over one that is not empty
+          path.rename(old)
+        os.replace(temporary, path)
+      finally:
+        if old.exists() and not path.exists():
+          old.rename(path)
   except (OSError, safetensors.SafetensorError) as error:
     raise UsageError(
       f"cannot write {path} ({error}); choose another place, or make room there"
     ) from error
-  finally:
-    if old.exists() and not path.exists():
-      old.rename(path)
-    for leftover in (temporary, old):
-      if leftover.is_dir():
-        shutil.rmtree(leftover)
-      elif leftover.exists():
-        leftover.unlink()
 
 
 def _check_local(path: Path) -> None:

@@ -58,16 +58,12 @@ def save(
   validation.check_config(config, CONFIG)
   text = json.dumps(config, indent=2) + "\n"
   variables = flat_variables(model)
-  faults = validation.weight_faults(
-    {key: variable.shape for key, variable in variables.items()},
-    flat_variables(build(config["model"], config["num_classes"], CONFIG)),
-  )
-  if faults:
-    raise UsageError(
-      f"the model is not what its name and options describe ({len(faults)} faults; was it built "
-      f"with other options?): {'; '.join(faults)}"
-    )
   arrays = {key: np.asarray(variable.get_value(), order="C") for key, variable in variables.items()}
+  validation.check_weights(
+    {key: (array.shape, array.dtype.name) for key, array in arrays.items()},
+    flat_variables(build(config["model"], config["num_classes"], CONFIG)),
+    "the model is not what its name and options describe; was it built with other options?",
+  )
   with replacing(path) as folder:
     folder.mkdir()
     # Not save_file, which lets nobody else read the file.
@@ -99,8 +95,7 @@ def load(
     with safetensors.safe_open(path / WEIGHTS, framework="numpy") as tensors:
       slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
       validation.check_weights(
-        {key: tuple(part.get_shape()) for key, part in slices.items()},
-        {key: part.get_dtype() for key, part in slices.items()},
+        {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()},
         variables,
         f"{path / WEIGHTS} does not fit {config['model']['name']} as {CONFIG} describes it",
       )
@@ -116,10 +111,8 @@ def load(
 
 def public_source(config: Mapping[str, Any]) -> Any:
   """config["source"], where a network is from, without the folders of this machine."""
-  source = config.get("source")
-  if not isinstance(source, Mapping):
-    return source
-  path = source.get("path")
+  source: Any = config.get("source")
+  path = source.get("path") if isinstance(source, Mapping) else None
   if not isinstance(path, str) or path.startswith("hf://"):
     return source
   return {**source, "path": Path(path).name}

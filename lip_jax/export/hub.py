@@ -20,7 +20,6 @@ _CARD = "README.md"
 _FILES = (folders.CONFIG, folders.WEIGHTS)
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _CLASSES_SHOWN = 10
-_DEFAULT_SIZE = 224
 _ACCURACIES = (("top1", "top-1"), ("top5", "top-5"))
 _CITATION = """\
 @inproceedings{gao2019lip,
@@ -96,7 +95,7 @@ def push(
   endpoint: str | None = None,
   token: str | None = None,
 ) -> str:
-  """Uploads an exported folder with a generated model card, in one commit.
+  """Uploads an exported folder with a generated model card, in one commit; gives its address.
 
   Only the card, `config.json` and `model.safetensors` are sent, whatever else lies in the folder.
 
@@ -104,9 +103,6 @@ def push(
     name: of the repository, ORGANISATION/NAME; it is made if it is not there.
     endpoint: address of the hub; None: $HF_ENDPOINT or the public one.
     token: with the right to write; None: what `hf auth login` or $HF_TOKEN has set.
-
-  Returns:
-    The address of the repository.
 
   Raises:
     UsageError: as `preview`; huggingface_hub or a token is missing, or the hub refuses or cannot be
@@ -124,44 +120,32 @@ def push(
       "may write"
     )
   api = huggingface_hub.HfApi(endpoint=endpoint, token=token)
-  contents: dict[str, Any] = {file: str(Path(folder) / file) for file in _FILES}
-  contents[_CARD] = card.encode()
+  contents = {file: str(Path(folder) / file) for file in _FILES} | {_CARD: card.encode()}
+  files = [huggingface_hub.CommitOperationAdd(*content) for content in contents.items()]
   try:
     url = api.create_repo(name, private=private, exist_ok=True)
-    api.create_commit(
-      name,
-      [
-        huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=content)
-        for file, content in contents.items()
-      ],
-      commit_message="Upload a network of lip_jax",
-    )
+    api.create_commit(name, files, commit_message="Upload a network of lip_jax")
   except Exception as error:  # the hub's, the network's, those of the name's rules
-    raise _refused(name, error) from error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+      raise UsageError(
+        f"the hub does not let this token write {name} (status {status}); run hf auth login with a "
+        "token that may write there"
+      ) from error
+    raise UsageError(
+      f"cannot upload to {name} ({type(error).__name__}: {one_line(error)}); check its name and "
+      "the network"
+    ) from error
   return str(url)
-
-
-def _refused(name: str, error: Exception) -> UsageError:
-  status = getattr(getattr(error, "response", None), "status_code", None)
-  if status in (401, 403):
-    return UsageError(
-      f"the hub does not let this token write {name} (status {status}); run hf auth login with a "
-      "token that may write there"
-    )
-  return UsageError(
-    f"cannot upload to {name} ({type(error).__name__}: {one_line(error)}); check its name and the "
-    "network"
-  )
 
 
 def _card(model: nnx.Module, config: Mapping[str, Any], name: str, licence: str) -> str:
   """The model card: Markdown, with the metadata that the hub reads in front."""
-  network = config["model"]
   sections = [
     _metadata(config, name, licence),
     f"# {_plain(name.partition('/')[2])}",
-    f"{_plain(network['name'])}, an image classifier for {config['num_classes']:,} classes, in the "
-    "format of lip_jax: LIP, local importance-based pooling, for JAX.",
+    f"{_plain(config['model']['name'])}, an image classifier for {config['num_classes']:,} "
+    "classes, in the format of lip_jax: LIP, local importance-based pooling, for JAX.",
     f'```python\nimport lip_jax\nmodel, config = lip_jax.load("hf://{name}")\n```\n\n'
     "It needs `pip install lip-jax[hub]`. Beside it: `lip-jax predict hf://" + name + " IMAGE...`.",
     f"## Network\n\n{_table(_facts(model, config))}",
@@ -175,7 +159,6 @@ def _card(model: nnx.Module, config: Mapping[str, Any], name: str, licence: str)
 
 
 def _metadata(config: Mapping[str, Any], repository: str, licence: str) -> str:
-  """What the hub reads."""
   # JSON is YAML, so nothing in a name can break out of its place.
   values: dict[str, Any] = {
     "license": licence,
@@ -183,32 +166,24 @@ def _metadata(config: Mapping[str, Any], repository: str, licence: str) -> str:
     "pipeline_tag": "image-classification",
     "tags": ["jax", "flax", "lip", "image-classification"],
   }
-  evaluation = config.get("evaluation")
-  if evaluation:
+  if evaluation := config.get("evaluation"):
     metrics = [
       {"type": "accuracy", "name": f"{name} accuracy", "value": evaluation[key]}
       for key, name in _ACCURACIES
       if key in evaluation
     ]
-    data = str(evaluation["data"])
-    values["model-index"] = [
-      {
-        "name": repository.partition("/")[2],
-        "results": [
-          {
-            "task": {"type": "image-classification"},
-            "dataset": {"name": data, "type": data},
-            "metrics": metrics,
-          }
-        ],
-      }
-    ]
-  lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+    result = {
+      "task": {"type": "image-classification"},
+      "dataset": dict.fromkeys(("name", "type"), str(evaluation["data"])),
+      "metrics": metrics,
+    }
+    values["model-index"] = [{"name": repository.partition("/")[2], "results": [result]}]
+  lines = (f"{key}: {json.dumps(value)}" for key, value in values.items())
   return "\n".join(["---", *lines, "---"])
 
 
 def _facts(model: nnx.Module, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-  size = (config.get("preprocess") or {}).get("image_size", _DEFAULT_SIZE)
+  size = (config.get("preprocess") or {}).get("image_size", 224)
   options = {key: value for key, value in config["model"].items() if key != "name"}
   facts = [
     ("architecture", config["model"]["name"]),
@@ -255,5 +230,4 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _plain(text: str) -> str:
   """One line without markup."""
-  line = " ".join(str(text).split())
-  return "".join(f"\\{character}" if character in "\\`*[]<>|" else character for character in line)
+  return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from flax.typing import Dtype
 from lip_jax.errors import UsageError
 from lip_jax.export import folders, hub, validation
 from lip_jax.models import description
+
+if TYPE_CHECKING:
+  from lip_jax.training.checkpoint.checkpoints import Checkpoints
 
 
 def load(
@@ -115,10 +118,9 @@ def _load_run(
     best = "latest" if checkpoints.best_step is None else "best"
     number = checkpoints.resolve(step or best)
     metrics = checkpoints.metrics(number)
-    checkpoint = checkpoints.path(number)
-  model, classes = _read_checkpoint(
-    checkpoint, config.model, jnp.dtype(config.dtype if dtype is None else dtype)
-  )
+    model, classes = _read_checkpoint(
+      checkpoints, number, config.model, jnp.dtype(config.dtype if dtype is None else dtype)
+    )
   data = config.data
   values: dict[str, Any] = {
     "model": dict(config.model),
@@ -133,44 +135,31 @@ def _load_run(
 
 
 def _read_checkpoint(
-  checkpoint: Path, options: Mapping[str, Any], dtype: Dtype
+  checkpoints: "Checkpoints", step: int, options: Mapping[str, Any], dtype: Dtype
 ) -> tuple[nnx.Module, int]:
-  """The network of a checkpoint in evaluation mode, and its number of classes.
-
-  Args:
-    checkpoint: directory `RUN/checkpoints/STEP`.
-    options: "name" and options of the network, from the run's configuration.
-
-  Raises:
-    UsageError: the checkpoint is damaged, or of another network.
-  """
+  """The network of a checkpoint in evaluation mode, and its number of classes."""
   from lip_jax.training import train_state
-  from lip_jax.training.checkpoint.checkpoints import Checkpoints
 
-  step = int(checkpoint.name)
-  with Checkpoints(checkpoint.parent.parent, read_only=True) as checkpoints:
-    params, batch_stats = checkpoints.weight_shapes(step)
-  if "://" not in str(checkpoint):
+  where = checkpoints.path(step)
+  params, batch_stats = checkpoints.weight_shapes(step)
+  if "://" not in str(where):
     arrays = [*params.values(), *batch_stats.values()]
     validation.check_announced_size(
-      sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays), Path(checkpoint)
+      sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays), Path(where)
     )
+  found = {name: (array.shape, array.dtype.name) for name, array in params.items()}
   # Statistics have an axis of batch-norm groups in front.
-  weights = params | {
-    name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batch_stats.items()
-  }
-  shapes = {name: array.shape for name, array in weights.items()}
-  classes = description.count_classes(shapes, str(checkpoint))
-  model = description.build(options, classes, str(checkpoint), dtype)
+  found |= {name: (array.shape[1:], array.dtype.name) for name, array in batch_stats.items()}
+  shapes = {name: shape for name, (shape, _) in found.items()}
+  classes = description.count_classes(shapes, str(where))
+  model = description.build(options, classes, str(where), dtype)
   variables = description.flat_variables(model)
   validation.check_weights(
-    shapes,
-    {name: array.dtype.name for name, array in weights.items()},
+    found,
     variables,
-    f"{checkpoint} does not fit {options['name']} as the run's config.json describes it",
+    f"{where} does not fit {options['name']} as the run's config.json describes it",
   )
-  with Checkpoints(checkpoint.parent.parent, read_only=True) as checkpoints:
-    params, batch_stats = checkpoints.restore_weights(step)
+  params, batch_stats = checkpoints.restore_weights(step)
   for tree in (params, train_state.averaged(batch_stats)):
     for path, value in jax.tree_util.tree_leaves_with_path(tree):
       variable = variables[jax.tree_util.keystr(path, simple=True, separator=".")]
@@ -179,29 +168,16 @@ def _read_checkpoint(
   return model, classes
 
 
-def _config(
-  values: Mapping[str, Any],
-  kind: str,
-  path: str,
-  *,
-  data: Mapping[str, Any] | None = None,
-  step: int | None = None,
-  revision: str | None = None,
-) -> dict[str, Any]:
+def _config(values: Mapping[str, Any], kind: str, path: str, **known: Any) -> dict[str, Any]:
   """What `load` says, of what is known of a network and where it is from."""
-  known = ("model", "num_classes", "preprocess", "class_names")
   results = values.get("evaluation")
   complete = isinstance(results, Mapping) and {"data", "count"} <= set(results)
+  step = (values.get("source") or {}).get("step", known.get("step"))
   return {
-    **{key: values.get(key) for key in known},
-    "data": data,
+    **{key: values.get(key) for key in ("model", "num_classes", "preprocess", "class_names")},
+    "data": known.get("data"),
     "evaluation": results if complete else None,
-    "source": {
-      "kind": kind,
-      "path": path,
-      "step": (values.get("source") or {}).get("step", step),
-      "revision": revision,
-    },
+    "source": {"kind": kind, "path": path, "step": step, "revision": known.get("revision")},
   }
 
 

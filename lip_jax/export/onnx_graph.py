@@ -31,6 +31,8 @@ _INPUT, _OUTPUT = "images", "logits"
 
 # What is known already, or the name of a tensor of the graph.
 Value = np.ndarray | str
+# A `JaxprEqn`; its variables' `aval` have shape and dtype, [N, H, W, C] for activations.
+Equation = Any
 
 _TO_NCHW = (0, 3, 1, 2)
 _TO_NHWC = (0, 2, 3, 1)
@@ -53,15 +55,10 @@ def to_onnx(
   stored = graph.add("Transpose", _INPUT, perm=_TO_NCHW)
   (result,) = _run(graph, closed.jaxpr, closed.consts, [stored])
   graph.nodes.append(helper.make_node("Identity", [graph.name_of(result)], [_OUTPUT]))
-  (out,) = closed.out_avals
+  nodes, constants = graph.needed(_OUTPUT)
+  ends = [_tensor_info(_INPUT, images)], [_tensor_info(_OUTPUT, *closed.out_avals)]
   model = helper.make_model(
-    helper.make_graph(
-      graph.needed_nodes(_OUTPUT),
-      "network",
-      [_tensor_info(_INPUT, images)],
-      [_tensor_info(_OUTPUT, out)],
-      graph.needed_constants(),
-    ),
+    helper.make_graph(nodes, "network", *ends, constants),
     opset_imports=[helper.make_opsetid("", OPSET)],
     ir_version=_IR_VERSION,
     producer_name="lip_jax",
@@ -90,12 +87,11 @@ class _Graph:
     """The tensor's name; an array becomes a constant of the graph."""
     if isinstance(value, str):
       return value
-    array = np.ascontiguousarray(_stored(value)).reshape(_stored(value).shape)
-    return self._constant(array)
+    return self.constant(value.transpose(_TO_NCHW) if value.ndim == 4 else value)
 
   def integers(self, values: Sequence[Any]) -> str:
     """Numbers that ONNX takes as an input: axes, sizes, positions."""
-    return self._constant(np.asarray([int(v) for v in values], np.int64))
+    return self.constant(np.asarray([int(v) for v in values], np.int64))
 
   def expand(self, name: str, sizes: Sequence[Any]) -> str:
     """Repeats a tensor to these sizes, as stored."""
@@ -106,21 +102,18 @@ class _Graph:
     """Gives a tensor these sizes, as stored."""
     return self.add("Reshape", name, self.integers([-1 if s == self.batch else s for s in sizes]))
 
-  def needed_nodes(self, output: str) -> list[onnx.NodeProto]:
-    """The nodes that the output depends on, in order; the others are forgotten."""
-    needed, kept = {output}, []
+  def needed(self, output: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """The nodes and the constants that the output depends on, in order."""
+    names, nodes = {output}, []
     for node in reversed(self.nodes):
-      if needed & set(node.output):
-        needed |= set(node.input)
-        kept.append(node)
-    self.nodes = kept[::-1]
-    return self.nodes
+      if names & set(node.output):
+        names |= set(node.input)
+        nodes.append(node)
+    return nodes[::-1], [tensor for tensor in self._constants.values() if tensor.name in names]
 
-  def needed_constants(self) -> list[onnx.TensorProto]:
-    used = {name for node in self.nodes for name in node.input}
-    return [tensor for tensor in self._constants.values() if tensor.name in used]
-
-  def _constant(self, array: np.ndarray) -> str:
+  def constant(self, array: np.ndarray) -> str:
+    """The name of a constant that is stored as it is."""
+    array = np.asarray(array, order="C")
     key = (array.dtype.str, array.shape, array.tobytes())
     if key not in self._constants:
       name = f"constant_{len(self._constants)}"
@@ -141,9 +134,9 @@ def _run(
   values |= zip(jaxpr.constvars, map(np.asarray, constants), strict=True)
 
   def read(atom: Any) -> Value:
-    if isinstance(atom, core.Literal):
-      return np.asarray(atom.val, _aval(atom).dtype)
-    return values[atom]
+    if isinstance(atom, core.Var):
+      return values[atom]
+    return np.asarray(atom.val, atom.aval.dtype)  # of a literal
 
   for equation in jaxpr.eqns:
     results = _convert(graph, equation, [read(atom) for atom in equation.invars])
@@ -151,7 +144,7 @@ def _run(
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _convert(graph: _Graph, equation: core.JaxprEqn, inputs: list[Value]) -> Sequence[Value]:
+def _convert(graph: _Graph, equation: Equation, inputs: list[Value]) -> Sequence[Value]:
   name, params = equation.primitive.name, equation.params
   if name in ("jit", "custom_jvp_call", "custom_vjp_call"):
     inner = params["jaxpr" if name == "jit" else "call_jaxpr"]
@@ -167,50 +160,38 @@ def _convert(graph: _Graph, equation: core.JaxprEqn, inputs: list[Value]) -> Seq
   if name in ("stop_gradient", "copy"):
     return inputs
   known = all(isinstance(value, np.ndarray) for value in inputs)
-  if known and all(_is_fixed(_aval(out).shape) for out in equation.outvars):
+  if known and all(_is_fixed(out.aval.shape) for out in equation.outvars):
     results = equation.primitive.bind(*map(jnp.asarray, inputs), **params)
     return list(map(np.asarray, results if equation.primitive.multiple_results else [results]))
   if name not in _RULES:
     raise _unsupported(equation, "it is not among those that can be written")
-  return [_RULES[name](graph, equation, *inputs)]
+  rule = _RULES[name]
+  return [graph.add(rule, *inputs) if isinstance(rule, str) else rule(graph, equation, *inputs)]
 
 
-def _elementwise(operation: str) -> Callable[..., str]:
-  # JAX has given all operands one rank, or they are single numbers: ONNX broadcasts both.
-  return lambda graph, equation, *inputs: graph.add(operation, *inputs)
-
-
-def _sub(graph: _Graph, equation: core.JaxprEqn, x: Value, y: Value) -> str:
+def _sub(graph: _Graph, equation: Equation, x: Value, y: Value) -> str:
   # Runtimes fuse a convolution with an addition, and not with a subtraction.
   return graph.add("Sub", x, y) if isinstance(y, str) else graph.add("Add", x, -y)
 
 
-def _max(graph: _Graph, equation: core.JaxprEqn, x: Value, y: Value) -> str:
+def _max(graph: _Graph, equation: Equation, x: Value, y: Value) -> str:
   if not isinstance(y, str) and y.ndim == 0 and y == 0:
     return graph.add("Relu", x)
   return graph.add("Max", x, y)
 
 
-def _square(graph: _Graph, equation: core.JaxprEqn, x: Value) -> str:
-  return graph.add("Mul", x, x)
+def _integer_pow(graph: _Graph, equation: Equation, x: Value) -> str:
+  return graph.add("Pow", x, np.asarray(equation.params["y"], equation.invars[0].aval.dtype))
 
 
-def _integer_pow(graph: _Graph, equation: core.JaxprEqn, x: Value) -> str:
-  return graph.add("Pow", x, np.asarray(equation.params["y"], _aval(equation.invars[0]).dtype))
-
-
-def _rsqrt(graph: _Graph, equation: core.JaxprEqn, x: Value) -> str:
-  return graph.add("Reciprocal", graph.add("Sqrt", x))
-
-
-def _cast(graph: _Graph, equation: core.JaxprEqn, x: str) -> str:
-  source, target = _aval(equation.invars[0]).dtype, equation.params["new_dtype"]
+def _cast(graph: _Graph, equation: Equation, x: str) -> str:
+  source, target = equation.invars[0].aval.dtype, equation.params["new_dtype"]
   if source == target:
     return x
   return graph.add("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(target)))
 
 
-def _select(graph: _Graph, equation: core.JaxprEqn, which: Value, *cases: Value) -> Value:
+def _select(graph: _Graph, equation: Equation, which: Value, *cases: Value) -> Value:
   if not isinstance(which, str) and which.ndim == 0:
     return cases[int(which)]
   if len(cases) != 2:
@@ -218,14 +199,14 @@ def _select(graph: _Graph, equation: core.JaxprEqn, which: Value, *cases: Value)
   return graph.add("Where", which, cases[1], cases[0])
 
 
-def _conv(graph: _Graph, equation: core.JaxprEqn, x: Value, kernel: Value) -> str:
+def _conv(graph: _Graph, equation: Equation, x: Value, kernel: Value) -> str:
   params = equation.params
   numbers = params["dimension_numbers"]
   if numbers.lhs_spec != _TO_NCHW or numbers.out_spec != _TO_NCHW or isinstance(kernel, str):
     raise _unsupported(equation, "its layout is unusual, or its kernel depends on the images")
   if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
     raise _unsupported(equation, "it is dilated or grouped in an unusual way")
-  weights = graph._constant(np.ascontiguousarray(kernel.transpose(numbers.rhs_spec)))
+  weights = graph.constant(kernel.transpose(numbers.rhs_spec))
   return graph.add(
     "Conv",
     x,
@@ -238,7 +219,7 @@ def _conv(graph: _Graph, equation: core.JaxprEqn, x: Value, kernel: Value) -> st
   )
 
 
-def _window(equation: core.JaxprEqn) -> dict[str, Any]:
+def _window(equation: Equation) -> dict[str, Any]:
   """Attributes of a pooling over H and W."""
   params = equation.params
   for name in ("window_dimensions", "window_strides", "base_dilation", "window_dilation"):
@@ -253,18 +234,14 @@ def _window(equation: core.JaxprEqn) -> dict[str, Any]:
   }
 
 
-def _window_max(graph: _Graph, equation: core.JaxprEqn, x: Value) -> str:
-  return graph.add("MaxPool", x, **_window(equation))
-
-
-def _window_sum(graph: _Graph, equation: core.JaxprEqn, x: Value) -> str:
+def _window_sum(graph: _Graph, equation: Equation, x: Value) -> str:
   window = _window(equation)
-  size = np.asarray(math.prod(window["kernel_shape"]), _aval(equation.invars[0]).dtype)
+  size = np.asarray(math.prod(window["kernel_shape"]), equation.invars[0].aval.dtype)
   return graph.add("Mul", graph.add("AveragePool", x, count_include_pad=1, **window), size)
 
 
-def _reduce(graph: _Graph, equation: core.JaxprEqn, x: Value) -> str:
-  axes, rank = equation.params["axes"], len(_aval(equation.invars[0]).shape)
+def _reduce(graph: _Graph, equation: Equation, x: Value) -> str:
+  axes, rank = equation.params["axes"], len(equation.invars[0].aval.shape)
   left = [_place(rank, axis) for axis in range(rank) if axis not in axes]
   if left != sorted(left):
     raise _unsupported(equation, f"over the axes {axes} the rest changes its order")
@@ -274,22 +251,22 @@ def _reduce(graph: _Graph, equation: core.JaxprEqn, x: Value) -> str:
   return graph.add("ReduceMax", x, axes=places, keepdims=0)
 
 
-def _matmul(graph: _Graph, equation: core.JaxprEqn, x: Value, y: Value) -> str:
-  ranks = [len(_aval(atom).shape) for atom in equation.invars]
+def _matmul(graph: _Graph, equation: Equation, x: Value, y: Value) -> str:
+  ranks = [len(atom.aval.shape) for atom in equation.invars]
   if ranks != [2, 2] or equation.params["dimension_numbers"] != (((1,), (0,)), ((), ())):
     raise _unsupported(equation, "it is no product of two matrices")
   return graph.add("MatMul", x, y)
 
 
-def _pad(graph: _Graph, equation: core.JaxprEqn, x: Value, value: Value) -> str:
+def _pad(graph: _Graph, equation: Equation, x: Value, value: Value) -> str:
   config = _arrange(equation.params["padding_config"])
   if any(low < 0 or high < 0 or inside for low, high, inside in config):
     raise _unsupported(equation, "it crops or dilates")
   return graph.add("Pad", x, graph.integers(_pads([part[:2] for part in config])), value)
 
 
-def _slice(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
-  params, sizes = equation.params, _aval(equation.invars[0]).shape
+def _slice(graph: _Graph, equation: Equation, x: Value) -> Value:
+  params, sizes = equation.params, equation.invars[0].aval.shape
   rank = len(sizes)
   steps = params["strides"] or (1,) * rank
   bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
@@ -303,14 +280,14 @@ def _slice(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
   return graph.add("Slice", x, *map(graph.integers, zip(*parts, strict=True))) if parts else x
 
 
-def _concatenate(graph: _Graph, equation: core.JaxprEqn, *inputs: Value) -> str:
-  rank = len(_aval(equation.outvars[0]).shape)
+def _concatenate(graph: _Graph, equation: Equation, *inputs: Value) -> str:
+  rank = len(equation.outvars[0].aval.shape)
   return graph.add("Concat", *inputs, axis=_place(rank, equation.params["dimension"]))
 
 
-def _broadcast(graph: _Graph, equation: core.JaxprEqn, x: Value, *sizes: Value) -> str:
+def _broadcast(graph: _Graph, equation: Equation, x: Value, *sizes: Value) -> str:
   """New axes and repetition; `broadcast_dimensions` says where the old axes are."""
-  shape, old = _aval(equation.outvars[0]).shape, _aval(equation.invars[0]).shape
+  shape, old = equation.outvars[0].aval.shape, equation.invars[0].aval.shape
   to = equation.params["broadcast_dimensions"]
   rank = len(shape)
   aligned: list[Any] = [1] * rank
@@ -327,22 +304,21 @@ def _broadcast(graph: _Graph, equation: core.JaxprEqn, x: Value, *sizes: Value) 
   return result if _arrange(aligned) == wanted else graph.expand(result, wanted)
 
 
-def _reshape(graph: _Graph, equation: core.JaxprEqn, x: str, *sizes: Value) -> str:
-  old, new = _aval(equation.invars[0]).shape, _aval(equation.outvars[0]).shape
+def _reshape(graph: _Graph, equation: Equation, x: str, *sizes: Value) -> str:
+  old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
   if len(old) == 4:
     x = graph.add("Transpose", x, perm=_TO_NHWC)
   x = graph.reshape(x, new)
   return graph.add("Transpose", x, perm=_TO_NCHW) if len(new) == 4 else x
 
 
-_ELEMENTWISE = {
+# A word is an operation of ONNX on each element. JAX has given all operands one rank, or they are
+# single numbers: ONNX broadcasts both.
+_RULES: dict[str, str | Callable[..., Value]] = {
   **{name: name.capitalize() for name in ("abs", "add", "and", "div", "exp", "log", "min", "mul")},
   **{name: name.capitalize() for name in ("neg", "not", "or", "pow", "sqrt", "tanh")},
   **{"eq": "Equal", "ge": "GreaterOrEqual", "gt": "Greater", "le": "LessOrEqual", "lt": "Less"},
   "logistic": "Sigmoid",
-}
-_RULES: dict[str, Callable[..., Value]] = {
-  **{primitive: _elementwise(operation) for primitive, operation in _ELEMENTWISE.items()},
   "broadcast_in_dim": _broadcast,
   "concatenate": _concatenate,
   "conv_general_dilated": _conv,
@@ -353,21 +329,16 @@ _RULES: dict[str, Callable[..., Value]] = {
   "pad": _pad,
   "reduce_max": _reduce,
   "reduce_sum": _reduce,
-  "reduce_window_max": _window_max,
+  "reduce_window_max": lambda graph, eqn, x: graph.add("MaxPool", x, **_window(eqn)),
   "reduce_window_sum": _window_sum,
   "reshape": _reshape,
-  "rsqrt": _rsqrt,
+  "rsqrt": lambda graph, eqn, x: graph.add("Reciprocal", graph.add("Sqrt", x)),
   "select_n": _select,
   "slice": _slice,
-  "square": _square,
+  "square": lambda graph, eqn, x: graph.add("Mul", x, x),
   "squeeze": _reshape,
   "sub": _sub,
 }
-
-
-def _aval(atom: Any) -> Any:
-  """Shape and dtype of a variable, [N, H, W, C] where it is an activation."""
-  return atom.aval
 
 
 def _place(rank: int, axis: int) -> int:
@@ -378,10 +349,6 @@ def _place(rank: int, axis: int) -> int:
 def _arrange(values: Sequence[Any]) -> list[Any]:
   """Values for each axis in the order in which the axes are stored."""
   return [values[axis] for axis in _TO_NCHW] if len(values) == 4 else list(values)
-
-
-def _stored(array: np.ndarray) -> np.ndarray:
-  return array.transpose(_TO_NCHW) if array.ndim == 4 else array
 
 
 def _pads(pairs: Sequence[Sequence[int]]) -> list[int]:
@@ -398,7 +365,7 @@ def _tensor_info(name: str, array: Any) -> onnx.ValueInfoProto:
   return helper.make_tensor_value_info(name, kind, ["batch", *map(int, array.shape[1:])])
 
 
-def _unsupported(equation: core.JaxprEqn, reason: str) -> UsageError:
+def _unsupported(equation: Equation, reason: str) -> UsageError:
   return UsageError(
     f"the network cannot be written as ONNX: {equation.primitive.name} of "
     f"{', '.join(str(atom.aval) for atom in equation.invars)}: {reason}; export it as StableHLO"

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import lip_jax
@@ -18,8 +17,29 @@ from lip_jax.training.json_files import read_json
 FORMATS = ("folder", "stablehlo", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 
-_SAVE = {"stablehlo": stablehlo_onnx.save_stablehlo, "onnx": stablehlo_onnx.save_onnx}
+_FILES = {
+  "stablehlo": (stablehlo_onnx.to_stablehlo, stablehlo_onnx.load_stablehlo),
+  "onnx": (stablehlo_onnx.to_onnx, stablehlo_onnx.load_onnx),
+}
 _OF_THE_EVALUATION = ("images_per_second", "model", "source")  # beside the network's results
+
+
+class ExportReport(NamedTuple):
+  """What was written, and how it was checked."""
+
+  path: Path  # of the file or folder
+  size: int  # in bytes
+  difference: float  # largest one to the model's logits, relative to the largest logit
+  tolerance: float  # what it is allowed to be
+  runtime: str  # what ran it, for example "onnxruntime 1.32"
+  takes: str  # what it wants, in words
+
+  def __str__(self) -> str:
+    return (
+      f"{self.path}: {self.size / 1e6:.1f} MB, takes {self.takes}; read back and run by "
+      f"{self.runtime}, its logits differ from the model's by at most {self.difference:.1e} of the "
+      f"largest ({self.tolerance:g} is allowed)"
+    )
 
 
 def write(
@@ -31,7 +51,7 @@ def write(
   image_size: int | None = None,
   evaluation: str | Path | None = None,
   overwrite: bool = False,
-) -> inference.ExportReport:
+) -> ExportReport:
   """Writes what `lip_jax.load(source)` gives to `out`, which appears only when it agrees with that.
 
   Args:
@@ -65,12 +85,33 @@ def write(
   destination.check_file(out, overwrite=overwrite)
   model, config = lip_jax.load(source, dtype=jnp.dtype(dtype))
   config = {**config, "source": folders.public_source(config)}
-  return _SAVE[form](out, model, config, image_size=image_size, overwrite=overwrite)
+  return _write_file(out, form, inference.prepare(model, config, image_size))
 
 
 def _form_of(out: Path) -> str:
   form = out.suffix.removeprefix(".")
-  return form if form in _SAVE else "folder"
+  return form if form in _FILES else "folder"
+
+
+def _write_file(out: Path, form: str, network: inference.InferenceFunction) -> ExportReport:
+  to_bytes, load = _FILES[form]
+  try:
+    with jax.default_device(inference.checking_device()):
+      content, runtime = to_bytes(network)
+  except UsageError:
+    raise
+  except (ValueError, TypeError) as error:
+    reason = str(error).splitlines()[0]
+    raise UsageError(
+      f"the network cannot take images of {network.image_size} px: {reason}"
+    ) from error
+  with destination.replacing(out) as temporary:
+    temporary.write_bytes(content)
+    call, written = load(temporary)
+    difference, tolerance = inference.check(call, network)
+  images = "normalized float32" if written["input"]["normalized"] else "uint8 RGB"
+  takes = f"{images} images [N, {network.image_size}, {network.image_size}, 3]"
+  return ExportReport(out, len(content), difference, tolerance, runtime, takes)
 
 
 def _write_folder(
@@ -80,7 +121,7 @@ def _write_folder(
   dtype: Any,
   image_size: int | None,
   evaluation: Mapping[str, Any] | None,
-) -> inference.ExportReport:
+) -> ExportReport:
   if evaluation is not None and evaluation["model"] != config["model"]:
     raise UsageError(
       f"the evaluation is of {evaluation['model']}, the network is {config['model']}; evaluate "
@@ -92,22 +133,18 @@ def _write_folder(
   preprocess = inference.resized(config.get("preprocess"), image_size)
   if preprocess is None and image_size is not None:
     raise UsageError("the network does not say how its images are prepared; leave out image_size")
-  results: Any = evaluation
   if evaluation is None and image_size is None and dtype == jnp.float32:
-    results = config.get("evaluation")  # what is known of the network, which is still the same
-  config = {**config, "preprocess": preprocess, "evaluation": results and _results(results)}
+    evaluation = config.get("evaluation")  # what is known of the network, which is still the same
+  config = {**config, "preprocess": preprocess, "evaluation": evaluation and _results(evaluation)}
   with destination.replacing(out) as temporary:
     folders.save(temporary, model, config)
     written, found = folders.load(temporary)
     # Any size shows whether the weights are the same, where none is known.
     size = image_size if found.get("preprocess") else 64
     ours, theirs = (inference.prepare(network, found, size) for network in (model, written))
-    call = jax.jit(theirs.function)
-    difference, tolerance = inference.check(
-      lambda images: np.asarray(call(jnp.asarray(images))), ours
-    )
+    difference, tolerance = inference.check(jax.jit(theirs.function), ours)
     size = sum(file.stat().st_size for file in temporary.iterdir())
-  return inference.ExportReport(
+  return ExportReport(
     out, size, difference, tolerance, f"jax {jax.__version__}", "what lip_jax.load takes"
   )
 

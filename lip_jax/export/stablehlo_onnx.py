@@ -15,9 +15,10 @@ An ONNX file, which needs lip-jax[onnx], has one input, `images`, and one output
 entry `config` of its metadata is the same JSON text.
 """
 
+import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,60 +26,32 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lip_jax.errors import UsageError, one_line
-from lip_jax.export import inference
-from lip_jax.export.destination import check_file
+from lip_jax.export.inference import InferenceFunction, checking_device
 from lip_jax.training.json_files import parse_json
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-_NETWORK = "network.bin"
-_CONFIG_FILE = "config.json"
-_CONFIG_ENTRY = "config"
+_NETWORK, _CONFIG = "network.bin", "config.json"  # in a StableHLO file
+_CONFIG_ENTRY = "config"  # of an ONNX file's metadata
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same network gives the same file
 
 # Images [N, S, S, 3] -> logits float32 [N, num_classes]; and the config of the `InferenceFunction`.
 Loaded = tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]
 
 
-def save_stablehlo(
-  path: str | Path,
-  model: nnx.Module,
-  config: Mapping[str, Any],
-  *,
-  image_size: int | None = None,
-  overwrite: bool = False,
-) -> inference.ExportReport:
-  """Writes `model`, for images of one size, once the file was read back and agrees with it.
-
-  Args:
-    config: of the model, as from `lip_jax.load`; with "preprocess", the file takes uint8 images and
-      normalizes them itself, without, it takes float32 images that are normalized already.
-    image_size: height and width in pixels; None: those of config["preprocess"].
-
-  Raises:
-    UsageError: the file cannot be written or does not agree, or no image size is known. Nothing is
-      left then.
-  """
-  path = Path(path)
-  check_file(path, overwrite=overwrite)
-  network = inference.prepare(model, config, image_size)
-  with inference.tracing(network):
-    exported = jax.export.export(jax.jit(network.function), platforms=PLATFORMS)(
-      network.symbolic_images
-    )
-
-  def write(temporary: Path) -> None:
-    with zipfile.ZipFile(temporary, "w") as archive:
-      text = json.dumps(network.config, indent=2) + "\n"
-      archive.writestr(zipfile.ZipInfo(_CONFIG_FILE, _TIME), text)
-      archive.writestr(zipfile.ZipInfo(_NETWORK, _TIME), bytes(exported.serialize()))
-
-  with inference.checking_device() as platform:
-    runtime = f"jax {jax.__version__} on {platform}"
-    return inference.write_checked(path, network, write, load_stablehlo, runtime)
+def to_stablehlo(network: InferenceFunction) -> tuple[bytes, str]:
+  """What is written to a StableHLO file, and what `load_stablehlo` will run it by."""
+  exported = jax.export.export(jax.jit(network.function), platforms=PLATFORMS)(
+    network.symbolic_images
+  )
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, "w") as archive:
+    text = json.dumps(network.config, indent=2) + "\n"
+    archive.writestr(zipfile.ZipInfo(_CONFIG, _TIME), text)
+    archive.writestr(zipfile.ZipInfo(_NETWORK, _TIME), bytes(exported.serialize()))
+  return file.getvalue(), f"jax {jax.__version__} on {checking_device().platform}"
 
 
 def load_stablehlo(path: str | Path) -> Loaded:
@@ -96,7 +69,7 @@ def load_stablehlo(path: str | Path) -> Loaded:
   path = _existing(path)
   try:
     with zipfile.ZipFile(path) as archive:
-      config = parse_json(archive.read(_CONFIG_FILE).decode(), f"{_CONFIG_FILE} in {path}")
+      config = parse_json(archive.read(_CONFIG).decode(), f"{_CONFIG} in {path}")
       exported = jax.export.deserialize(bytearray(archive.read(_NETWORK)))
   except UsageError:
     raise
@@ -109,38 +82,24 @@ def load_stablehlo(path: str | Path) -> Loaded:
   return lambda images: np.asarray(call(jnp.asarray(images))), config
 
 
-def save_onnx(
-  path: str | Path,
-  model: nnx.Module,
-  config: Mapping[str, Any],
-  *,
-  image_size: int | None = None,
-  overwrite: bool = False,
-) -> inference.ExportReport:
-  """As `save_stablehlo`, but as ONNX, run by ONNX Runtime to check it; in float32 or float16."""
-  path = Path(path)
-  check_file(path, overwrite=overwrite)
+def to_onnx(network: InferenceFunction) -> tuple[bytes, str]:
+  """As `to_stablehlo`, of an ONNX file, in float32 or float16.
+
+  Raises:
+    UsageError: a package is missing, or ONNX has no such network.
+  """
   runtime = _onnxruntime()
   from onnx import helper
 
   from lip_jax.export import onnx_graph
 
-  network = inference.prepare(model, config, image_size)
   if network.config["dtype"] not in ("float32", "float16"):
     raise UsageError(
       f"ONNX Runtime has no {network.config['dtype']} convolutions; write float32 or float16"
     )
-  with inference.tracing(network), inference.checking_device():
-    onnx_model = onnx_graph.to_onnx(network.function, network.symbolic_images)
-  helper.set_model_props(onnx_model, {_CONFIG_ENTRY: json.dumps(network.config)})
-  content = onnx_model.SerializeToString()
-  return inference.write_checked(
-    path,
-    network,
-    lambda temporary: temporary.write_bytes(content),
-    load_onnx,
-    f"onnxruntime {runtime.__version__}",
-  )
+  model = onnx_graph.to_onnx(network.function, network.symbolic_images)
+  helper.set_model_props(model, {_CONFIG_ENTRY: json.dumps(network.config)})
+  return model.SerializeToString(), f"onnxruntime {runtime.__version__}"
 
 
 def load_onnx(path: str | Path) -> Loaded:

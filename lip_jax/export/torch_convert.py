@@ -117,9 +117,6 @@ def read(
   Returns:
     The network; whether weights were rounded from float64; and its config, with the names of 1,000
     classes where TFDS has them.
-
-  Raises:
-    UsageError: as `convert_weights`.
   """
   source = Path(source)
   state_dict = read_torch_checkpoint(source)
@@ -127,10 +124,10 @@ def read(
   model = {"name": name, **options}
   network = build(model, classes, str(source), dtype)
   load_torch_weights(network, state_dict)
-  names = class_names.of_imagenet() if classes == 1000 else None
-  config = {"model": model, "num_classes": classes, "preprocess": PREPROCESS}
   rounded = any(array.dtype == np.float64 for array in state_dict.values())
-  return network, rounded, {**config, "class_names": names}
+  names = class_names.of_imagenet() if classes == 1000 else None
+  config = {"model": model, "num_classes": classes, "preprocess": PREPROCESS, "class_names": names}
+  return network, rounded, config
 
 
 def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
@@ -139,13 +136,20 @@ def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
       f"{source} is a folder, so {out} must be a file that ends in {', '.join(_SUFFIXES)}"
     )
   check_file(out, overwrite=overwrite)
-  torch = _import_torch(out) if out.suffix in _TORCH_SUFFIXES else None
+  if out.suffix in _TORCH_SUFFIXES:
+    try:
+      import torch
+    except ImportError:
+      raise UsageError(
+        f"PyTorch is not installed, and {out.suffix} files are written by it; install it (pip "
+        f"install torch) or write {out.with_suffix('.safetensors')}, which needs nothing"
+      ) from None
   network, config = folders.load(source)
   state_dict: dict[str, Any] = {
     name: np.asarray(array, order="C") for name, array in to_torch_state_dict(network).items()
   }
   with replacing(out) as temporary:
-    if torch is not None:
+    if out.suffix in _TORCH_SUFFIXES:
       tensors = ((name, torch.tensor(array)) for name, array in state_dict.items())
       torch.save(collections.OrderedDict(tensors), temporary)
     elif out.suffix == ".npz":
@@ -170,14 +174,3 @@ def _num_classes(state_dict: Mapping[str, np.ndarray], source: Path) -> int:
     f"{source} has no {' or '.join(_CLASSIFIERS)} to take the number of classes from (it begins "
     f"with {', '.join(list(state_dict)[:3])}); is it of another network? If not, give num_classes"
   )
-
-
-def _import_torch(out: Path) -> Any:
-  try:
-    import torch
-  except ImportError:
-    raise UsageError(
-      f"PyTorch is not installed, and {out.suffix} files are written by it; install it (pip "
-      f"install torch) or write {out.with_suffix('.safetensors')}, which needs nothing"
-    ) from None
-  return torch

@@ -134,7 +134,12 @@ def _read_npz(file: BinaryIO, path: Path) -> dict[str, np.ndarray]:
 def _read_zip(file: BinaryIO, path: Path) -> dict[str, np.ndarray]:
   with zipfile.ZipFile(file) as archive:
     names = archive.namelist()
-    _check_sizes(archive, path)
+    size, packed = sum(info.file_size for info in archive.infolist()), path.stat().st_size
+    if unpacks_too_far(size, packed):
+      raise UsageError(
+        f"{path} is refused: it would unpack to {size:,} bytes, {size // packed:,} times its size; "
+        "weights can hardly be packed at all"
+      )
     if names and all(name.endswith(".npy") for name in names):
       return _read_npz(file, path)
     # One folder around everything, named after the file that was first written.
@@ -148,8 +153,8 @@ def _read_zip(file: BinaryIO, path: Path) -> dict[str, np.ndarray]:
     byteorder = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
     content = _unpickle(io.BytesIO(archive.read(f"{root}data.pkl")), path)
     tensors = _state_dict(content, path)
-    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-    raw = {key: archive.read(f"{root}data/{key}") for key in storages}
+    keys = {tensor.storage.key for tensor in tensors.values()}
+    raw = {key: archive.read(f"{root}data/{key}") for key in keys}
   return _arrays(tensors, raw, ">" if byteorder == b"big" else "<")
 
 
@@ -257,16 +262,6 @@ def _unpickle(file: BinaryIO, path: Path, storages: dict[str, _Storage] | None =
       raise ValueError(f"object number {argument} in a pickle of fewer bytes")
   file.seek(start)
   return _Unpickler(file, path, {} if storages is None else storages).load()
-
-
-def _check_sizes(archive: zipfile.ZipFile, path: Path) -> None:
-  """Raises UsageError if an archive would unpack to far more than weights can be packed to."""
-  size = sum(info.file_size for info in archive.infolist())
-  if unpacks_too_far(size, path.stat().st_size):
-    raise UsageError(
-      f"{path} is refused: it would unpack to {size:,} bytes, {size // path.stat().st_size:,} "
-      "times its size; weights can hardly be packed at all"
-    )
 
 
 class _Unpickler(pickle.Unpickler):

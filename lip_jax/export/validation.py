@@ -54,36 +54,29 @@ def check_links(folder: Path) -> None:
       raise UsageError(f"{path} is no file; copy {folder} again")
 
 
-def weight_faults(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Any]) -> list[str]:
-  """Names whose arrays are missing, left over or of another shape than the network's variables."""
-  faults = [f"missing {key}" for key in expected if key not in found]
-  faults += [
-    f"shape of {key} is {found[key]}, expected {variable.shape}"
-    for key, variable in expected.items()
-    if key in found and found[key] != variable.shape
-  ]
-  return faults + [f"unexpected {key}" for key in found if key not in expected]
-
-
 def check_weights(
-  shapes: Mapping[str, tuple[int, ...]],
-  dtypes: Mapping[str, str],
-  variables: Mapping[str, Any],
-  what: str,
+  found: Mapping[str, tuple[tuple[int, ...], str]], variables: Mapping[str, Any], what: str
 ) -> None:
   """Compares what a file announces with what a network has, before any of it is read.
 
   Args:
+    found: shape and name of the dtype of each array.
     variables: of the network, from `flat_variables`, or anything else with a shape.
 
   Raises:
     UsageError: `what`, and which arrays are missing, left over, of another shape or no
       floating-point numbers.
   """
-  faults = weight_faults(shapes, variables)
+  faults = [f"missing {key}" for key in variables if key not in found]
+  faults += [
+    f"shape of {key} is {found[key][0]}, expected {variable.shape}"
+    for key, variable in variables.items()
+    if key in found and found[key][0] != variable.shape
+  ]
+  faults += [f"unexpected {key}" for key in found if key not in variables]
   faults += [
     f"{key} is of {dtype}, expected floating point"
-    for key, dtype in dtypes.items()
+    for key, (_, dtype) in found.items()
     if dtype.lower() not in _FLOATS
   ]
   if faults:
@@ -103,9 +96,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     ("source", _check_source),
   ):
     values = config.get(key)
-    if not isinstance(values, dict | None):
-      raise UsageError(f"{where}: {key} is {shown(values)}, expected an object")
     if values is not None:
+      _expect(isinstance(values, dict), where, key, values, "an object")
       check(values, where)
 
 
@@ -113,8 +105,8 @@ def check_class_names(names: Any, num_classes: int, where: str) -> list[str] | N
   """`names`, if they are a name for each class, or None; else raises UsageError."""
   if names is None:
     return None
-  if not isinstance(names, list | tuple) or not all(map(_is_name, names)):
-    raise UsageError(f"{where}: class_names is {shown(names)}, expected a list of printable names")
+  good = isinstance(names, list | tuple) and all(map(_is_name, names))
+  _expect(good, where, "class_names", names, "a list of printable names")
   if len(names) != num_classes:
     raise UsageError(f"{where} has {len(names)} class names for {num_classes} classes")
   return list(names)
@@ -123,46 +115,42 @@ def check_class_names(names: Any, num_classes: int, where: str) -> list[str] | N
 def check_evaluation(values: Mapping[str, Any], where: str) -> None:
   """Raises UsageError unless these are "data", a name, "count" of images, and a task's metrics."""
   data, count = values.get("data"), values.get("count")
-  if not _is_name(data):
-    raise UsageError(f"{where}: evaluation.data is {shown(data)}, expected a printable name")
-  if not _is_whole(count, 0, 2**63):
-    raise UsageError(f"{where}: evaluation.count is {shown(count)}, expected a number of images")
-  metrics = {key: value for key, value in values.items() if key not in ("data", "count")}
-  for key, number in metrics.items():
-    fraction = key.startswith("top")
-    if not _is_number(number) or (fraction and not 0 <= number <= 1):
-      expected = "a fraction, 0 to 1" if fraction else "a number"
-      raise UsageError(f"{where}: evaluation.{shown(key)} is {shown(number)}, expected {expected}")
+  _expect(_is_name(data), where, "evaluation.data", data, "a printable name")
+  _expect(_is_whole(count, 0, 2**63), where, "evaluation.count", count, "a number of images")
+  for key in sorted(set(values) - {"data", "count"}):
+    number, fraction = values[key], key.startswith("top")
+    good = _is_number(number) and (not fraction or 0 <= number <= 1)
+    expected = "a fraction, 0 to 1" if fraction else "a number"
+    _expect(good, where, f"evaluation.{shown(key)}", number, expected)
 
 
 def _check_preprocess(values: Mapping[str, Any], where: str) -> None:
   size, resize = values.get("image_size"), values.get("resize")
-  if not _is_whole(size, 1, _MAX_PIXELS):
-    raise UsageError(
-      f"{where}: preprocess.image_size is {shown(size)}, expected 1 to {_MAX_PIXELS:,} pixels"
-    )
-  if not _is_whole(resize, size, _MAX_PIXELS):
-    raise UsageError(
-      f"{where}: preprocess.resize is {shown(resize)}, expected image_size={size} to "
-      f"{_MAX_PIXELS:,} pixels"
-    )
-  for key, least in (("mean", -math.inf), ("std", 0)):
+  for key, number, least, name in (
+    ("image_size", size, 1, "1"),
+    ("resize", resize, size, f"image_size={size}"),
+  ):
+    good = _is_whole(number, least, _MAX_PIXELS)
+    _expect(good, where, f"preprocess.{key}", number, f"{name} to {_MAX_PIXELS:,} pixels")
+  for key, least, kind in (("mean", -math.inf, ""), ("std", 0, "positive ")):
     numbers = values.get(key)
-    if (
-      not isinstance(numbers, list | tuple)
-      or len(numbers) != 3
-      or not all(_is_number(v) and least < v <= _MAX_NUMBER for v in numbers)
-    ):
-      raise UsageError(
-        f"{where}: preprocess.{key} is {shown(numbers)}, expected three "
-        f"{'positive ' if key == 'std' else ''}numbers, for R, G and B"
-      )
+    good = (
+      isinstance(numbers, list | tuple)
+      and len(numbers) == 3
+      and all(_is_number(v) and least < v <= _MAX_NUMBER for v in numbers)
+    )
+    _expect(good, where, f"preprocess.{key}", numbers, f"three {kind}numbers, for R, G and B")
 
 
 def _check_source(values: Mapping[str, Any], where: str) -> None:
   step = values.get("step")
-  if step is not None and not _is_whole(step, 0, 2**63):
-    raise UsageError(f"{where}: source.step is {shown(step)}, expected a number of steps")
+  good = step is None or _is_whole(step, 0, 2**63)
+  _expect(good, where, "source.step", step, "a number of steps")
+
+
+def _expect(good: bool, where: str, key: str, value: Any, expected: str) -> None:
+  if not good:
+    raise UsageError(f"{where}: {key} is {shown(value)}, expected {expected}")
 
 
 def _is_name(value: Any) -> bool:

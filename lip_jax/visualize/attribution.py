@@ -50,9 +50,8 @@ def class_activation_maps(
     UsageError: a label that the network does not have, or a network of another kind.
   """
   function, state = _functional(model)
-  count = _classifier(model).kernel.shape[1]
   if classes is not None:
-    labels = np.asarray(classes)
+    count, labels = _classifier(model).kernel.shape[1], np.asarray(classes)
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= count:
       raise UsageError(f"class {classes} is not one of the network's: expected 0 to {count - 1}")
     classes = jnp.broadcast_to(jnp.asarray(labels, jnp.int32), (len(images),))
@@ -125,10 +124,11 @@ def attend(
     largest = np.asarray(activation.maps).reshape(len(images), -1).argmax(axis=1)
     locations = np.stack(np.unravel_index(largest, size), axis=-1)[:, None, :]
   places = np.asarray(locations)
-  if places.size and (places.min() < 0 or (places.reshape(-1, 2).max(axis=0) >= size).any()):
+  most = places.reshape(-1, 2).max(axis=0, initial=0)
+  if places.min(initial=0) < 0 or (most >= size).any():
     raise UsageError(
-      f"location {places.reshape(-1, 2).max(axis=0).tolist()} is outside the class activation map; "
-      f"rows are 0 to {size[0] - 1}, columns 0 to {size[1] - 1}"
+      f"location {most.tolist()} is outside the class activation map; rows are 0 to "
+      f"{size[0] - 1}, columns 0 to {size[1] - 1}"
     )
   places = np.broadcast_to(places, (len(images), *places.shape[-2:]))
   function, state = _functional(model)

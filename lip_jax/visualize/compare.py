@@ -1,4 +1,7 @@
-"""Several loaded networks on the same images: what `lip-jax visualize` draws and measures."""
+"""Several loaded networks on the same images: what `lip-jax visualize` draws and measures.
+
+What cannot be read, is not there or does not fit the networks is a `UsageError` everywhere here.
+"""
 
 import contextlib
 import itertools
@@ -7,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -74,13 +78,9 @@ class Data(NamedTuple):
 
 
 def load_networks(paths: Sequence[str], names: Sequence[str] | None = None) -> list[Network]:
-  """Networks of `lip_jax.load`, which prepare their images alike.
+  """Networks of `lip_jax.load`, which prepare their images alike; else raises UsageError.
 
   Their names, in figures and tables, are the last parts of the paths if none are given.
-
-  Raises:
-    UsageError: as `lip_jax.load`; networks that take images of different sizes, or do not say how
-      their images are prepared.
   """
   if names is None:
     ends = [Path(path).name or path for path in paths]
@@ -108,18 +108,14 @@ def load_networks(paths: Sequence[str], names: Sequence[str] | None = None) -> l
 
 
 def read_images(networks: Sequence[Network], paths: Sequence[str], margin: int = 0) -> Images:
-  """Image files, prepared for the networks, with `margin` pixels left around the square they take.
-
-  Raises:
-    UsageError: a file that cannot be read.
-  """
+  """Image files, prepared for the networks; `margin` pixels are left around the central square."""
   from lip_jax.data.preprocess import CorruptImage, decode_center_crop
 
-  size, resize = _sizes(networks, margin)
-  pixels = []
+  preprocess, pixels = networks[0].preprocess, []
+  size = preprocess["image_size"] + 2 * margin
   for path in paths:
     try:
-      pixels.append(decode_center_crop(Path(path).read_bytes(), size, resize))
+      pixels.append(decode_center_crop(Path(path).read_bytes(), size, preprocess["resize"]))
     except (OSError, CorruptImage) as error:
       raise UsageError(f"cannot read the image {path}: {error}; give another") from error
   return Images(np.stack(pixels), None, [Path(path).stem for path in paths])
@@ -131,22 +127,19 @@ def first_images(
   """The first `count` images of a split, or all if there are fewer, as `read_images` gives them.
 
   Without `data` it is the validation split that the first network's configuration names.
-
-  Raises:
-    UsageError: as `open_split`; no data set is named.
   """
   from lip_jax.data import pipeline, transforms
   from lip_jax.data.source import open_split
 
   data = data or _own_data(networks)
   source = open_split(data.dataset, data.split, data.data_dir)
-  size, resize = _sizes(networks, margin)
-  batches = pipeline.eval_batches(
-    source, transforms.EvalCrop(size, resize), global_batch_size=min(count, _BATCH), num_threads=2
-  )
+  preprocess = networks[0].preprocess
+  crop = transforms.EvalCrop(preprocess["image_size"] + 2 * margin, preprocess["resize"])
+  size = min(count, _BATCH)
+  batches = pipeline.eval_batches(source, crop, global_batch_size=size, num_threads=2)
   pixels, labels = [], []
   with contextlib.closing(batches):
-    for batch in itertools.islice(batches, math.ceil(count / min(count, _BATCH))):
+    for batch in itertools.islice(batches, math.ceil(count / size)):
       real = batch["mask"] > 0
       pixels.append(batch["image"][real])
       labels.append(batch["label"][real])
@@ -176,24 +169,22 @@ def column(
     label: class of the activation maps; None: what the network predicts.
     locations: (row, column) in the class activation map, for all images, of which receptive fields
       are to be shown; None: where each map is largest.
-
-  Raises:
-    UsageError: a class or location that there is not.
   """
   size = pixels.shape[1:3]
   images = jnp.asarray(network.normalize(pixels))
   chosen = None if locations is None else np.asarray(locations)
-  regions = attend(network.model, images, label, chosen)
-  maps = regions.activation.maps
+  (maps, classes, logits), places, fields = attend(network.model, images, label, chosen)
   grid = _activation_grid(network, maps, size)
-  points = [[grid.centre(tuple(place)) for place in places] for places in regions.locations]
+  shares = robustness.probabilities(np.asarray(logits), np.asarray(classes))
   return Column(
     name=network.name,
-    importance=pixel_importance(importance_maps(network.model, images), network.model, size),
+    importance=_importance(network, images),
     activation=to_input(maps, grid, size),
-    fields=np.asarray(regions.fields),
-    points=np.asarray(points),
-    titles=_titles(network, regions.activation.logits, regions.activation.classes),
+    fields=np.asarray(fields),
+    points=np.asarray([[grid.centre(place) for place in row] for row in places]),
+    titles=[
+      f"{network.class_name(int(n))} ({p:.0%})" for n, p in zip(classes, shares, strict=True)
+    ],
   )
 
 
@@ -223,9 +214,6 @@ def deletion_curves(
 
   Returns:
     The scores that were used, and a curve for each of `ORDERS`.
-
-  Raises:
-    UsageError: importance is asked of a network without LIP; the labels are of other classes.
   """
   if images.labels is not None:
     config = network.config
@@ -262,11 +250,7 @@ def room(networks: Sequence[Network]) -> int:
 
 
 def find_class(network: Network, text: str) -> int:
-  """Label of a class by its name, or by its number where no class has that name.
-
-  Raises:
-    UsageError: there is no such class.
-  """
+  """Label of a class by its name, or by its number where no class has that name."""
   names = list(map(str, network.config.get("class_names") or ()))
   if text in names:
     return names.index(text)
@@ -282,35 +266,24 @@ def find_class(network: Network, text: str) -> int:
 def _scores(
   network: Network, normalized: np.ndarray, scores: Scores | None
 ) -> tuple[Scores, np.ndarray]:
-  size = normalized.shape[1:3]
   images = jnp.asarray(normalized)
   if scores != "cam":
-    values = pixel_importance(importance_maps(network.model, images), network.model, size)
+    values = _importance(network, images)
     if values is not None:
       return "importance", values
     if scores == "importance":
       raise UsageError(f"{network.path} has no LIP layer and so no importance; take --by=cam")
-  maps = class_activation_maps(network.model, images).maps
+  maps, size = class_activation_maps(network.model, images).maps, normalized.shape[1:3]
   return "cam", to_input(maps, _activation_grid(network, maps, size), size)
+
+
+def _importance(network: Network, images: jax.Array) -> np.ndarray | None:
+  maps = importance_maps(network.model, images)
+  return pixel_importance(maps, network.model, (images.shape[1], images.shape[2]))
 
 
 def _activation_grid(network: Network, maps: Any, size: tuple[int, ...]) -> Grid:
   return feature_grids(network.model).get("c5") or even_grid(maps.shape[1:], size)
-
-
-def _titles(network: Network, logits: Any, classes: Any) -> list[str]:
-  """The class that each image was taken for, or that was asked for, and its probability."""
-  shares = robustness.probabilities(np.asarray(logits), np.asarray(classes))
-  return [
-    f"{network.class_name(int(label))} ({share:.0%})"
-    for label, share in zip(classes, shares, strict=True)
-  ]
-
-
-def _sizes(networks: Sequence[Network], margin: int) -> tuple[int, int]:
-  """Side of the square to cut out, and the shorter side before."""
-  preprocess = networks[0].preprocess
-  return preprocess["image_size"] + 2 * margin, preprocess["resize"]
 
 
 def _own_data(networks: Sequence[Network]) -> Data:

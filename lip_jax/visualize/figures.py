@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from lip_jax.errors import UsageError
-from lip_jax.visualize.grids import even_grid, layer_grids, to_input
+from lip_jax.visualize.grids import layer_grids, to_input
 from lip_jax.visualize.importance import importance_maps, main_layers
 
 if TYPE_CHECKING:
@@ -31,13 +31,6 @@ _TICKS: dict[str, dict[float, str]] = {
   _FIELD: {0: "0", 0.5: "1/4", 1: "largest"},
 }
 _TITLE: dict[str, Any] = {"fontsize": 9, "parse_math": False}  # a dollar sign is no formula
-_MARKER: dict[str, Any] = {
-  "marker": "o",
-  "markersize": 5,
-  "markerfacecolor": "none",
-  "linestyle": "none",
-  "clip_on": False,
-}
 # Blue, orange, green, ... of Okabe and Ito, and a line style for print in grey.
 _LINES: tuple[tuple[str, Any], ...] = (
   ("#0072B2", "-"),
@@ -101,12 +94,13 @@ def importance_figure(
   for axis, image in zip(axes[0], images, strict=True):
     axis.imshow(image)
   for row, (name, values) in enumerate(maps.items(), start=1):
-    grid = grids.get(name) or even_grid(values.shape[1:], size)
-    placed = to_input(values, grid, size, "nearest")
-    _label(axes[row, 0], f"{_short(name)}\n{values.shape[1]}x{values.shape[2]}")
+    placed = to_input(values, grids.get(name), size, "nearest")
+    short = name.split(".")[0] if "." in name else "stem"  # layer2.0.pool: "layer2"
+    _label(axes[row, 0], f"{short}\n{values.shape[1]}x{values.shape[2]}")
     for axis, image, one in zip(axes[row], images, placed, strict=True):
       _draw_importance(axis, image, one)
-  _bare(axes)
+  for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
   bar = _colour_bar(figure, _IMPORTANCE, ax=axes[1:], shrink=0.6 if rows > 3 else 0.9)
   bar.set_label("importance, relative to the image's mean")
   return figure
@@ -118,7 +112,7 @@ def draw_importance(
   normalize: Callable[[np.ndarray], Any],
   path: str | os.PathLike[str],
 ) -> bool:
-  """Writes `importance_figure` to a file; False if there is nothing to draw, as it has no LIP."""
+  """Writes `importance_figure` to a file; False if there is none."""
   figure = importance_figure(model, images, normalize)
   if figure is not None:
     save_figure(figure, path)
@@ -161,23 +155,17 @@ def comparison_figure(
         _label(axis, label)
       for row, bar in zip(rows[1:], bars, strict=True):
         _colour_bar(figure, bar, cax=figure.add_subplot(grid[row, -1]))
-    axes[0, 0].annotate(
-      title,
-      (0, 1),
-      (0, 30),
-      xycoords="axes fraction",
-      textcoords="offset points",
-      fontweight="bold",
-      **_TITLE,
-    )
-    _bare(axes)
+    above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes[0, 0].annotate(title, (0, 1), (0, 30), fontweight="bold", **above, **_TITLE)
+    for axis in axes.flat:
+      axis.set(xticks=[], yticks=[])
   return figure
 
 
 def _draw_column(axes: np.ndarray, column: Column, number: int, image: np.ndarray) -> None:
   """What one network makes of an image, from top to bottom."""
   points, fields = column.points[number], column.fields[number]
-  first, *importance, activation = axes[: len(axes) - len(fields)]
+  (first, *importance, activation), receptive = np.split(axes, [len(axes) - len(fields)])
   first.set_title(f"{column.name}\n{column.titles[number]}", **_TITLE)
   first.imshow(image)
   for axis in importance:  # none, or one
@@ -191,7 +179,7 @@ def _draw_column(axes: np.ndarray, column: Column, number: int, image: np.ndarra
   _overlay(activation, image, maps / max(maps.max(), 1e-30), _ACTIVATION)
   for axis in (first, activation):
     _mark(axis, points)
-  for axis, field, point in zip(axes[len(axes) - len(fields) :], fields, points, strict=True):
+  for axis, field, point in zip(receptive, fields, points, strict=True):
     # The root, so that more than the few largest gradients is seen.
     axis.imshow(np.sqrt(field / max(field.max(), 1e-30)), cmap=_FIELD, vmin=0, vmax=1)
     _mark(axis, point[None])
@@ -218,22 +206,16 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
       axis.plot(curve.x, curve.y, **line(curve.network, curve.kind))
     handles = [Line2D([], [], label=name, **line(name, kinds[0])) for name in present]
     if len(kinds) > 1:
-      grey = {"color": "0.3", "linewidth": 1.4}
-      handles += [
-        Line2D([], [], label=kind, **{**line(present[0], kind), **grey}) for kind in kinds
-      ]
+      for kind in kinds:
+        handles.append(Line2D([], [], label=kind, **line(present[0], kind)))
+        handles[-1].set(color="0.3", linewidth=1.4)
     axis.set_title(plot.title, fontsize=11)
     axis.set(xlabel=plot.x_label, ylabel=plot.y_label)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    legend = axis.legend(
-      handles=handles,
-      fontsize=8,
-      frameon=False,
-      loc="upper center",
-      bbox_to_anchor=(0.5, -0.17),
-      ncols=2 if len(kinds) > 1 else 3,
-    )
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    columns = 2 if len(kinds) > 1 else 3
+    legend = axis.legend(handles=handles, fontsize=8, frameon=False, ncols=columns, **below)
     for text in legend.get_texts():
       text.set_parse_math(False)
   return figure
@@ -245,50 +227,42 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
   Raises:
     UsageError: another suffix, or the file cannot be written.
   """
+  from etils import epath
+
   check_format(path)
   # Matplotlib writes to disks only, and the path may be in a bucket.
   picture = io.BytesIO()
-  figure.savefig(picture, format=_suffix(path), dpi=_DPI)
+  figure.savefig(picture, format=Path(path).suffix.lower()[1:], dpi=_DPI)
   try:
-    if "://" in str(path):
-      from etils import epath
-
-      epath.Path(path).write_bytes(picture.getvalue())
-    else:
-      Path(path).write_bytes(picture.getvalue())
+    epath.Path(path).write_bytes(picture.getvalue())
   except OSError as error:
     raise UsageError(f"cannot write {path} ({error}); choose another file") from error
 
 
 def check_format(path: str | os.PathLike[str]) -> None:
   """Raises UsageError unless a figure can be written to a file of this name."""
-  if f".{_suffix(path)}" not in FORMATS:
+  if Path(path).suffix.lower() not in FORMATS:
     raise UsageError(f"cannot draw {path}: its name must end in {', '.join(FORMATS)}")
   folder = Path(path).parent
   if "://" not in str(path) and not folder.is_dir():
     raise UsageError(f"cannot write {path}: there is no folder {folder}; create it first")
 
 
-def _suffix(path: str | os.PathLike[str]) -> str:
-  return os.path.splitext(path)[1].lower().removeprefix(".")
-
-
 def figure_to_array(figure: "Figure") -> np.ndarray:
   """The figure's pixels, uint8 [H, W, 3], for example for TensorBoard."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
   figure.set_dpi(_DPI)
-  figure.canvas.draw()
-  canvas: Any = figure.canvas
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _figure(width: float, height: float) -> "Figure":
   """An empty figure, in inches."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(width, height), layout="constrained")
-  FigureCanvasAgg(figure)
-  return figure
+  return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_importance(axis: "Axes", image: np.ndarray, importance: np.ndarray) -> None:
@@ -311,16 +285,12 @@ def _mark(axis: "Axes", points: np.ndarray) -> None:
   """Rings, white on black, so that they are seen on any ground."""
   for row, column in points:
     for colour, width in (("black", 2.6), ("white", 1.2)):
-      axis.plot([column], [row], markeredgecolor=colour, markeredgewidth=width, **_MARKER)
+      edge: dict[str, Any] = {"markeredgecolor": colour, "markeredgewidth": width}
+      axis.plot([column], [row], "o", markersize=5, markerfacecolor="none", clip_on=False, **edge)
 
 
 def _label(axis: "Axes", text: str) -> None:
   axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-
-
-def _bare(axes: np.ndarray) -> None:
-  for axis in axes.flat:
-    axis.set(xticks=[], yticks=[])
 
 
 def _colour_bar(figure: Any, colours: str, **where: Any) -> Any:
@@ -332,9 +302,3 @@ def _colour_bar(figure: Any, colours: str, **where: Any) -> Any:
   bar = figure.colorbar(shades, ticks=list(ticks), **where)
   bar.ax.set_yticklabels(ticks.values(), fontsize=8)
   return bar
-
-
-def _short(path: str) -> str:
-  """Short name of a LIP layer: "layer2.0.spatial.residual_pool" -> "layer2"."""
-  parts = path.split(".")
-  return parts[0] if len(parts) > 1 else "stem"

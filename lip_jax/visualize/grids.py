@@ -5,7 +5,7 @@ such layers the first pixel of a map still lies on the image's first pixel, not 
 first 32. A map that is stretched over the image is off by up to half a stride.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,23 +22,24 @@ from lip_jax.ops.windows import pair
 class Grid(NamedTuple):
   """Map pixel (i, j) is centred on image pixel (offset + stride * (i, j)); pairs (h, w)."""
 
-  stride: tuple[float, float] = (1.0, 1.0)
-  offset: tuple[float, float] = (0.0, 0.0)
+  stride: tuple[float, ...] = (1.0, 1.0)
+  offset: tuple[float, ...] = (0.0, 0.0)
 
   def through(self, layer: Any) -> "Grid":
     """Grid of the output of a convolution or pooling whose input has this grid."""
-    window, stride, padding = _windows(layer)
-    step = tuple(s * d for s, d in zip(self.stride, stride, strict=True))
-    first = tuple(
-      o + s * ((k - 1) / 2 - p)
-      for o, s, k, p in zip(self.offset, self.stride, window, padding, strict=True)
-    )
-    return Grid((step[0], step[1]), (first[0], first[1]))
+    if isinstance(layer, LocalPool):
+      window, stride, padding = layer.window, layer.stride, layer.padding
+    else:
+      window, stride = layer.kernel_size, layer.strides
+      padding = tuple(before for before, _ in layer.padding)
+    step = np.multiply(self.stride, pair("stride", stride))
+    shift = (np.asarray(pair("window", window)) - 1) / 2 - pair("padding", padding)
+    first = self.offset + np.multiply(self.stride, shift)
+    return Grid(tuple(step.tolist()), tuple(first.tolist()))
 
-  def centre(self, location: tuple[int, int]) -> tuple[float, float]:
+  def centre(self, location: Sequence[int] | np.ndarray) -> tuple[float, ...]:
     """(row, column) of the image, in pixels, that map pixel `location` is centred on."""
-    row, column = (o + s * i for o, s, i in zip(self.offset, self.stride, location, strict=True))
-    return row, column
+    return tuple((self.offset + np.multiply(self.stride, location)).tolist())
 
 
 def even_grid(map_size: tuple[int, ...], image_size: tuple[int, ...]) -> Grid:
@@ -59,7 +60,7 @@ def layer_grids(model: nnx.Module) -> dict[str, Grid]:
 
 def to_input(
   maps: jax.Array | np.ndarray,
-  grid: Grid,
+  grid: Grid | None,
   size: tuple[int, int],
   method: Literal["linear", "nearest"] = "linear",
 ) -> np.ndarray:
@@ -67,9 +68,11 @@ def to_input(
 
   Args:
     maps: [..., H', W'] -> [..., H, W] of the same dtype.
+    grid: where they lie; None: they divide the image into equal cells.
     method: between the centres; beyond the outermost ones the map goes on as it ends.
   """
   values = np.asarray(maps)
+  grid = grid or even_grid(values.shape[-2:], size)
   rows, columns = (
     _weights(m, n, stride, offset, method)
     for m, n, stride, offset in zip(values.shape[-2:], size, *grid, strict=True)
@@ -85,51 +88,36 @@ def _weights(count: int, size: int, stride: float, offset: float, method: str) -
   return np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(count)))
 
 
-def _windows(layer: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-  """Window, stride and padding of a pooling or convolution of ours."""
-  if isinstance(layer, LocalPool):
-    window, stride, padding = layer.window, layer.stride, layer.padding
-    return pair("window", window), pair("stride", stride), pair("padding", padding)
-  (top, _), (left, _) = layer.padding
-  return pair("kernel_size", layer.kernel_size), pair("strides", layer.strides), (top, left)
-
-
 def _walk(model: nnx.Module) -> Iterator[tuple[str, str, Grid]]:
   """("pool", path, grid of its input) and ("feature", name, grid), in the order of computation."""
+  grid = Grid()
+  for name, steps in _stages(model):
+    for layer, *pools in steps:
+      for path in pools:
+        yield "pool", path, grid
+      grid = grid.through(layer)
+    yield "feature", name, grid
+
+
+def _stages(model: nnx.Module) -> Iterator[tuple[str, list[Any]]]:
+  """Name of each feature, and (layer that changes the grid, paths of the poolings there)."""
   if isinstance(model, ResNet):
-    yield from _walk_resnet(model)
+    yield "stem", [(model.conv1,), (model.pool, "pool")]
+    for stage in range(1, 5):
+      steps: list[Any] = []
+      for index, block in enumerate(getattr(model, f"layer{stage}")):
+        path, spatial = f"layer{stage}.{index}", block.spatial
+        if isinstance(spatial, PoolTransition):
+          pools = (f"{path}.spatial.residual_pool", f"{path}.spatial.shortcut_pool")
+          steps.append((spatial.residual_pool, *pools))
+        else:
+          steps.append((spatial.residual_conv,))
+        if block.pool is not None:
+          steps.append((block.pool, f"{path}.pool"))
+      yield f"c{stage + 1}", steps
   elif isinstance(model, DenseNet):
-    yield from _walk_densenet(model)
-
-
-def _walk_resnet(model: ResNet) -> Iterator[tuple[str, str, Grid]]:
-  grid = Grid().through(model.conv1)
-  yield "pool", "pool", grid
-  grid = grid.through(model.pool)
-  yield "feature", "stem", grid
-  for stage in range(1, 5):
-    for index, block in enumerate(getattr(model, f"layer{stage}")):
-      path, spatial = f"layer{stage}.{index}", block.spatial
-      if isinstance(spatial, PoolTransition):
-        yield "pool", f"{path}.spatial.residual_pool", grid
-        yield "pool", f"{path}.spatial.shortcut_pool", grid
-        grid = grid.through(spatial.residual_pool)
-      else:
-        grid = grid.through(spatial.residual_conv)
-      if block.pool is not None:
-        yield "pool", f"{path}.pool", grid
-        grid = grid.through(block.pool)
-    yield "feature", f"c{stage + 1}", grid
-
-
-def _walk_densenet(model: DenseNet) -> Iterator[tuple[str, str, Grid]]:
-  grid = Grid().through(model.conv0)
-  yield "pool", "pool0", grid
-  grid = grid.through(model.pool0)
-  yield "feature", "stem", grid
-  for stage in range(4):
-    if stage > 0:
-      pool = getattr(model, f"transition{stage}").pool
-      yield "pool", f"transition{stage}.pool", grid
-      grid = grid.through(pool)
-    yield "feature", f"c{stage + 2}", grid
+    yield "stem", [(model.conv0,), (model.pool0, "pool0")]
+    yield "c2", []
+    for stage in range(1, 4):
+      path = f"transition{stage}"
+      yield f"c{stage + 2}", [(getattr(model, path).pool, f"{path}.pool")]

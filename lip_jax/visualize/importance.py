@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lip_jax.models.lan import LIP, SoftPool, record_logits
-from lip_jax.visualize.grids import even_grid, layer_grids, to_input
+from lip_jax.visualize.grids import layer_grids, to_input
 
 
 def importance_maps(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
@@ -24,7 +24,13 @@ def importance_maps(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array
     [N, H', W'] at the resolution of what the layer pools, scaled so that each map has a mean of
     one; in the order of the computation. Empty for a model without LIP.
   """
-  return _of_each_layer(model, images, lambda layer, logits: _importance(logits))
+
+  def importance(layer: LIP, logits: jax.Array) -> jax.Array:
+    logits = logits.astype(jnp.float32)
+    values = jnp.exp(logits - logits.max(axis=(1, 2, 3), keepdims=True)).mean(axis=3)
+    return values / values.mean(axis=(1, 2), keepdims=True)
+
+  return _of_each_layer(model, images, importance)
 
 
 def window_importance(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
@@ -63,7 +69,7 @@ def pixel_importance(
   logarithms = [
     to_input(
       np.log(np.maximum(np.asarray(values, np.float32), 1e-30)),
-      grids.get(name) or even_grid(values.shape[1:], image_size),
+      grids.get(name),
       image_size,
     )
     for name, values in main_layers(maps).items()
@@ -94,10 +100,3 @@ def _of_each_layer(
   order: list[str] = []
   values = run(state, images)
   return dict(zip(order, values, strict=True))
-
-
-def _importance(logits: jax.Array) -> jax.Array:
-  """Channel mean of exp(logits), [N, H, W, C] -> [N, H, W], with a mean of one."""
-  logits = logits.astype(jnp.float32)
-  importance = jnp.exp(logits - logits.max(axis=(1, 2, 3), keepdims=True)).mean(axis=3)
-  return importance / importance.mean(axis=(1, 2), keepdims=True)

@@ -1,6 +1,6 @@
 """How steady predictions are: under shifts, and as pixels are occluded."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,12 +25,12 @@ class DeletionCurve(NamedTuple):
 
   @property
   def area(self) -> float:
-    """Under the curve of the probability, over the range of the fractions."""
+    """Under the curve of the probability."""
     return float(np.trapezoid(self.probability, self.fractions))
 
   @property
   def accuracy_area(self) -> float:
-    """Under the curve of the accuracy, over the range of the fractions."""
+    """Under the curve of the accuracy."""
     return float(np.trapezoid(self.accuracy, self.fractions))
 
 
@@ -73,7 +73,6 @@ def shift_consistency(
   compares two random shifts of an image in place of a shift and none.
 
   Args:
-    predict: from normalized images to logits; the largest one is the prediction.
     images: [N, H, W, 3], normalized.
     shifts: in pixels, each at least 1 and, for "reflect", below H and W.
     border: what comes in at the border: "crop", what the images hold there: `predict` gets their
@@ -104,13 +103,11 @@ def shift_consistency(
     top, left = most - rows, most - columns
     return predict(images[:, top : top + height, left : left + width]).argmax(axis=1)
 
-  unshifted = predictions(0, 0)
-
-  def consistency(shift: int) -> float:
+  unshifted, found = predictions(0, 0), {}
+  for shift in shifts:
     moved = [predictions(shift * down, shift * right) for down, right in _DIRECTIONS]
-    return float(np.mean(np.stack(moved) == unshifted[None]))
-
-  return {shift: consistency(shift) for shift in shifts}
+    found[shift] = float(np.mean(np.stack(moved) == unshifted[None]))
+  return found
 
 
 def deletion_curve(
@@ -147,14 +144,12 @@ def deletion_curve(
   if labels is None:
     labels = predict(images).argmax(axis=1)
 
-  def points() -> Iterator[tuple[float, float]]:
-    for fraction in fractions:
-      occluded = (rank < round(fraction * order.shape[1]))[..., None]
-      logits = predict(np.where(occluded, fill, images).astype(images.dtype))
-      accuracy = float((logits.argmax(axis=1) == labels).mean())
-      yield float(probabilities(logits, labels).mean()), accuracy
-
-  probability, accuracy = zip(*points(), strict=True)
+  probability, accuracy = [], []
+  for fraction in fractions:
+    occluded = (rank < round(fraction * order.shape[1]))[..., None]
+    logits = predict(np.where(occluded, fill, images).astype(images.dtype))
+    probability.append(probabilities(logits, labels).mean())
+    accuracy.append((logits.argmax(axis=1) == labels).mean())
   return DeletionCurve(np.asarray(fractions), np.asarray(probability), np.asarray(accuracy))
 
 
