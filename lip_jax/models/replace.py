@@ -211,8 +211,7 @@ def _check(model: Any, logit: str, logit_width: int | None) -> None:
     raise UsageError(
       f"model must be a flax.nnx.Module, got {type(model).__name__}; layers are swapped in place"
     )
-  if logit not in LOGITS:
-    raise UsageError(f"unknown logit {logit!r}; choose one of {', '.join(LOGITS)}")
+  layers.check_choice(LOGITS, logit=logit)
   if logit_width is not None:
     layers.check_sizes(logit_width=logit_width)
   if logit == "projection" and logit_width is not None:
