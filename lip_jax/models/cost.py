@@ -55,14 +55,7 @@ def flops(model: nnx.Module, image_size: int = 224) -> int:
   """FLOPs of one square image in evaluation mode as the paper's tables count them; as `RULE` says.
 
   They are the multiply-adds, and what common counters for PyTorch add for the modules that they
-  know.
-
-  Args:
-    model: as for `multiply_adds`.
-
-  Raises:
-    UsageError: as `multiply_adds`.
-    ValueError: as `multiply_adds`.
+  know. Model and errors as for `multiply_adds`.
   """
   return counts(model, image_size)[1]
 

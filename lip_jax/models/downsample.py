@@ -7,6 +7,7 @@ and the residual branch's features h [N, H, W, branch], and returns the next fea
 [N, H', W', mid] and, for the shortcut, [N, H', W', out].
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,8 +40,6 @@ PLACES = ("stem", "c3", "c4", "c5")
 
 _WINDOW_3 = {"window": 3, "stride": 2, "padding": 1}
 _WINDOW_2 = {"window": 2, "stride": 2, "padding": 0}
-
-PoolFactory = Callable[..., LocalPool]
 
 
 class Downsample:
@@ -88,7 +87,7 @@ class Pooled(Downsample):
       features.
   """
 
-  def __init__(self, make_pool: PoolFactory):
+  def __init__(self, make_pool: Callable[..., LocalPool]):
     self.make_pool = make_pool
 
   def stem(self, features, make):
@@ -124,34 +123,31 @@ class PooledByLIP(Downsample):
     self.average_steps = average_steps
 
   def stem(self, features, make):
-    size = 1 if self.width is None else 3
-    return self._lip(self._projection(features, features, make, size), _WINDOW_3)
+    return self._lip(features, features, make, kernel_size=1 if self.width is None else 3)
 
   def transition(self, in_features, branch_features, mid_features, out_features, make):
     trunk = None if self.width is None else BottleneckTrunk(in_features, self.width, make)
     shared = self.width or in_features
     return SharedLIPTransition(
       trunk,
-      self._lip(self._projection(shared, branch_features, make), _WINDOW_3),
-      self._lip(self._projection(shared, in_features, make), _WINDOW_3),
+      self._lip(shared, branch_features, make),
+      self._lip(shared, in_features, make),
       make.conv(branch_features, mid_features, 1),
       make.conv(in_features, out_features, 1),
     )
 
   def between_blocks(self, features, make):
     if self.width is None:
-      return self._lip(self._projection(features, features, make), _WINDOW_2)
+      return self._lip(features, features, make, **_WINDOW_2)
     logits = Bottleneck(
       features, features, self.width, top=self.top, init=make.init, **make.options
     )
-    return self._lip(logits, _WINDOW_2)
+    return LIP(logits, average_steps=self.average_steps, **_WINDOW_2)
 
-  def _projection(self, in_features, out_features, make, kernel_size=1) -> Projection:
-    return Projection(
+  def _lip(self, in_features, out_features, make, kernel_size=1, **windows) -> LIP:
+    logits = Projection(
       in_features, out_features, kernel_size=kernel_size, top=self.top, **make.options
     )
-
-  def _lip(self, logits: nnx.Module, windows: dict[str, int]) -> LIP:
     return LIP(logits, average_steps=self.average_steps, **windows)
 
 
@@ -263,9 +259,6 @@ def make_downsamples(
     lip_stages: places that get this pool, of "stem" (stride 4), "c3" (on the way to stride 8),
       "c4" and "c5"; the others keep the network's own (table 3).
 
-  Returns:
-    {"stem": ..., "c3": ..., "c4": ..., "c5": ...}.
-
   Raises:
     UsageError: a name that does not exist, with those that do, or a number out of range.
   """
@@ -295,26 +288,22 @@ def make_downsamples(
       width = None if logit == "projection" else logit_width
       here = PooledByLIP(width, logit_top, average_steps)
     else:
-      here = Pooled(_factory(pool, pool_parameter))
+      here = Pooled(functools.partial(_make_pool, pool, pool_parameter))
     if structure == "dense":
       here = DenseThenPool(here)
   return {place: here if place in lip_stages else Downsample() for place in PLACES}
 
 
-def _factory(pool: str, parameter: float | None) -> PoolFactory:
-  """What makes the layers of a pooling that needs no logit module."""
-
-  def make_pool(features, *, dtype, rngs, **windows):
-    del rngs  # nothing starts at random
-    if pool == "exp":
-      return ExpPool(1.0 if parameter is None else parameter, dtype=dtype, **windows)
-    if pool == "lp":
-      return LpPool(2.0 if parameter is None else parameter, **windows)
-    if pool in _DETAIL_PRESERVING:
-      _, form, symmetry = pool.split("_")
-      return DetailPreservingPool(
-        features, full=form == "full", symmetric=symmetry == "sym", dtype=dtype, **windows
-      )
-    return {"average": AveragePool, "max": MaxPool, "soft": SoftPool}[pool](**windows)
-
-  return make_pool
+def _make_pool(pool, parameter, features, *, dtype, rngs, **windows) -> LocalPool:
+  """A pooling that needs no logit module."""
+  del rngs  # nothing starts at random
+  if pool == "exp":
+    return ExpPool(1.0 if parameter is None else parameter, dtype=dtype, **windows)
+  if pool == "lp":
+    return LpPool(2.0 if parameter is None else parameter, **windows)
+  if pool in _DETAIL_PRESERVING:
+    _, form, symmetry = pool.split("_")
+    return DetailPreservingPool(
+      features, full=form == "full", symmetric=symmetry == "sym", dtype=dtype, **windows
+    )
+  return {"average": AveragePool, "max": MaxPool, "soft": SoftPool}[pool](**windows)

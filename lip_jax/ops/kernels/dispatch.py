@@ -205,7 +205,16 @@ def _transformable(
   def mapped(*args):
     return _sharded(kernel, rule, *args)
 
-  mapped.def_vmap(_fold(mapped))
+  @mapped.def_vmap
+  def _(size, batched, *args):  # the mapped axis becomes part of the batch
+    def join(a, is_batched):
+      a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+      return a.reshape(-1, *a.shape[2:])
+
+    out = mapped(*jax.tree.map(join, args, tuple(batched)))
+    out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
+    return out, jax.tree.map(lambda _: True, out)
+
   run = jax.custom_jvp(mapped)
   run.defjvp(lambda primals, tangents: jax.jvp(same, primals, tangents))
   return run
@@ -240,21 +249,6 @@ def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
     default = call(kernels.get("tpu") or kernels["cuda"], True)
   branches = {name: call(module, False) for name, module in kernels.items()}
   return lambda *args: lax.platform_dependent(*args, default=default, **branches)
-
-
-def _fold(run: Callable[..., Any]) -> Callable[..., Any]:
-  """Rule of `jax.vmap` for kernels: the mapped axis becomes part of the batch."""
-
-  def rule(size, batched, *args):
-    def join(a, is_batched):
-      a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-      return a.reshape(-1, *a.shape[2:])
-
-    out = run(*jax.tree.map(join, args, tuple(batched)))
-    out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
-    return out, jax.tree.map(lambda _: True, out)
-
-  return rule
 
 
 def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:
