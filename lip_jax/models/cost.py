@@ -25,8 +25,7 @@ _Count = Callable[[core.JaxprEqn], int]  # what an equation counts, besides the 
 def count_parameters(model: nnx.Module) -> int:
   """Number of trained values in `model`; running statistics are not among them.
 
-  Args:
-    model: with arrays, or with the shapes that `nnx.eval_shape` puts in their place.
+  The model may have shapes in place of arrays (`nnx.eval_shape`).
   """
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 

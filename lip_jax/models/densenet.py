@@ -55,7 +55,6 @@ class DenseNet(Network):
   """DenseNet-BC with a choice of down-sampling.
 
   Args:
-    num_classes: as for `Network`, as are in_channels, remat and dtype.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
       `lip_jax.models.downsample.make_downsamples`.
     norm: makes the batch norms: `layers.make_batch_norm`.

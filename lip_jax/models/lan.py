@@ -49,8 +49,8 @@ class LocalPool(nnx.Module):
   """A pooling of the LAN family (equation 1): x [N, H, W, C] -> [N, H', W', C].
 
   Args:
-    window: height and width of the window in pixels, an int or a pair (h, w).
-    padding: in pixels on each side, at most window // 2.
+    window: height and width of the window in pixels, an int or a pair (h, w), as are stride and
+      padding, the latter at most window // 2.
   """
 
   def __init__(self, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1):
@@ -136,7 +136,7 @@ class SoftPool(LocalPool):
 class ExpPool(LocalPool):
   """F = exp(beta * x) with a learned beta, a scalar: from average (0) towards max pooling.
 
-  Beta is kept in at least float32; window, stride and padding are as for `LocalPool`.
+  Beta is kept in at least float32.
   """
 
   def __init__(self, beta: float = 1.0, *, dtype: Dtype = jnp.float32, **windows: Unpack[Windows]):
@@ -182,7 +182,6 @@ class DetailPreservingPool(LocalPool):
   Args:
     full: learn the linear down-scaling that details are measured against, a kernel per channel.
     dtype: of the computation; parameters are kept in at least float32.
-    **windows: window, stride and padding, as for `LocalPool`.
   """
 
   def __init__(
@@ -231,7 +230,6 @@ class LIP(LocalPool):
       one, must bound them.
     average_steps: pool by averages in the first so many training steps (table 2, D); the layer
       then counts its training steps among the model's batch statistics.
-    **windows: window, stride and padding, as for `LocalPool`.
   """
 
   def __init__(

@@ -114,7 +114,6 @@ class Bottleneck(nnx.Module):
 
   Args:
     width: x in "Bottleneck-x".
-    top: as for `Projection`.
   """
 
   def __init__(

@@ -97,7 +97,6 @@ class ResNet(Network):
   second, third and fourth stage, and in nothing else.
 
   Args:
-    num_classes: as for `Network`, as are in_channels, remat and dtype.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
       `lip_jax.models.downsample.make_downsamples`.
     block: "bottleneck" or "basic".

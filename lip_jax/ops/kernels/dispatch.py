@@ -227,7 +227,8 @@ def _kernels(x, h, geometry, form) -> dict[str, Any]:
   spread over devices, which kernels cannot express.
   """
   symbolic = not all(isinstance(size, int) for size in (*x.shape, *h.shape))
-  if form == "xla" or symbolic or any(_spread(a) for a in (x, h)):
+  arrays = [a for a in (x, h) if not isinstance(a, jax.ShapeDtypeStruct)]
+  if form == "xla" or symbolic or any(varying_axes(a) or explicit(a) for a in arrays):
     return {}
   names = set(_KERNELS) if form == "pallas" else _targets()
   return {name: _KERNELS[name] for name in names if _KERNELS[name].supports(x, h, geometry)}
@@ -238,10 +239,6 @@ def _targets() -> set[str]:
   targets = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
   # What compiles for TPUs that are not there has imported this.
   return targets | ({"tpu"} if "jax.experimental.topologies" in sys.modules else set())
-
-
-def _spread(a: jax.Array | jax.ShapeDtypeStruct) -> bool:
-  return not isinstance(a, jax.ShapeDtypeStruct) and (bool(varying_axes(a)) or explicit(a))
 
 
 def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
