@@ -27,7 +27,7 @@ from lip_jax.models.lan import (
   SoftPool,
   StridedPool,
 )
-from lip_jax.models.layers import LayerFactory, check_choice, check_sizes
+from lip_jax.models.layers import LayerFactory, check_choice, check_sizes, kaiming_fan_in
 from lip_jax.models.logit_modules import TOPS, Bottleneck, BottleneckTrunk, Projection
 
 _DETAIL_PRESERVING = tuple(
@@ -139,8 +139,9 @@ class PooledByLIP(Downsample):
   def between_blocks(self, features, make):
     if self.width is None:
       return self._lip(features, features, make, **_WINDOW_2)
+    # Initialised as all convolutions of a DenseNet.
     logits = Bottleneck(
-      features, features, self.width, top=self.top, init=make.init, **make.options
+      features, features, self.width, top=self.top, init=kaiming_fan_in, **make.options
     )
     return LIP(logits, average_steps=self.average_steps, **_WINDOW_2)
 
@@ -198,8 +199,8 @@ class PoolTransition(nnx.Module):
 
   def __init__(
     self,
-    residual_pool: LocalPool,
-    shortcut_pool: LocalPool,
+    residual_pool: Callable[..., jax.Array],
+    shortcut_pool: Callable[..., jax.Array],
     residual_conv: nnx.Conv,
     shortcut_conv: nnx.Conv,
   ):

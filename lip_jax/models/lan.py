@@ -20,14 +20,7 @@ from lip_jax.models import layers
 from lip_jax.models.logit_modules import Bottleneck, Projection
 from lip_jax.ops import lip_pool, pools
 from lip_jax.ops.adaptive import adaptive_lip_pool, global_lip_pool
-from lip_jax.ops.windows import (
-  IntOrPair,
-  Windows,
-  accumulation_dtype,
-  make_geometry,
-  pair,
-  taps,
-)
+from lip_jax.ops.windows import IntOrPair, Windows, accumulation_dtype, make_geometry, pair, taps
 
 _recorded: contextvars.ContextVar[list[tuple["LIP", jax.Array]] | None] = contextvars.ContextVar(
   "recorded_logits", default=None

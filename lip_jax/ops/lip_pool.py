@@ -103,7 +103,7 @@ def gated_lip_pool(
   Args:
     x: features that are pooled, [N, H, W, C], floating point.
     features: of the logit module before its instance norm, [N, H, W, C], floating point.
-    scale, bias: of the instance norm, [C].
+    scale: of the instance norm, [C], as is bias.
   """
   geometry = make_geometry(x, **windows)
   check_array("features", features)

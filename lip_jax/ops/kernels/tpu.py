@@ -91,12 +91,16 @@ def backward(
   results = pl.pallas_call(
     functools.partial(_backward_kernel, blocks=blocks, gated=gated, shift=shift),
     grid=blocks.grid,
-    in_specs=[*[_pixels(blocks)] * 2, _windows(blocks), *[_per_channel(blocks)] * (3 * gated)],
-    out_specs=[out, out, *[_per_channel(blocks)] * (2 * gated)],
+    in_specs=[
+      *[_pixels(blocks)] * 2,
+      _windows(blocks),
+      *[_per_channel(blocks)] * len(affine or ()),
+    ],
+    out_specs=[out, out, *[_per_channel(blocks)] * (2 if gated else 0)],
     out_shape=[
       jax.ShapeDtypeStruct(turned, x.dtype),
       jax.ShapeDtypeStruct(turned, h.dtype),
-      *[sums_shape] * (2 * gated),
+      *[sums_shape] * (2 if gated else 0),
     ],
     scratch_shapes=[scratch] * (2 if shift is not None else 3),
     compiler_params=pltpu.CompilerParams(
