@@ -139,7 +139,11 @@ def _figures(
     "with_gradient": 6 + 2 * share + (4 if fused else 0),
   }
   geometry = Geometry((3, 3), (2, 2), (1, 1))
-  kernels = [tpu_blocks.traffic(shape, x.dtype, geometry, backward=b) for b in (False, True)]
+  kernels = []
+  for backward in (False, True):
+    blocks = tpu_blocks.blocks_of(x, x, geometry, backward=backward)
+    assert blocks is not None, "all of these shapes fit the chip"
+    kernels.append(tpu_blocks.cost(blocks, x, x, backward=backward).bytes_accessed)
   result: dict[str, Any] = {}
   for name, program in programs.items():
     moved = aot_compile.figures(program).bytes_accessed

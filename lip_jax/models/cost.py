@@ -25,8 +25,7 @@ _Count = Callable[[core.JaxprEqn], int]  # what an equation counts, besides the 
 def count_parameters(model: nnx.Module) -> int:
   """Number of trained values in `model`; running statistics are not among them.
 
-  Args:
-    model: with arrays, or with the shapes that `nnx.eval_shape` puts in their place.
+  The model may have shapes in place of arrays (`nnx.eval_shape`).
   """
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
@@ -55,14 +54,7 @@ def flops(model: nnx.Module, image_size: int = 224) -> int:
   """FLOPs of one square image in evaluation mode as the paper's tables count them; as `RULE` says.
 
   They are the multiply-adds, and what common counters for PyTorch add for the modules that they
-  know.
-
-  Args:
-    model: as for `multiply_adds`.
-
-  Raises:
-    UsageError: as `multiply_adds`.
-    ValueError: as `multiply_adds`.
+  know. Model and errors as for `multiply_adds`.
   """
   return counts(model, image_size)[1]
 

@@ -45,7 +45,7 @@ class Transition(nnx.Module):
   def __init__(self, in_features: int, downsample: Downsample, make: LayerFactory):
     self.norm = make.norm(in_features)
     self.conv = make.conv(in_features, in_features // 2, 1)
-    self.pool = downsample.between_blocks(in_features // 2, **make.options)
+    self.pool = downsample.between_blocks(in_features // 2, make)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.pool(self.conv(nnx.relu(self.norm(x))))
@@ -55,7 +55,6 @@ class DenseNet(Network):
   """DenseNet-BC with a choice of down-sampling.
 
   Args:
-    num_classes: as for `Network`, as are in_channels, remat and dtype.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
       `lip_jax.models.downsample.make_downsamples`.
     norm: makes the batch norms: `layers.make_batch_norm`.
@@ -87,11 +86,11 @@ class DenseNet(Network):
     super().__init__(num_classes, in_channels=in_channels, remat=remat, dtype=dtype)
     layers.check_four("block_sizes", block_sizes)
     layers.check_sizes(growth=growth, width=width)
-    make = LayerFactory(norm, layers.kaiming_fan_in, dtype, rngs)
+    make = LayerFactory(dtype, rngs, layers.kaiming_fan_in, norm)
 
     self.conv0 = make.conv(in_channels, width, 7, stride=2)
     self.norm0 = make.norm(width)
-    self.pool0 = downsample["stem"].stem(width, **make.options)
+    self.pool0 = downsample["stem"].stem(width, make)
     features = width
     for index, size in enumerate(block_sizes):
       if index > 0:

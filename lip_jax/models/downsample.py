@@ -7,17 +7,15 @@ and the residual branch's features h [N, H, W, branch], and returns the next fea
 [N, H', W', mid] and, for the shortcut, [N, H', W', out].
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
 
 from lip_jax.errors import UsageError
-from lip_jax.models import layers
 from lip_jax.models.lan import (
   LIP,
   AveragePool,
@@ -29,42 +27,30 @@ from lip_jax.models.lan import (
   SoftPool,
   StridedPool,
 )
-from lip_jax.models.logit_modules import TOPS, Bottleneck, BottleneckTrunk, Projection, Top
+from lip_jax.models.layers import LayerFactory, check_choice, check_sizes, kaiming_fan_in
+from lip_jax.models.logit_modules import TOPS, Bottleneck, BottleneckTrunk, Projection
 
-Pool = Literal[
-  "original",
-  "strided",
-  "average",
-  "max",
-  "exp",
-  "soft",
-  "lp",
-  "dpp_full_sym",
-  "dpp_full_asym",
-  "dpp_lite_sym",
-  "dpp_lite_asym",
-  "lip",
-]
-Logit = Literal["projection", "bottleneck"]
-Structure = Literal["baseline", "dense"]
-Place = Literal["stem", "c3", "c4", "c5"]
-
-POOLS: tuple[str, ...] = get_args(Pool)
-LOGITS: tuple[str, ...] = get_args(Logit)
-STRUCTURES: tuple[str, ...] = get_args(Structure)
-PLACES: tuple[str, ...] = get_args(Place)
+_DETAIL_PRESERVING = tuple(
+  f"dpp_{form}_{symmetry}" for form in ("full", "lite") for symmetry in ("sym", "asym")
+)
+POOLS = ("original", "strided", "average", "max", "exp", "soft", "lp", *_DETAIL_PRESERVING, "lip")
+LOGITS = ("projection", "bottleneck")
+STRUCTURES = ("baseline", "dense")
+PLACES = ("stem", "c3", "c4", "c5")
 
 _WINDOW_3 = {"window": 3, "stride": 2, "padding": 1}
 _WINDOW_2 = {"window": 2, "stride": 2, "padding": 0}
 
-PoolFactory = Callable[..., LocalPool]
 
+class Downsample:
+  """Maker of the layers that halve a network's resolution; here those of the networks without LIP.
 
-class Downsample(Protocol):
-  """Maker of the layers that halve a network's resolution."""
+  These are strided convolutions and a max-pooled stem (He et al. 2016), in a DenseNet averages.
+  """
 
-  def stem(self, features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> Callable[..., Any]:
+  def stem(self, features: int, make: LayerFactory) -> Callable[..., Any]:
     """Pooling after the first convolution: [N, H, W, features] -> [N, H', W', features]."""
+    return MaxPool(**_WINDOW_3)
 
   def transition(
     self,
@@ -72,83 +58,101 @@ class Downsample(Protocol):
     branch_features: int,
     mid_features: int,
     out_features: int,
-    *,
-    dtype: Dtype,
-    rngs: nnx.Rngs,
+    make: LayerFactory,
   ) -> Callable[..., Any]:
     """Layer inside the first block of a ResNet's stage: (x, h) -> (h', shortcut)."""
+    return Convolutions(in_features, branch_features, mid_features, out_features, make, stride=2)
 
-  def after_block(
-    self, features: int, *, dtype: Dtype, rngs: nnx.Rngs
-  ) -> Callable[..., Any] | None:
+  def after_block(self, features: int, make: LayerFactory) -> Callable[..., Any] | None:
     """Pooling behind that block; None where the transition has halved the resolution already."""
+    return None
 
-  def between_blocks(self, features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> Callable[..., Any]:
+  def between_blocks(self, features: int, make: LayerFactory) -> Callable[..., Any]:
     """Pooling of a DenseNet's transition: [N, H, W, features] -> [N, H // 2, W // 2, features]."""
-
-
-class Strided:
-  """Strided convolutions and a max-pooled stem: the plain ResNet (He et al. 2016)."""
-
-  def stem(self, features, *, dtype, rngs):
-    del features, dtype, rngs
-    return MaxPool(**_WINDOW_3)
-
-  def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
-    return Convolutions(
-      in_features, branch_features, mid_features, out_features, stride=2, dtype=dtype, rngs=rngs
-    )
-
-  def after_block(self, features, *, dtype, rngs):
-    del features, dtype, rngs
-
-  def between_blocks(self, features, *, dtype, rngs):
-    del features, dtype, rngs
-    return StridedPool(**_WINDOW_2)
-
-
-class Original(Strided):
-  """What the network has without LIP: as `Strided`, but a DenseNet's transitions are averages."""
-
-  def between_blocks(self, features, *, dtype, rngs):
-    del features, dtype, rngs
     return AveragePool(**_WINDOW_2)
 
 
-class Pooled:
+class Strided(Downsample):
+  """Strided convolutions, and in a DenseNet the sampling that they do."""
+
+  def between_blocks(self, features, make):
+    return StridedPool(**_WINDOW_2)
+
+
+class Pooled(Downsample):
   """One pooling at every place, followed by 1x1 convolutions in a ResNet's transitions.
 
   Args:
-    make: (features, window=, stride=, padding=, dtype=, rngs=) -> layer that pools so many
+    make_pool: (features, window=, stride=, padding=, dtype=, rngs=) -> layer that pools so many
       features.
   """
 
-  def __init__(self, make: PoolFactory):
-    self.make = make
+  def __init__(self, make_pool: Callable[..., LocalPool]):
+    self.make_pool = make_pool
 
-  def stem(self, features, *, dtype, rngs):
-    return self.make(features, **_WINDOW_3, dtype=dtype, rngs=rngs)
+  def stem(self, features, make):
+    return self.make_pool(features, **_WINDOW_3, **make.options)
 
-  def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
+  def transition(self, in_features, branch_features, mid_features, out_features, make):
     return PoolTransition(
-      self.make(branch_features, **_WINDOW_3, dtype=dtype, rngs=rngs),
-      self.make(in_features, **_WINDOW_3, dtype=dtype, rngs=rngs),
-      in_features,
-      branch_features,
-      mid_features,
-      out_features,
-      dtype=dtype,
-      rngs=rngs,
+      self.make_pool(branch_features, **_WINDOW_3, **make.options),
+      self.make_pool(in_features, **_WINDOW_3, **make.options),
+      make.conv(branch_features, mid_features, 1),
+      make.conv(in_features, out_features, 1),
     )
 
-  def after_block(self, features, *, dtype, rngs):
-    del features, dtype, rngs
-
-  def between_blocks(self, features, *, dtype, rngs):
-    return self.make(features, **_WINDOW_2, dtype=dtype, rngs=rngs)
+  def between_blocks(self, features, make):
+    return self.make_pool(features, **_WINDOW_2, **make.options)
 
 
-class DenseThenPool(Strided):
+class PooledByLIP(Downsample):
+  """LIP at every place.
+
+  In a ResNet's transition both branches predict their logits from the block's input (section 3.3,
+  figure 4b), by bottlenecks of which they share the first two convolutions; elsewhere what is
+  pooled predicts its own.
+
+  Args:
+    width: x in "Bottleneck-x" (figure 4e), whose place in the stem a 3x3 convolution takes; None:
+      logits by one 1x1 convolution (figure 4d).
+  """
+
+  def __init__(self, width: int | None, top: str, average_steps: int):
+    self.width = width
+    self.top = top
+    self.average_steps = average_steps
+
+  def stem(self, features, make):
+    return self._lip(features, features, make, kernel_size=1 if self.width is None else 3)
+
+  def transition(self, in_features, branch_features, mid_features, out_features, make):
+    trunk = None if self.width is None else BottleneckTrunk(in_features, self.width, make)
+    shared = self.width or in_features
+    return SharedLIPTransition(
+      trunk,
+      self._lip(shared, branch_features, make),
+      self._lip(shared, in_features, make),
+      make.conv(branch_features, mid_features, 1),
+      make.conv(in_features, out_features, 1),
+    )
+
+  def between_blocks(self, features, make):
+    if self.width is None:
+      return self._lip(features, features, make, **_WINDOW_2)
+    # Initialised as all convolutions of a DenseNet.
+    logits = Bottleneck(
+      features, features, self.width, top=self.top, init=kaiming_fan_in, **make.options
+    )
+    return LIP(logits, average_steps=self.average_steps, **_WINDOW_2)
+
+  def _lip(self, in_features, out_features, make, kernel_size=1, **windows) -> LIP:
+    logits = Projection(
+      in_features, out_features, kernel_size=kernel_size, top=self.top, **make.options
+    )
+    return LIP(logits, average_steps=self.average_steps, **windows)
+
+
+class DenseThenPool(Downsample):
   """Convolutions at full resolution, then one pooling of the whole block's output.
 
   The structure that detail-preserving pooling was published with (Saeedan et al. 2018); the stem
@@ -158,85 +162,16 @@ class DenseThenPool(Strided):
     pooled: whose pooling of 2x2 windows to take.
   """
 
-  def __init__(self, pooled: Pooled):
+  def __init__(self, pooled: Downsample):
     self.pooled = pooled
 
-  def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
-    return Convolutions(
-      in_features, branch_features, mid_features, out_features, stride=1, dtype=dtype, rngs=rngs
-    )
+  def transition(self, in_features, branch_features, mid_features, out_features, make):
+    return Convolutions(in_features, branch_features, mid_features, out_features, make)
 
-  def after_block(self, features, *, dtype, rngs):
-    return self.pooled.between_blocks(features, dtype=dtype, rngs=rngs)
+  def between_blocks(self, features, make):
+    return self.pooled.between_blocks(features, make)
 
-  def between_blocks(self, features, *, dtype, rngs):
-    return self.pooled.between_blocks(features, dtype=dtype, rngs=rngs)
-
-
-class LIPProjection(Pooled):
-  """LIP at every place, with logits by one 1x1 convolution (figure 4d).
-
-  In a ResNet's transition both branches predict them from the block's input (section 3.3, figure
-  4b); elsewhere what is pooled predicts its own.
-  """
-
-  stem_kernel = 1
-  trunk_width: int | None = None  # of what the logit modules of a transition share
-
-  def __init__(self, top: Top = "norm_gate", average_steps: int = 0):
-    super().__init__(self._lip)
-    self.top = top
-    self.average_steps = average_steps
-
-  def _lip(self, features, *, dtype, rngs, kernel_size=1, **windows):
-    logits = Projection(
-      features, features, kernel_size=kernel_size, top=self.top, dtype=dtype, rngs=rngs
-    )
-    return LIP(logits, average_steps=self.average_steps, **windows)
-
-  def stem(self, features, *, dtype, rngs):
-    return self._lip(features, kernel_size=self.stem_kernel, **_WINDOW_3, dtype=dtype, rngs=rngs)
-
-  def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
-    return SharedLIPTransition(
-      in_features,
-      branch_features,
-      mid_features,
-      out_features,
-      width=self.trunk_width,
-      top=self.top,
-      average_steps=self.average_steps,
-      dtype=dtype,
-      rngs=rngs,
-    )
-
-
-class LIPBottleneck(LIPProjection):
-  """LIP at every place, with logits by a bottleneck (figure 4e); in the stem by a 3x3 convolution.
-
-  The two of a ResNet's transition share its first two convolutions (section 3.3).
-
-  Args:
-    width: x in "Bottleneck-x".
-  """
-
-  stem_kernel = 3
-
-  def __init__(self, width: int = 128, top: Top = "norm_gate", average_steps: int = 0):
-    super().__init__(top, average_steps)
-    self.width = self.trunk_width = width
-
-  def between_blocks(self, features, *, dtype, rngs):
-    logits = Bottleneck(
-      features,
-      features,
-      self.width,
-      top=self.top,
-      init=layers.kaiming_fan_in,  # as all convolutions of a DenseNet
-      dtype=dtype,
-      rngs=rngs,
-    )
-    return LIP(logits, average_steps=self.average_steps, **_WINDOW_2)
+  after_block = between_blocks
 
 
 class Convolutions(nnx.Module):
@@ -248,19 +183,12 @@ class Convolutions(nnx.Module):
     branch_features: int,
     mid_features: int,
     out_features: int,
-    *,
+    make: LayerFactory,
     stride: int = 1,
-    dtype: Dtype = jnp.float32,
-    rngs: nnx.Rngs,
   ):
-    self.residual_conv = layers.conv(
-      branch_features, mid_features, 3, stride=stride, dtype=dtype, rngs=rngs
-    )
-    self.shortcut_conv = (
-      None
-      if stride == 1 and in_features == out_features
-      else layers.conv(in_features, out_features, 1, stride=stride, dtype=dtype, rngs=rngs)
-    )
+    self.residual_conv = make.conv(branch_features, mid_features, 3, stride)
+    identity = stride == 1 and in_features == out_features
+    self.shortcut_conv = None if identity else make.conv(in_features, out_features, 1, stride)
 
   def __call__(self, x: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     return self.residual_conv(h), x if self.shortcut_conv is None else self.shortcut_conv(x)
@@ -273,18 +201,13 @@ class PoolTransition(nnx.Module):
     self,
     residual_pool: Callable[..., jax.Array],
     shortcut_pool: Callable[..., jax.Array],
-    in_features: int,
-    branch_features: int,
-    mid_features: int,
-    out_features: int,
-    *,
-    dtype: Dtype = jnp.float32,
-    rngs: nnx.Rngs,
+    residual_conv: nnx.Conv,
+    shortcut_conv: nnx.Conv,
   ):
     self.residual_pool = residual_pool
-    self.residual_conv = layers.conv(branch_features, mid_features, 1, dtype=dtype, rngs=rngs)
     self.shortcut_pool = shortcut_pool
-    self.shortcut_conv = layers.conv(in_features, out_features, 1, dtype=dtype, rngs=rngs)
+    self.residual_conv = residual_conv
+    self.shortcut_conv = shortcut_conv
 
   def __call__(self, x: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     return self.residual_conv(self.residual_pool(h)), self.shortcut_conv(self.shortcut_pool(x))
@@ -294,40 +217,12 @@ class SharedLIPTransition(PoolTransition):
   """LIP and a 1x1 convolution in both branches, importance from the block's input: figure 4b.
 
   Args:
-    width: of the bottleneck trunk that both logit modules share; None: they are projections.
+    trunk: what the logit modules of both poolings share.
   """
 
-  def __init__(
-    self,
-    in_features: int,
-    branch_features: int,
-    mid_features: int,
-    out_features: int,
-    *,
-    width: int | None = 128,
-    top: Top = "norm_gate",
-    average_steps: int = 0,
-    dtype: Dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    self.trunk = (
-      None if width is None else BottleneckTrunk(in_features, width, dtype=dtype, rngs=rngs)
-    )
-
-    def lip(features: int) -> LIP:
-      head = Projection(width or in_features, features, top=top, dtype=dtype, rngs=rngs)
-      return LIP(head, average_steps=average_steps)
-
-    super().__init__(
-      lip(branch_features),
-      lip(in_features),
-      in_features,
-      branch_features,
-      mid_features,
-      out_features,
-      dtype=dtype,
-      rngs=rngs,
-    )
+  def __init__(self, trunk: BottleneckTrunk | None, *layers: Any):
+    super().__init__(*layers)
+    self.trunk = trunk
 
   def __call__(self, x: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     shared = x if self.trunk is None else self.trunk(x)
@@ -338,15 +233,15 @@ class SharedLIPTransition(PoolTransition):
 
 
 def make_downsamples(
-  pool: Pool = "original",
+  pool: str = "original",
   *,
-  logit: Logit = "bottleneck",
+  logit: str = "bottleneck",
   logit_width: int = 128,
-  logit_top: Top = "norm_gate",
+  logit_top: str = "norm_gate",
   average_steps: int = 0,
   pool_parameter: float | None = None,
-  structure: Structure = "baseline",
-  lip_stages: Sequence[Place] = ("stem", "c3", "c4", "c5"),
+  structure: str = "baseline",
+  lip_stages: Sequence[str] = PLACES,
 ) -> dict[str, Downsample]:
   """The `Downsample` of each place of a network.
 
@@ -365,24 +260,17 @@ def make_downsamples(
     lip_stages: places that get this pool, of "stem" (stride 4), "c3" (on the way to stride 8),
       "c4" and "c5"; the others keep the network's own (table 3).
 
-  Returns:
-    {"stem": ..., "c3": ..., "c4": ..., "c5": ...}.
-
   Raises:
     UsageError: a name that does not exist, with those that do, or a number out of range.
   """
-  for name, value, valid in (
-    ("pool", pool, POOLS),
-    ("logit", logit, LOGITS),
-    ("logit_top", logit_top, TOPS),
-    ("structure", structure, STRUCTURES),
-  ):
-    if value not in valid:
-      raise UsageError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
+  check_choice(POOLS, pool=pool)
+  check_choice(LOGITS, logit=logit)
+  check_choice(TOPS, logit_top=logit_top)
+  check_choice(STRUCTURES, structure=structure)
   if not isinstance(lip_stages, (tuple, list)) or not set(lip_stages) <= set(PLACES):
     raise UsageError(f"lip_stages must be some of {', '.join(PLACES)}, got {lip_stages!r}")
-  layers.check_sizes(logit_width=logit_width)
-  layers.check_sizes(least=0, average_steps=average_steps)
+  check_sizes(logit_width=logit_width)
+  check_sizes(least=0, average_steps=average_steps)
   if pool_parameter is not None:
     if pool not in ("exp", "lp"):
       raise UsageError(f"pool_parameter is for pool 'exp' and 'lp'; pool {pool!r} has none")
@@ -392,35 +280,31 @@ def make_downsamples(
         f"least 1; got {pool_parameter}"
       )
   here: Downsample
-  if pool in ("original", "strided"):
-    here = Original() if pool == "original" else Strided()
+  if pool == "original":
+    here = Downsample()
+  elif pool == "strided":
+    here = Strided()
   else:
-    pooled: Pooled
-    if pool != "lip":
-      pooled = Pooled(_factory(pool, pool_parameter))
-    elif logit == "projection":
-      pooled = LIPProjection(logit_top, average_steps)
+    if pool == "lip":
+      width = None if logit == "projection" else logit_width
+      here = PooledByLIP(width, logit_top, average_steps)
     else:
-      pooled = LIPBottleneck(logit_width, logit_top, average_steps)
-    here = pooled if structure == "baseline" else DenseThenPool(pooled)
-  original = Original()
-  return {place: here if place in lip_stages else original for place in PLACES}
+      here = Pooled(functools.partial(_make_pool, pool, pool_parameter))
+    if structure == "dense":
+      here = DenseThenPool(here)
+  return {place: here if place in lip_stages else Downsample() for place in PLACES}
 
 
-def _factory(pool: Pool, parameter: float | None) -> PoolFactory:
-  """What makes the layers of a pooling that needs no logit module."""
-
-  def make(features, *, dtype, rngs, **windows):
-    del rngs  # nothing starts at random
-    if pool == "exp":
-      return ExpPool(1.0 if parameter is None else parameter, dtype=dtype, **windows)
-    if pool == "lp":
-      return LpPool(2.0 if parameter is None else parameter, **windows)
-    if pool.startswith("dpp"):
-      _, form, symmetry = pool.split("_")
-      return DetailPreservingPool(
-        features, full=form == "full", symmetric=symmetry == "sym", dtype=dtype, **windows
-      )
-    return {"average": AveragePool, "max": MaxPool, "soft": SoftPool}[pool](**windows)
-
-  return make
+def _make_pool(pool, parameter, features, *, dtype, rngs, **windows) -> LocalPool:
+  """A pooling that needs no logit module."""
+  del rngs  # nothing starts at random
+  if pool == "exp":
+    return ExpPool(1.0 if parameter is None else parameter, dtype=dtype, **windows)
+  if pool == "lp":
+    return LpPool(2.0 if parameter is None else parameter, **windows)
+  if pool in _DETAIL_PRESERVING:
+    _, form, symmetry = pool.split("_")
+    return DetailPreservingPool(
+      features, full=form == "full", symmetric=symmetry == "sym", dtype=dtype, **windows
+    )
+  return {"average": AveragePool, "max": MaxPool, "soft": SoftPool}[pool](**windows)

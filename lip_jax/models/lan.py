@@ -9,7 +9,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from lip_jax.models import layers
 from lip_jax.models.logit_modules import Bottleneck, Projection
 from lip_jax.ops import lip_pool, pools
 from lip_jax.ops.adaptive import adaptive_lip_pool, global_lip_pool
-from lip_jax.ops.windows import IntOrPair, accumulation_dtype, make_geometry, pair, taps
+from lip_jax.ops.windows import IntOrPair, Windows, accumulation_dtype, make_geometry, pair, taps
 
 _recorded: contextvars.ContextVar[list[tuple["LIP", jax.Array]] | None] = contextvars.ContextVar(
   "recorded_logits", default=None
@@ -42,19 +42,17 @@ class LocalPool(nnx.Module):
   """A pooling of the LAN family (equation 1): x [N, H, W, C] -> [N, H', W', C].
 
   Args:
-    window: height and width of the window in pixels, an int or a pair (h, w).
-    padding: in pixels on each side, at most window // 2.
+    window: height and width of the window in pixels, an int or a pair (h, w), as are stride and
+      padding, the latter at most window // 2.
   """
 
-  def __init__(
-    self, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
-  ) -> None:
+  def __init__(self, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1):
     self.window = window
     self.stride = stride
     self.padding = padding
 
   @property
-  def _windows(self) -> dict[str, Any]:
+  def _windows(self) -> Windows:
     return {"window": self.window, "stride": self.stride, "padding": self.padding}
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -131,10 +129,10 @@ class SoftPool(LocalPool):
 class ExpPool(LocalPool):
   """F = exp(beta * x) with a learned beta, a scalar: from average (0) towards max pooling.
 
-  Beta is kept in at least float32; window, stride and padding are as for `LocalPool`.
+  Beta is kept in at least float32.
   """
 
-  def __init__(self, beta: float = 1.0, *, dtype: Dtype = jnp.float32, **windows: IntOrPair):
+  def __init__(self, beta: float = 1.0, *, dtype: Dtype = jnp.float32, **windows: Unpack[Windows]):
     super().__init__(**windows)
     self.beta = nnx.Param(jnp.asarray([beta], layers.param_dtype(dtype)))
 
@@ -154,7 +152,7 @@ class LpPool(LocalPool):
   p = 1 and for constant |x| only (see `lip_jax.lp_pool`).
   """
 
-  def __init__(self, p: float = 2.0, **windows: IntOrPair):
+  def __init__(self, p: float = 2.0, **windows: Unpack[Windows]):
     super().__init__(**windows)
     self.p = p
 
@@ -177,7 +175,6 @@ class DetailPreservingPool(LocalPool):
   Args:
     full: learn the linear down-scaling that details are measured against, a kernel per channel.
     dtype: of the computation; parameters are kept in at least float32.
-    **windows: window, stride and padding, as for `LocalPool`.
   """
 
   def __init__(
@@ -187,7 +184,7 @@ class DetailPreservingPool(LocalPool):
     full: bool = False,
     symmetric: bool = True,
     dtype: Dtype = jnp.float32,
-    **windows: IntOrPair,
+    **windows: Unpack[Windows],
   ):
     super().__init__(**windows)
     kept = layers.param_dtype(dtype)
@@ -224,8 +221,6 @@ class LIP(LocalPool):
   Args:
     logits: module from features [N, H, W, C] to logits [N, H, W, C]; its `logit_range`, if it has
       one, must bound them.
-    window: height and width of the window in pixels, an int or a pair (h, w).
-    padding: in pixels, at most window // 2.
     average_steps: pool by averages in the first so many training steps (table 2, D); the layer
       then counts its training steps among the model's batch statistics.
   """
@@ -234,12 +229,10 @@ class LIP(LocalPool):
     self,
     logits: Callable[[jax.Array], jax.Array],
     *,
-    window: IntOrPair = 3,
-    stride: IntOrPair = 2,
-    padding: IntOrPair = 1,
     average_steps: int = 0,
+    **windows: Unpack[Windows],
   ):
-    super().__init__(window=window, stride=stride, padding=padding)
+    super().__init__(**windows)
     self.logits = logits
     self.average_steps = average_steps
     self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32)) if average_steps else None

@@ -7,7 +7,7 @@ normalizations compute in that precision and cast their output. Paddings are exp
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,35 +34,6 @@ def param_dtype(dtype: Dtype) -> Dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def conv(
-  in_features: int,
-  out_features: int,
-  kernel_size: int,
-  *,
-  stride: int = 1,
-  init: nnx.Initializer = kaiming_fan_out,
-  dtype: Dtype = jnp.float32,
-  rngs: nnx.Rngs,
-) -> nnx.Conv:
-  """Bias-free square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd kernels.
-
-  Padded by kernel_size // 2 on each side.
-  """
-  pad = kernel_size // 2
-  return nnx.Conv(
-    in_features,
-    out_features,
-    (kernel_size, kernel_size),
-    strides=stride,
-    padding=((pad, pad), (pad, pad)),
-    use_bias=False,
-    dtype=dtype,
-    param_dtype=param_dtype(dtype),
-    kernel_init=init,
-    rngs=rngs,
-  )
-
-
 def check_sizes(least: int = 1, **sizes: Any) -> None:
   """Raises UsageError unless all are whole numbers, at least `least`."""
   for name, value in sizes.items():
@@ -71,19 +42,18 @@ def check_sizes(least: int = 1, **sizes: Any) -> None:
       raise UsageError(f"{name} must be a whole number and {bound}, got {value!r}")
 
 
+def check_choice(valid: Sequence[str], **choice: Any) -> None:
+  """Raises UsageError unless what is chosen is one of the valid names."""
+  ((name, value),) = choice.items()
+  if value not in valid:
+    raise UsageError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
+
+
 def check_four(name: str, sizes: Any) -> None:
   """Raises UsageError unless `sizes` are four positive whole numbers, one per stage."""
   if not isinstance(sizes, (tuple, list)) or len(sizes) != 4:
     raise UsageError(f"{name} must be four positive numbers, got {sizes!r}")
   check_sizes(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
-
-
-def linear(in_features: int, out_features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
-  """Classifier, computed in the parameters' precision: [N, in] -> [N, out] float32 (or float64)."""
-  dtype = param_dtype(dtype)
-  return nnx.Linear(
-    in_features, out_features, dtype=dtype, param_dtype=dtype, kernel_init=linear_uniform, rngs=rngs
-  )
 
 
 def apply(module: Callable[..., jax.Array], *inputs: jax.Array, remat: bool) -> jax.Array:
@@ -203,10 +173,11 @@ def make_batch_norm(
 class LayerFactory(NamedTuple):
   """Makes a network's layers, of one compute dtype and from one source of initial weights."""
 
-  norm_layer: Callable[..., BatchNorm]  # (features, zero_init=, dtype=) -> norm
-  init: nnx.Initializer  # of convolutions
   dtype: Dtype
   rngs: nnx.Rngs
+  init: nnx.Initializer = kaiming_fan_out  # of convolutions
+  norm_layer: Callable[..., BatchNorm] = BatchNorm  # (features, zero_init=, dtype=) -> norm
+  zero_init_residual: bool = False
 
   @property
   def options(self) -> dict[str, Any]:
@@ -214,14 +185,40 @@ class LayerFactory(NamedTuple):
     return {"dtype": self.dtype, "rngs": self.rngs}
 
   def conv(self, in_features: int, out_features: int, size: int, stride: int = 1) -> nnx.Conv:
-    return conv(in_features, out_features, size, stride=stride, init=self.init, **self.options)
+    """Bias-free square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd sizes."""
+    return nnx.Conv(
+      in_features,
+      out_features,
+      (size, size),
+      strides=stride,
+      padding=((size // 2, size // 2),) * 2,
+      use_bias=False,
+      param_dtype=param_dtype(self.dtype),
+      kernel_init=self.init,
+      **self.options,
+    )
 
-  def norm(self, features: int, zero_init: bool = False) -> BatchNorm:
+  def norm(self, features: int, ends_branch: bool = False) -> BatchNorm:
+    """Batch norm; `ends_branch`: it is the last of a residual branch."""
+    zero_init = ends_branch and self.zero_init_residual
     return self.norm_layer(features, zero_init=zero_init, dtype=self.dtype)
 
+  def instance_norm(self, features: int) -> "InstanceNorm":
+    return InstanceNorm(features, dtype=self.dtype)
+
   def classifier(self, features: int, num_classes: int) -> nnx.Linear | None:
-    """None for a backbone, of no classes."""
-    return linear(features, num_classes, **self.options) if num_classes else None
+    """[N, C] -> [N, num_classes], in the parameters' precision; None for no classes."""
+    if num_classes == 0:
+      return None
+    kept = param_dtype(self.dtype)
+    return nnx.Linear(
+      features,
+      num_classes,
+      dtype=kept,
+      param_dtype=kept,
+      kernel_init=linear_uniform,
+      rngs=self.rngs,
+    )
 
 
 class InstanceNorm(nnx.Module):

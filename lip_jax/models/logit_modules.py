@@ -6,21 +6,19 @@ pooling that uses them starts as average pooling (section 4.1). `logit_range` is
 the logits lie in, or None if they are unbounded.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from lip_jax.errors import UsageError
 from lip_jax.models import layers
+from lip_jax.models.layers import LayerFactory
 from lip_jax.ops.kernels.gate import GATE
 from lip_jax.ops.lip_pool import gated_lip_pool, projected_lip_pool
 
 # What follows the last convolution of a logit module: table 2 of the paper, A to D.
-Top = Literal["norm_gate", "norm", "gate", "none"]
-
 TOPS = ("norm_gate", "norm", "gate", "none")
 
 
@@ -45,22 +43,14 @@ class Projection(nnx.Module):
     out_features: int,
     *,
     kernel_size: int = 1,
-    top: Top = "norm_gate",
+    top: str = "norm_gate",
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.conv = layers.conv(
-      in_features,
-      out_features,
-      kernel_size,
-      init=nnx.initializers.zeros,
-      dtype=dtype,
-      rngs=rngs,
-    )
-    if top not in TOPS:
-      raise UsageError(f"unknown logit_top {top!r}; choose one of {', '.join(TOPS)}")
-    has_norm = top in ("norm_gate", "norm")
-    self.norm = layers.InstanceNorm(out_features, dtype=dtype) if has_norm else None
+    layers.check_choice(TOPS, logit_top=top)
+    make = LayerFactory(dtype, rngs, nnx.initializers.zeros)
+    self.conv = make.conv(in_features, out_features, kernel_size)
+    self.norm = make.instance_norm(out_features) if top in ("norm_gate", "norm") else None
     self.gated = top in ("norm_gate", "gate")
 
   @property
@@ -107,20 +97,12 @@ class BottleneckTrunk(nnx.Module):
     width: x in "Bottleneck-x", channels of the output.
   """
 
-  def __init__(
-    self,
-    in_features: int,
-    width: int = 128,
-    *,
-    init: nnx.Initializer = layers.kaiming_fan_out,
-    dtype: Dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
+  def __init__(self, in_features: int, width: int, make: LayerFactory):
     layers.check_sizes(in_features=in_features, width=width)
-    self.conv1 = layers.conv(in_features, width, 1, init=init, dtype=dtype, rngs=rngs)
-    self.norm1 = layers.InstanceNorm(width, dtype=dtype)
-    self.conv2 = layers.conv(width, width, 3, init=init, dtype=dtype, rngs=rngs)
-    self.norm2 = layers.InstanceNorm(width, dtype=dtype)
+    self.conv1 = make.conv(in_features, width, 1)
+    self.norm1 = make.instance_norm(width)
+    self.conv2 = make.conv(width, width, 3)
+    self.norm2 = make.instance_norm(width)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = nnx.relu(self.norm1(self.conv1(x)))
@@ -132,7 +114,6 @@ class Bottleneck(nnx.Module):
 
   Args:
     width: x in "Bottleneck-x".
-    top: as for `Projection`.
   """
 
   def __init__(
@@ -141,12 +122,12 @@ class Bottleneck(nnx.Module):
     out_features: int,
     width: int = 128,
     *,
-    top: Top = "norm_gate",
+    top: str = "norm_gate",
     init: nnx.Initializer = layers.kaiming_fan_out,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.trunk = BottleneckTrunk(in_features, width, init=init, dtype=dtype, rngs=rngs)
+    self.trunk = BottleneckTrunk(in_features, width, LayerFactory(dtype, rngs, init))
     self.projection = Projection(width, out_features, top=top, dtype=dtype, rngs=rngs)
 
   @property

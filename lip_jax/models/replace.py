@@ -145,7 +145,12 @@ def replace_downsampling(
     report.append(Replacement(path, _describe(layer), after))
 
   def put(path, layer):
-    return _swap(layer, pools[path]) if path in pools else layer
+    if path not in pools:
+      return layer
+    if not isinstance(layer, nnx.Conv):
+      return pools[path]
+    layer.strides = 1
+    return LIPConv(pools[path], layer)
 
   try:
     got = _trace(model, arguments, put)
@@ -161,10 +166,10 @@ def replace_downsampling(
 
 
 class _Call(NamedTuple):
-  """The array that a layer was called with, and the one it gave."""
+  """Types of the array that a layer was called with, and of the one it gave."""
 
-  x: jax.ShapeDtypeStruct
-  y: jax.ShapeDtypeStruct
+  x: Any
+  y: Any
 
 
 def _calls(model: nnx.Module, arguments: tuple) -> tuple[list[tuple[str, _Call | None]], Any]:
@@ -192,7 +197,7 @@ class _Recorder(nnx.Module):
   def __call__(self, *args: Any, **options: Any) -> Any:
     y = self.layer(*args, **options)
     alone = len(args) == 1 and not options and isinstance(args[0], jax.Array)
-    self.note(_Call(_shape(args[0]), _shape(y)) if alone else None)
+    self.note(_Call(jax.typeof(args[0]), jax.typeof(y)) if alone else None)
     return y
 
   def __getattr__(self, name: str) -> Any:
@@ -211,8 +216,7 @@ def _check(model: Any, logit: str, logit_width: int | None) -> None:
     raise UsageError(
       f"model must be a flax.nnx.Module, got {type(model).__name__}; layers are swapped in place"
     )
-  if logit not in LOGITS:
-    raise UsageError(f"unknown logit {logit!r}; choose one of {', '.join(LOGITS)}")
+  layers.check_choice(LOGITS, logit=logit)
   if logit_width is not None:
     layers.check_sizes(logit_width=logit_width)
   if logit == "projection" and logit_width is not None:
@@ -274,14 +278,6 @@ def _edit(node: Any, edit: Edit, path: tuple[str, ...] = (), done: dict | None =
     changed = any(entries[key] is not node[key] for key in node)
     return nnx.Dict(entries) if changed else node
   return node
-
-
-def _swap(layer: Any, pool: LIP) -> nnx.Module:
-  """What stands in the place of a layer: a pool, and the rest of a convolution after it."""
-  if not isinstance(layer, nnx.Conv):
-    return pool
-  layer.strides = 1
-  return LIPConv(pool, layer)
 
 
 def _trace(model: nnx.Module, arguments: tuple, edit: Edit) -> list[jax.ShapeDtypeStruct]:
@@ -389,7 +385,3 @@ def _stride(stride: tuple[int, ...]) -> str:
 
 def _text(arrays: Any) -> str:
   return ", ".join(f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(arrays))
-
-
-def _shape(a: jax.Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(a.shape, a.dtype)

@@ -12,13 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from lip_jax.errors import UsageError
 from lip_jax.models import layers
 from lip_jax.models.downsample import Convolutions, Downsample
 from lip_jax.models.layers import LayerFactory
 from lip_jax.models.network import Network
-
-Stem = Literal["imagenet", "small"]
 
 
 class ResidualBlock(nnx.Module):
@@ -29,7 +26,7 @@ class ResidualBlock(nnx.Module):
   ):
     identity = downsample is None and in_features == out_features
     self.shortcut_bn = None if identity else make.norm(out_features)
-    self.pool = None if downsample is None else downsample.after_block(out_features, **make.options)
+    self.pool = None if downsample is None else downsample.after_block(out_features, make)
 
   def _join(self, h: jax.Array, shortcut: jax.Array) -> jax.Array:
     if self.shortcut_bn is not None:
@@ -52,18 +49,13 @@ class BasicBlock(ResidualBlock):
   transition_name = "conv1"  # of the convolution that the transition replaces
 
   def __init__(
-    self,
-    in_features: int,
-    width: int,
-    downsample: Downsample | None,
-    make: LayerFactory,
-    zero_init_residual: bool,
+    self, in_features: int, width: int, downsample: Downsample | None, make: LayerFactory
   ):
     make_spatial = Convolutions if downsample is None else downsample.transition
-    self.spatial = make_spatial(in_features, in_features, width, width, **make.options)
+    self.spatial = make_spatial(in_features, in_features, width, width, make)
     self.bn1 = make.norm(width)
     self.conv2 = make.conv(width, width, 3)
-    self.bn2 = make.norm(width, zero_init=zero_init_residual)
+    self.bn2 = make.norm(width, ends_branch=True)
     super().__init__(in_features, width, downsample, make)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -79,21 +71,16 @@ class BottleneckBlock(ResidualBlock):
   transition_name = "conv2"
 
   def __init__(
-    self,
-    in_features: int,
-    width: int,
-    downsample: Downsample | None,
-    make: LayerFactory,
-    zero_init_residual: bool,
+    self, in_features: int, width: int, downsample: Downsample | None, make: LayerFactory
   ):
     out_features = self.expansion * width
     self.conv1 = make.conv(in_features, width, 1)
     self.bn1 = make.norm(width)
     make_spatial = Convolutions if downsample is None else downsample.transition
-    self.spatial = make_spatial(in_features, width, width, out_features, **make.options)
+    self.spatial = make_spatial(in_features, width, width, out_features, make)
     self.bn2 = make.norm(width)
     self.conv3 = make.conv(width, out_features, 1)
-    self.bn3 = make.norm(out_features, zero_init=zero_init_residual)
+    self.bn3 = make.norm(out_features, ends_branch=True)
     super().__init__(in_features, out_features, downsample, make)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -110,7 +97,6 @@ class ResNet(Network):
   second, third and fourth stage, and in nothing else.
 
   Args:
-    num_classes: as for `Network`, as are in_channels, remat and dtype.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
       `lip_jax.models.downsample.make_downsamples`.
     block: "bottleneck" or "basic".
@@ -135,7 +121,7 @@ class ResNet(Network):
     stage_sizes: Sequence[int],
     block: Literal["bottleneck", "basic"] = "bottleneck",
     width: int = 64,
-    stem: Stem = "imagenet",
+    stem: Literal["imagenet", "small"] = "imagenet",
     zero_init_residual: bool = False,
     in_channels: int = 3,
     remat: bool = False,
@@ -145,24 +131,22 @@ class ResNet(Network):
   ):
     super().__init__(num_classes, in_channels=in_channels, remat=remat, dtype=dtype)
     layers.check_four("stage_sizes", stage_sizes)
-    if stem not in ("imagenet", "small"):
-      raise UsageError(f"unknown stem {stem!r}; choose one of imagenet, small")
-    if block not in ("bottleneck", "basic"):
-      raise UsageError(f"unknown block {block!r}; choose one of bottleneck, basic")
+    layers.check_choice(("imagenet", "small"), stem=stem)
+    layers.check_choice(("bottleneck", "basic"), block=block)
     layers.check_sizes(width=width)
-    make = LayerFactory(norm, layers.kaiming_fan_out, dtype, rngs)
+    make = LayerFactory(dtype, rngs, layers.kaiming_fan_out, norm, zero_init_residual)
     make_block = BottleneckBlock if block == "bottleneck" else BasicBlock
 
     kernel_size, stride = (7, 2) if stem == "imagenet" else (3, 1)
     self.conv1 = make.conv(in_channels, width, kernel_size, stride)
     self.bn1 = make.norm(width)
-    self.pool = downsample["stem"].stem(width, **make.options)
+    self.pool = downsample["stem"].stem(width, make)
     features = width
     for stage, blocks in enumerate(stage_sizes):
       layer = []
       for index in range(blocks):
         here = downsample[f"c{stage + 2}"] if stage > 0 and index == 0 else None
-        layer.append(make_block(features, width * 2**stage, here, make, zero_init_residual))
+        layer.append(make_block(features, width * 2**stage, here, make))
         features = make_block.expansion * width * 2**stage
       setattr(self, f"layer{stage + 1}", nnx.List(layer))
     self.fc = make.classifier(features, num_classes)

@@ -4,7 +4,7 @@ Equation 5 of Gao, Wang and Wu, "LIP: Local Importance-based Pooling", ICCV 2019
 """
 
 import functools
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from lip_jax.ops.normalization import apply_moments, moments, varying_alike
 from lip_jax.ops.windows import (
   Geometry,
   IntOrPair,
+  Windows,
   accumulation_dtype,
   check_array,
   check_logits,
@@ -88,10 +89,8 @@ def gated_lip_pool(
   bias: jax.Array,
   *,
   epsilon: float = 1e-5,
-  window: IntOrPair = 3,
-  stride: IntOrPair = 2,
-  padding: IntOrPair = 1,
   implementation: Implementation = "auto",
+  **windows: Unpack[Windows],
 ) -> jax.Array:
   """`lip_pool` by logits 12 * sigmoid(InstanceNorm(features)), without the logits in memory.
 
@@ -104,10 +103,9 @@ def gated_lip_pool(
   Args:
     x: features that are pooled, [N, H, W, C], floating point.
     features: of the logit module before its instance norm, [N, H, W, C], floating point.
-    scale: of the instance norm, [C].
-    bias: of the instance norm, [C].
+    scale: of the instance norm, [C], as is bias.
   """
-  geometry = make_geometry(x, window, stride, padding)
+  geometry = make_geometry(x, **windows)
   check_array("features", features)
   check_shape("features", features, x.shape, x)
   return _fused(x, features, None, scale, bias, epsilon, geometry, implementation)
@@ -121,17 +119,15 @@ def projected_lip_pool(
   bias: jax.Array,
   *,
   epsilon: float = 1e-5,
-  window: IntOrPair = 3,
-  stride: IntOrPair = 2,
-  padding: IntOrPair = 1,
   implementation: Implementation = "auto",
+  **windows: Unpack[Windows],
 ) -> jax.Array:
   """`gated_lip_pool` by features = source * kernel, a 1x1 convolution.
 
   The features are computed again for the gradient rather than kept. What is predicted from is
   `source`, [N, H, W, S], floating point; `kernel` is [1, 1, S, C].
   """
-  geometry = make_geometry(x, window, stride, padding)
+  geometry = make_geometry(x, **windows)
   check_array("source", source)
   check_shape("source", source, (*x.shape[:3], source.shape[3]), x)
   check_shape("kernel", kernel, (1, 1, source.shape[3], x.shape[3]), x)

@@ -6,14 +6,15 @@ importance F >= 0. The poolings differ in F alone: one for average pooling, exp(
 G for LIP (`lip_jax.lip_pool`). `lip_jax.lan` has the same as layers, which also give their
 importance.
 
-All take x [N, H, W, C] and `window`, `stride` and `padding` in pixels, ints or pairs (h, w), and
-give [N, (H + 2 * padding - window) // stride + 1, (W + ...) // ... + 1, C] in the dtype of x; sums
-run in float32 (float64 for float64 inputs). Positions outside the image belong to no window. They
-raise ValueError for shapes, windows and paddings that do not fit, and TypeError for x that is not
-floating point.
+All take x [N, H, W, C] and `window=3`, `stride=2` and `padding=1` in pixels, ints or pairs (h, w),
+and give [N, (H + 2 * padding - window) // stride + 1, (W + ...) // ... + 1, C] in the dtype of x;
+sums run in float32 (float64 for float64 inputs). Positions outside the image belong to no window.
+They raise ValueError for shapes, windows and paddings that do not fit, and TypeError for x that is
+not floating point.
 """
 
 import functools
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax import lax
 from lip_jax.ops.lip_pool import lip_pool
 from lip_jax.ops.windows import (
   Geometry,
-  IntOrPair,
+  Windows,
   accumulation_dtype,
   check_array,
   check_shape,
@@ -34,33 +35,27 @@ from lip_jax.ops.windows import (
 )
 
 
-def average_pool(
-  x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
-) -> jax.Array:
+def average_pool(x: jax.Array, **windows: Unpack[Windows]) -> jax.Array:
   """Mean over each window, of the positions inside the image: F = 1."""
   x = jnp.asarray(x)
-  geometry = make_geometry(x, window, stride, padding)
+  geometry = make_geometry(x, **windows)
   inside = jnp.ones((1, *x.shape[1:3], 1), accumulation_dtype(x))
   total = window_sum(x.astype(inside.dtype), geometry)
   return (total / window_sum(inside, geometry)).astype(x.dtype)
 
 
-def max_pool(
-  x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
-) -> jax.Array:
+def max_pool(x: jax.Array, **windows: Unpack[Windows]) -> jax.Array:
   """Maximum over each window: the limit of F = exp(beta * x) as beta grows."""
-  return reduce_windows(x, -jnp.inf, lax.max, make_geometry(x, window, stride, padding))
+  return reduce_windows(x, -jnp.inf, lax.max, make_geometry(x, **windows))
 
 
-def strided_pool(
-  x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
-) -> jax.Array:
+def strided_pool(x: jax.Array, **windows: Unpack[Windows]) -> jax.Array:
   """The central pixel of each window, (window - 1) // 2: F is one there and zero elsewhere.
 
   What a strided convolution does after the same convolution at every pixel.
   """
   x = jnp.asarray(x)
-  geometry = make_geometry(x, window, stride, padding)
+  geometry = make_geometry(x, **windows)
   if any(p > (k - 1) // 2 for k, p in zip(geometry.window, geometry.padding, strict=True)):
     raise ValueError(
       f"padding must be at most (window - 1) // 2 for the central pixel to lie inside the image; "
@@ -70,14 +65,7 @@ def strided_pool(
   return tap(x, geometry, ((kh - 1) // 2, (kw - 1) // 2), 0.0)
 
 
-def exp_pool(
-  x: jax.Array,
-  beta: jax.typing.ArrayLike,
-  *,
-  window: IntOrPair = 3,
-  stride: IntOrPair = 2,
-  padding: IntOrPair = 1,
-) -> jax.Array:
+def exp_pool(x: jax.Array, beta: jax.typing.ArrayLike, **windows: Unpack[Windows]) -> jax.Array:
   """F = exp(beta * x): average pooling at beta = 0, max pooling in the limit of a large beta.
 
   Beta is a number, or one per channel, [C], and may be learned.
@@ -85,26 +73,22 @@ def exp_pool(
   check_array("x", x)
   dtype = accumulation_dtype(x)
   logits = _per_channel("beta", beta, x, dtype) * x.astype(dtype)
-  return lip_pool(x, logits, window=window, stride=stride, padding=padding)
+  return lip_pool(x, logits, **windows)
 
 
-def soft_pool(
-  x: jax.Array, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
-) -> jax.Array:
+def soft_pool(x: jax.Array, **windows: Unpack[Windows]) -> jax.Array:
   """F = exp(x): SoftPool (Stergiou et al. 2021), which is LIP with G(x) = x."""
-  return lip_pool(x, x, window=window, stride=stride, padding=padding)
+  return lip_pool(x, x, **windows)
 
 
-def lp_pool(
-  x: jax.Array, p: float, *, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
-) -> jax.Array:
+def lp_pool(x: jax.Array, p: float, **windows: Unpack[Windows]) -> jax.Array:
   """Power mean (mean(|x|^p))^(1 / p) over each window, p >= 1 (Sermanet et al. 2012).
 
   The mean of |x| at p = 1, the maximum of |x| in the limit of a large p. Its importance is
   F = |x|^(p - 1), normalized otherwise than the family's others: with n pixels in a window and
   q = p / (p - 1), y = sum(F |x|) / (n^(1 / p) * sum(F^q)^(1 / q)).
   """
-  geometry = make_geometry(x, window, stride, padding)
+  geometry = make_geometry(x, **windows)
   if p < 1:
     raise ValueError(f"p must be at least 1, got {p}")
   dtype = accumulation_dtype(x)
@@ -128,9 +112,7 @@ def detail_preserving_pool(
   kernel: jax.Array | None = None,
   symmetric: bool = True,
   epsilon: float = 1e-3,
-  window: IntOrPair = 3,
-  stride: IntOrPair = 2,
-  padding: IntOrPair = 1,
+  **windows: Unpack[Windows],
 ) -> jax.Array:
   """Detail-preserving pooling: F grows with the distance to the window's linear down-scaling.
 
@@ -146,7 +128,7 @@ def detail_preserving_pool(
     kernel: for the full form, [window_h, window_w, C].
     symmetric: whether pixels below d[p] count as details, too.
   """
-  geometry = make_geometry(x, window, stride, padding)
+  geometry = make_geometry(x, **windows)
   importance = detail_importance(x, alpha, lam, geometry, kernel, symmetric, epsilon)
   dtype = importance[0].dtype
   weighted = [f * t for f, t in zip(importance, taps(x.astype(dtype), geometry, 0.0), strict=True)]

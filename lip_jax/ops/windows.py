@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,16 @@ class Geometry(NamedTuple):
     return height, width
 
 
+class Windows(TypedDict, total=False):
+  """Size, stride and padding of windows as users give them, in pixels: an int or a pair (h, w)."""
+
+  window: IntOrPair
+  stride: IntOrPair
+  padding: IntOrPair
+
+
 def make_geometry(
-  x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair
+  x: jax.Array, window: IntOrPair = 3, stride: IntOrPair = 2, padding: IntOrPair = 1
 ) -> Geometry:
   """Geometry of a pooling of x, [N, H, W, C].
 

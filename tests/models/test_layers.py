@@ -112,7 +112,8 @@ def test_instance_norm_of_a_constant_is_its_bias():
 @pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
 def test_convolution_pads_as_pytorch_does(kernel_size, stride, size):
   torch = pytest.importorskip("torch")
-  conv = layers.conv(3, 4, kernel_size, stride=stride, rngs=nnx.Rngs(0))
+  make = layers.LayerFactory(jnp.float32, nnx.Rngs(0))
+  conv = make.conv(3, 4, kernel_size, stride)
   x = normal(0, 2, *size, 3)
   theirs = torch.nn.functional.conv2d(
     torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy()),

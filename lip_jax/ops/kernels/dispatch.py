@@ -205,7 +205,16 @@ def _transformable(
   def mapped(*args):
     return _sharded(kernel, rule, *args)
 
-  mapped.def_vmap(_fold(mapped))
+  @mapped.def_vmap
+  def _(size, batched, *args):  # the mapped axis becomes part of the batch
+    def join(a, is_batched):
+      a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+      return a.reshape(-1, *a.shape[2:])
+
+    out = mapped(*jax.tree.map(join, args, tuple(batched)))
+    out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
+    return out, jax.tree.map(lambda _: True, out)
+
   run = jax.custom_jvp(mapped)
   run.defjvp(lambda primals, tangents: jax.jvp(same, primals, tangents))
   return run
@@ -218,7 +227,8 @@ def _kernels(x, h, geometry, form) -> dict[str, Any]:
   spread over devices, which kernels cannot express.
   """
   symbolic = not all(isinstance(size, int) for size in (*x.shape, *h.shape))
-  if form == "xla" or symbolic or any(_spread(a) for a in (x, h)):
+  arrays = [a for a in (x, h) if not isinstance(a, jax.ShapeDtypeStruct)]
+  if form == "xla" or symbolic or any(varying_axes(a) or explicit(a) for a in arrays):
     return {}
   names = set(_KERNELS) if form == "pallas" else _targets()
   return {name: _KERNELS[name] for name in names if _KERNELS[name].supports(x, h, geometry)}
@@ -231,30 +241,11 @@ def _targets() -> set[str]:
   return targets | ({"tpu"} if "jax.experimental.topologies" in sys.modules else set())
 
 
-def _spread(a: jax.Array | jax.ShapeDtypeStruct) -> bool:
-  return not isinstance(a, jax.ShapeDtypeStruct) and (bool(varying_axes(a)) or explicit(a))
-
-
 def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
   if form == "pallas":
     default = call(kernels.get("tpu") or kernels["cuda"], True)
   branches = {name: call(module, False) for name, module in kernels.items()}
   return lambda *args: lax.platform_dependent(*args, default=default, **branches)
-
-
-def _fold(run: Callable[..., Any]) -> Callable[..., Any]:
-  """Rule of `jax.vmap` for kernels: the mapped axis becomes part of the batch."""
-
-  def rule(size, batched, *args):
-    def join(a, is_batched):
-      a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-      return a.reshape(-1, *a.shape[2:])
-
-    out = run(*jax.tree.map(join, args, tuple(batched)))
-    out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
-    return out, jax.tree.map(lambda _: True, out)
-
-  return rule
 
 
 def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:

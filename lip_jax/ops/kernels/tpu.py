@@ -53,7 +53,7 @@ def forward(
   rows, columns = blocks.rows, blocks.columns
   y_shape = (x.shape[0], rows.windows, columns.windows, x.shape[3])
   y = pl.pallas_call(
-    functools.partial(_forward_kernel, blocks=blocks, gated=affine is not None, shift=shift),
+    functools.partial(_forward_kernel, blocks=blocks, shift=shift),
     grid=blocks.grid,
     in_specs=[*[_pixels(blocks)] * 2, *[_per_channel(blocks)] * len(affine or ())],
     out_specs=pl.BlockSpec(
@@ -94,7 +94,7 @@ def backward(
     in_specs=[
       *[_pixels(blocks)] * 2,
       _windows(blocks),
-      *[_per_channel(blocks)] * (3 if gated else 0),
+      *[_per_channel(blocks)] * len(affine or ()),
     ],
     out_specs=[out, out, *[_per_channel(blocks)] * (2 if gated else 0)],
     out_shape=[
@@ -116,10 +116,9 @@ def backward(
   return _turn_back(dx, blocks), _turn_back(dh, blocks), (sums[0], sums[1]) if gated else None
 
 
-def _forward_kernel(x_ref, h_ref, *refs, blocks: Blocks, gated: bool, shift: float | None):
+def _forward_kernel(x_ref, h_ref, *refs, blocks: Blocks, shift: float | None):
   *affine_refs, y_ref = refs
-  affine = [ref[...] for ref in affine_refs] if gated else None
-  read = _reader(x_ref, h_ref, affine, blocks)
+  read = _reader(x_ref, h_ref, affine_refs, blocks)
 
   def store(i, j, _largest, total, weighted):
     y_ref[i, j] = (weighted / total).astype(y_ref.dtype)
@@ -130,11 +129,10 @@ def _forward_kernel(x_ref, h_ref, *refs, blocks: Blocks, gated: bool, shift: flo
 def _backward_kernel(x_ref, h_ref, g_ref, *refs, blocks: Blocks, gated: bool, shift: float | None):
   rows, columns = blocks.rows, blocks.columns
   kept = 2 if shift is not None else 3
-  *others, dx_ref, dh_ref = refs[: -kept - 2] if gated else refs[:-kept]
-  affine_refs, sum_refs = others, refs[-kept - 2 : -kept]
+  *affine_refs, dx_ref, dh_ref = refs[: -kept - 2] if gated else refs[:-kept]
+  sum_refs = refs[-kept - 2 : -kept]
   a_ref, y_ref, *largest_ref = refs[-kept:]
-  affine = [ref[...] for ref in affine_refs] if gated else None
-  read = _reader(x_ref, h_ref, affine, blocks)
+  read = _reader(x_ref, h_ref, affine_refs, blocks)
   i_step, j_step = pl.program_id(2), pl.program_id(3)
   row0 = i_step * rows.units + rows.first
   column0 = j_step * columns.units + columns.first
@@ -251,7 +249,8 @@ class _Reader(NamedTuple):
     return x, h, logit, slope
 
 
-def _reader(x_ref, h_ref, affine, blocks: Blocks) -> _Reader:
+def _reader(x_ref, h_ref, affine_refs, blocks: Blocks) -> _Reader:
+  affine = [ref[...] for ref in affine_refs] or None
   row, column = (
     axis.origin(pl.program_id(number)) - axis.start(pl.program_id(number))
     for number, axis in ((2, blocks.rows), (3, blocks.columns))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,21 +80,6 @@ class Blocks(NamedTuple):
 def blocks_of(x: jax.Array, h: jax.Array, geometry: Geometry, *, backward: bool) -> Blocks | None:
   """Blocks to pool x, [N, H, W, C], by h of the same shape; None if no block fits the chip."""
   return _best(tuple(x.shape), (x.dtype.itemsize, h.dtype.itemsize), geometry, backward)
-
-
-def traffic(
-  shape: tuple[int, int, int, int], dtype: Any, geometry: Geometry, *, backward: bool
-) -> int:
-  """Bytes that a kernel moves between memory and chip, for x and logits of this shape and dtype.
-
-  Raises:
-    ValueError: a shape that the kernels do not support.
-  """
-  itemsizes = (jnp.dtype(dtype).itemsize,) * 2
-  blocks = _best(tuple(shape), itemsizes, geometry, backward)
-  if blocks is None:
-    raise ValueError(f"no block of an image of {shape} fits the chip")
-  return _bytes(blocks, itemsizes, backward)
 
 
 @functools.lru_cache
