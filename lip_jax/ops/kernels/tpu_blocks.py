@@ -77,7 +77,10 @@ class Blocks(NamedTuple):
     return (*self.tiles, self.rows.steps, self.columns.steps)
 
 
-def blocks_of(x: jax.Array, h: jax.Array, geometry: Geometry, *, backward: bool) -> Blocks | None:
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
+
+def blocks_of(x: Shaped, h: Shaped, geometry: Geometry, *, backward: bool) -> Blocks | None:
   """Blocks to pool x, [N, H, W, C], by h of the same shape; None if no block fits the chip."""
   return _best(tuple(x.shape), (x.dtype.itemsize, h.dtype.itemsize), geometry, backward)
 
@@ -159,7 +162,7 @@ def _bytes(blocks: Blocks, itemsizes: tuple[int, int], backward: bool) -> int:
   return moved * math.prod(blocks.tile) * math.prod(blocks.tiles)
 
 
-def cost(blocks: Blocks, x: jax.Array, h: jax.Array, *, backward: bool) -> pl.CostEstimate:
+def cost(blocks: Blocks, x: Shaped, h: Shaped, *, backward: bool) -> pl.CostEstimate:
   """What the compiler counts for the kernel, which it does not look into."""
   windows = x.shape[0] * x.shape[3] * blocks.rows.windows * blocks.columns.windows
   taps = blocks.rows.kernel * blocks.columns.kernel
