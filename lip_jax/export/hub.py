@@ -199,11 +199,13 @@ def _preprocessing(preprocess: Mapping[str, Any] | None) -> str:
   if preprocess is None:
     return "How images are to be prepared is not recorded."
   mean, std = (", ".join(f"{v:g}" for v in preprocess[key]) for key in ("mean", "std"))
+  size = preprocess["image_size"]
+  height, width = (size, size) if isinstance(size, int) else size
   return (
-    f"RGB, 0 to 255. The shorter side is resized to {preprocess['resize']} pixels, the central "
-    f"{preprocess['image_size']} x {preprocess['image_size']} are cut out, the mean ({mean}) is "
-    f"subtracted, and the result divided by ({std}). `lip-jax predict` and `lip-jax evaluate` do "
-    "so."
+    f"{'RGB' if len(preprocess['mean']) == 3 else 'Grey'}, 0 to 255. The shorter side is resized "
+    f"to {preprocess['resize']} pixels, the central {height} x {width} are cut out, the mean "
+    f"({mean}) is subtracted, and the result divided by ({std}). `lip-jax predict` and `lip-jax "
+    "evaluate` do so."
   )
 
 

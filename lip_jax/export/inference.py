@@ -23,22 +23,21 @@ class InferenceFunction(NamedTuple):
   """A network as a function of images alone, and what is known of it.
 
   Attributes:
-    function: from [N, S, S, 3] of the dtype in config["input"] to logits float32 [N, num_classes].
+    function: from [N, H, W, C] of the dtype in config["input"] to logits float32 [N, num_classes].
     config: what the written file says of itself: "format", "lip_jax" (version), "model",
       "num_classes", "preprocess", "class_names", "source", "dtype" (of the computation), "input".
-    image_size: S in pixels.
+    shape: H, W, C of an image.
   """
 
   function: Callable[[jax.Array], jax.Array]
   config: dict[str, Any]
-  image_size: int
+  shape: tuple[int, int, int]
 
   @property
   def symbolic_images(self) -> jax.ShapeDtypeStruct:
     """Shape and dtype of any number of images."""
     (batch,) = jax.export.symbolic_shape("batch")
-    shape = (batch, self.image_size, self.image_size, 3)
-    return jax.ShapeDtypeStruct(shape, np.dtype(self.config["input"]["dtype"]))
+    return jax.ShapeDtypeStruct((batch, *self.shape), np.dtype(self.config["input"]["dtype"]))
 
 
 def prepare(
@@ -63,6 +62,7 @@ def prepare(
       "the network does not say how its images are prepared; give the image size (--image-size), "
       "and the file will take float32 images that are normalized already"
     )
+  height, width = (size, size) if isinstance(size, int) else size
   graph, state = nnx.split(model)
   network: Any
   with jax.default_device(checking_device()):  # weights on the host: they become part of the file
@@ -74,6 +74,7 @@ def prepare(
       return network(images.astype(jnp.float32))
     return network(normalize(images, preprocess["mean"], preprocess["std"]))
 
+  shape = (height, width, network.in_channels)
   keys = ("model", "num_classes", "class_names", "source")
   return InferenceFunction(
     function,
@@ -85,11 +86,11 @@ def prepare(
       "dtype": np.dtype(network.dtype).name,
       "input": {
         "dtype": "float32" if preprocess is None else "uint8",
-        "shape": ["batch", size, size, 3],
+        "shape": ["batch", *shape],
         "normalized": preprocess is None,
       },
     },
-    size,
+    shape,
   )
 
 
@@ -99,6 +100,11 @@ def resized(preprocess: Mapping[str, Any] | None, image_size: int | None) -> dic
     return None
   if image_size is None or image_size == preprocess["image_size"]:
     return dict(preprocess)
+  if not isinstance(preprocess["image_size"], int):
+    raise UsageError(
+      f"the network takes images of {preprocess['image_size']} px, height and width; leave out the "
+      "image size"
+    )
   resize = round(preprocess["resize"] * image_size / preprocess["image_size"])
   return {**preprocess, "image_size": image_size, "resize": max(resize, image_size)}
 
@@ -122,7 +128,7 @@ def check(
   Raises:
     UsageError: it is larger, or there are other logits, or ones that are not finite.
   """
-  images = _images(network.image_size, np.dtype(network.config["input"]["dtype"]))
+  images = _images(network.shape, np.dtype(network.config["input"]["dtype"]))
   with jax.default_device(checking_device()):
     expected = np.asarray(jax.jit(network.function)(jnp.asarray(images)), np.float64)
     if not np.isfinite(expected).all():
@@ -141,11 +147,13 @@ def check(
   return difference, tolerance
 
 
-def _images(size: int, dtype: np.dtype) -> np.ndarray:
-  """Different images, [4, S, S, 3]: noise, a slope, a chequered disc and stripes."""
+def _images(shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
+  """Different images, [4, H, W, C]: noise, a slope, a chequered disc and stripes."""
   rng = np.random.default_rng(0)
-  y, x = np.mgrid[:size, :size] / size
+  height, width, channels = shape
+  y, x = np.mgrid[:height, :width]
+  y, x = y / height, x / width
   disc = (np.hypot(y - 0.4, x - 0.6) < 0.3) * (0.5 + 0.5 * ((16 * y).astype(int) % 2))
-  patterns = [rng.random((size, size)), (x + y) / 2, disc, np.sin(40 * (x + 0.3 * y)) / 2 + 0.5]
-  images = np.stack(patterns)[..., None] * rng.uniform(0.4, 1.0, (4, 1, 1, 3))
+  patterns = [rng.random((height, width)), (x + y) / 2, disc, np.sin(40 * (x + 0.3 * y)) / 2 + 0.5]
+  images = np.stack(patterns)[..., None] * rng.uniform(0.4, 1.0, (4, 1, 1, channels))
   return (255 * images if dtype == np.uint8 else 4 * images - 2).astype(dtype)

@@ -103,14 +103,14 @@ def _write_file(out: Path, form: str, network: inference.InferenceFunction) -> E
   except (ValueError, TypeError) as error:
     reason = str(error).splitlines()[0]
     raise UsageError(
-      f"the network cannot take images of {network.image_size} px: {reason}"
+      f"the network cannot take images of {network.shape[0]} x {network.shape[1]} px: {reason}"
     ) from error
   with destination.replacing(out) as temporary:
     temporary.write_bytes(content)
     call, written = load(temporary)
     difference, tolerance = inference.check(call, network)
   images = "normalized float32" if written["input"]["normalized"] else "uint8 RGB"
-  takes = f"{images} images [N, {network.image_size}, {network.image_size}, 3]"
+  takes = f"{images} images [N, {', '.join(map(str, network.shape))}]"
   return ExportReport(out, len(content), difference, tolerance, runtime, takes)
 
 

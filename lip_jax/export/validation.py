@@ -126,17 +126,17 @@ def check_evaluation(values: Mapping[str, Any], where: str) -> None:
 
 def _check_preprocess(values: Mapping[str, Any], where: str) -> None:
   size, resize = values.get("image_size"), values.get("resize")
-  for key, number, least, name in (
-    ("image_size", size, 1, "1"),
-    ("resize", resize, size, f"image_size={size}"),
-  ):
-    good = _is_whole(number, least, _MAX_PIXELS)
-    _expect(good, where, f"preprocess.{key}", number, f"{name} to {_MAX_PIXELS:,} pixels")
+  sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+  good = all(_is_whole(side, 1, _MAX_PIXELS) for side in sides)
+  _expect(good, where, "preprocess.image_size", size, f"1 to {_MAX_PIXELS:,} pixels")
+  good = resize == size or _is_whole(resize, max(sides), _MAX_PIXELS)
+  expected = f"image_size={size} to {_MAX_PIXELS:,} pixels"
+  _expect(good, where, "preprocess.resize", resize, expected)
   for key, least, kind in (("mean", -math.inf, ""), ("std", 0, "positive ")):
     numbers = values.get(key)
     good = (
       isinstance(numbers, list | tuple)
-      and len(numbers) == 3
+      and len(numbers) in (1, 3)
       and all(_is_number(v) and least < v <= _MAX_NUMBER for v in numbers)
     )
     _expect(good, where, f"preprocess.{key}", numbers, f"three {kind}numbers, for R, G and B")

@@ -1,7 +1,7 @@
 """What a network costs: its parameters, and the multiply-adds and FLOPs of one image."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ def count_parameters(model: nnx.Module) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def multiply_adds(model: nnx.Module, image_size: int = 224) -> int:
-  """Multiply-adds of one square image in evaluation mode; nothing is computed.
+def multiply_adds(model: nnx.Module, image_size: int | Sequence[int] = 224) -> int:
+  """Multiply-adds of one image in evaluation mode; nothing is computed.
 
   The rule: one multiply-add = one multiplication and the addition that follows it, of convolutions
   and matrix products; normalizations, activations, additions, poolings, exp are not counted. A
@@ -50,8 +50,8 @@ def multiply_adds(model: nnx.Module, image_size: int = 224) -> int:
   return _count(_program(model, image_size), _products)
 
 
-def flops(model: nnx.Module, image_size: int = 224) -> int:
-  """FLOPs of one square image in evaluation mode as the paper's tables count them; as `RULE` says.
+def flops(model: nnx.Module, image_size: int | Sequence[int] = 224) -> int:
+  """FLOPs of one image in evaluation mode as the paper's tables count them; as `RULE` says.
 
   They are the multiply-adds, and what common counters for PyTorch add for the modules that they
   know. Model and errors as for `multiply_adds`.
@@ -59,14 +59,14 @@ def flops(model: nnx.Module, image_size: int = 224) -> int:
   return counts(model, image_size)[1]
 
 
-def counts(model: nnx.Module, image_size: int = 224) -> tuple[int, int]:
+def counts(model: nnx.Module, image_size: int | Sequence[int] = 224) -> tuple[int, int]:
   """(`multiply_adds`, `flops`) of one square image: the network is traced once for both."""
   program = _program(model, image_size)
   products = _count(program, _products)
   return products, products + _count(program, _elements, kernels=False)
 
 
-def _program(model: nnx.Module, image_size: int) -> core.Jaxpr:
+def _program(model: Any, image_size: int | Sequence[int]) -> core.Jaxpr:
   """What the network computes of one image in evaluation mode."""
   graph, state = nnx.split(model)
 
@@ -75,9 +75,10 @@ def _program(model: nnx.Module, image_size: int) -> core.Jaxpr:
     network.eval()
     return network(image)
 
-  if image_size < 1:
+  size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+  if min(size) < 1:
     raise UsageError(f"image_size must be positive, got {image_size}")
-  image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  image = jax.ShapeDtypeStruct((1, *size, getattr(model, "in_channels", 3)), jnp.float32)
   try:
     jaxpr = jax.make_jaxpr(forward)(state, image)
   except (ValueError, TypeError) as error:

@@ -97,6 +97,9 @@ def load_networks(paths: Sequence[str], names: Sequence[str] | None = None) -> l
         f"{network.path} does not say how images are prepared: its config.json lacks "
         f"preprocess.{', preprocess.'.join(sorted(missing))}; add it there, or export it again"
       )
+    size, colours = network.preprocess["image_size"], len(network.preprocess["mean"])
+    if not isinstance(size, int) or colours != 3:
+      raise UsageError(f"{network.path} takes other images than square ones in RGB; leave it out")
   sizes = {(n.preprocess["image_size"], n.preprocess["resize"]) for n in networks}
   if len(sizes) > 1:
     raise UsageError(

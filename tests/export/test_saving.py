@@ -118,6 +118,19 @@ def test_files_evaluate_as_the_model_does(form, folder, expected, tmp_path, caps
   }
 
 
+def test_grey_images_that_are_not_square(tmp_path):
+  options = {"width": 2, "logit_width": 2, "in_channels": 1, "lip_stages": ("c4",)}
+  size = [32, 40]
+  preprocess = {"image_size": size, "resize": size, "mean": [90.0], "std": [60.0]}
+  network = {"model": {"name": NAME, **options}, "num_classes": 3, "preprocess": preprocess}
+  folders.save(tmp_path / "folder", make_model(NAME, options, 3), network)
+  report = saving.write(tmp_path / "folder", tmp_path / "network", form="stablehlo")
+  assert "[N, 32, 40, 1]" in str(report)
+  call, config = LOAD["stablehlo"](tmp_path / "network")
+  assert config["preprocess"] == preprocess
+  assert call(np.zeros((2, 32, 40, 1), np.uint8)).shape == (2, 3)
+
+
 def test_stablehlo_needs_nothing_but_jax_and_is_for_all_platforms(folder, expected, tmp_path):
   path = tmp_path / "network"
   saving.write(folder, path, form="stablehlo")
