@@ -1,0 +1,1 @@
+"""Object detection: what RetinaNet and Faster R-CNN are trained and evaluated with."""
