@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lip_jax
-from lip_jax.ops import pooling
+from lip_jax.ops.lip_pool import IMPLEMENTATIONS
 
 SHAPES = (
   "112x112x64",
@@ -153,8 +153,8 @@ def _measure(shape: tuple[int, int, int], args: argparse.Namespace) -> Iterable[
 
 def _implementations() -> dict[str, dict[str, Any]]:
   """Names and the options of `lip_pool`."""
-  names = [name for name in pooling.IMPLEMENTATIONS if name != "pallas"]
-  if "pallas" in pooling.IMPLEMENTATIONS and jax.default_backend() != "cpu":
+  names = [name for name in IMPLEMENTATIONS if name != "pallas"]
+  if "pallas" in IMPLEMENTATIONS and jax.default_backend() != "cpu":
     names.append("pallas")
   ranged: dict[str, dict[str, Any]] = {
     name: {"implementation": name, "logit_range": RANGE} for name in names

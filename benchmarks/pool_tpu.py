@@ -36,7 +36,7 @@ from jax.sharding import SingleDeviceSharding
 
 import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.ops.kernels import tpu
+from lip_jax.ops.kernels import tpu_blocks
 from lip_jax.ops.windows import Geometry
 from lip_jax.tools import aot_compile
 
@@ -139,7 +139,7 @@ def _figures(
     "with_gradient": 6 + 2 * share + (4 if fused else 0),
   }
   geometry = Geometry((3, 3), (2, 2), (1, 1))
-  kernels = [tpu.traffic(shape, x.dtype, geometry, backward=b) for b in (False, True)]
+  kernels = [tpu_blocks.traffic(shape, x.dtype, geometry, backward=b) for b in (False, True)]
   result: dict[str, Any] = {}
   for name, program in programs.items():
     moved = aot_compile.figures(program).bytes_accessed

@@ -3,20 +3,18 @@
 from typing import Any
 
 from lip_jax.models import create_model, lan, list_models
-from lip_jax.models.lan import LIP
+from lip_jax.models.lan import LIP, AdaptiveLIP, GlobalLIP
 from lip_jax.models.logit_modules import Bottleneck, Projection
 from lip_jax.models.replace import replace_downsampling
 from lip_jax.models.torch_names import load_torch_weights, to_torch_state_dict
-from lip_jax.ops.adaptive import AdaptiveLIP, GlobalLIP, adaptive_lip_pool, global_lip_pool
-from lip_jax.ops.pooling import (
+from lip_jax.ops.adaptive import adaptive_lip_pool, global_lip_pool
+from lip_jax.ops.lip_pool import gated_lip_pool, lip_pool, projected_lip_pool
+from lip_jax.ops.pools import (
   average_pool,
   detail_preserving_pool,
   exp_pool,
-  gated_lip_pool,
-  lip_pool,
   lp_pool,
   max_pool,
-  projected_lip_pool,
   soft_pool,
   strided_pool,
 )

@@ -4,13 +4,13 @@ All randomness comes from a key, and so from (seed, step): a resumed run draws w
 would have drawn, on any number of devices.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lip_jax.classification.config import Augment, Data
+from lip_jax.ops.images import normalize
 
 # Luma of RGB, as in ITU-R BT.601, which Pillow and torchvision use for "grey".
 _GREY = (0.299, 0.587, 0.114)
@@ -68,24 +68,10 @@ def training_images(images: jax.Array, key: jax.Array, data: Data) -> jax.Array:
       contrast=augment.contrast,
       saturation=augment.saturation,
     )
-  images = normalize(images, data)
+  images = normalize(images, data.mean, data.std)
   if augment.erasing:
     images = random_erasing(images, jax.random.fold_in(key, 3), augment.erasing)
   return images
-
-
-def normalize(images: jax.Array, data: Data | Mapping[str, Any]) -> jax.Array:
-  """RGB images [..., H, W, 3], 0 to 255 -> float32, by the mean and deviation of the data set.
-
-  Args:
-    images: RGB.
-    data: of a training configuration; or what says the same of a loaded network, its config's
-      "preprocess".
-  """
-  values = (data.mean, data.std) if isinstance(data, Data) else (data["mean"], data["std"])
-  shape = (1,) * (images.ndim - 1) + (3,)
-  mean, std = (jnp.asarray(value, jnp.float32).reshape(shape) for value in values)
-  return (images.astype(jnp.float32) - mean) / std
 
 
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:

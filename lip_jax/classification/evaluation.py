@@ -19,13 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from lip_jax import visualize
-from lip_jax.classification import augment
 from lip_jax.classification.config import Data
 from lip_jax.data import pipeline
 from lip_jax.data.source import RecordStream, Source, open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
+from lip_jax.ops.images import normalize
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
 from lip_jax.training.train_state import Tree
@@ -78,7 +78,7 @@ def _each_image(
   """Loss and counts of every image, [N]."""
   model = train_state.merge(graph, params, batch_stats)
   model.eval()
-  images = augment.normalize(batch["image"], data)
+  images = normalize(batch["image"], data.mean, data.std)
   if data.eval_crops == 10:
     images = jnp.concatenate([images, images[..., ::-1, :]], axis=1)
   logits = model(images.reshape(-1, *images.shape[-3:]))
@@ -265,8 +265,9 @@ class Evaluator:
       images = images[:, 0]  # the central crop
     model = train_state.merge(self._graph, params, batch_stats)
     model.eval()
+    data = self._data
     figure = visualize.importance_figure(
-      model, images, lambda x: augment.normalize(jnp.asarray(x), self._data)
+      model, images, lambda x: normalize(jnp.asarray(x), data.mean, data.std)
     )
     return {} if figure is None else {"importance": visualize.figure_to_array(figure)}
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lip_jax.classification import augment
 from lip_jax.errors import UsageError
+from lip_jax.ops import images
 
 _BATCH = 16  # images at once
 
@@ -70,7 +70,8 @@ def normalize(pixels: np.ndarray, config: Mapping[str, Any]) -> jax.Array:
     pixels: of images.
     config: from `lip_jax.load`.
   """
-  return augment.normalize(jnp.asarray(pixels), config["preprocess"])
+  preprocess = config["preprocess"]
+  return images.normalize(jnp.asarray(pixels), preprocess["mean"], preprocess["std"])
 
 
 def predict(

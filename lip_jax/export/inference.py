@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
-from lip_jax.classification import augment
 from lip_jax.errors import UsageError
 from lip_jax.export import folders
+from lip_jax.ops.images import normalize
 
 FORMAT = 1
 
@@ -106,7 +106,7 @@ def prepare(model: nnx.Module, config: Mapping[str, Any], image_size: int | None
   def function(images: jax.Array) -> jax.Array:
     if preprocess is None:
       return network(images.astype(jnp.float32))
-    return network(augment.normalize(images, preprocess))
+    return network(normalize(images, preprocess["mean"], preprocess["std"]))
 
   keys = ("model", "num_classes", "class_names", "source")
   return Network(

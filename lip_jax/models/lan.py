@@ -1,4 +1,4 @@
-"""The poolings of `lip_jax.ops.pooling` as layers that also give the importance they pool with.
+"""The poolings of `lip_jax.ops` as layers that also give the importance they pool with.
 
 Layers without parameters hold nothing but their window, so that any of them can stand wherever a
 network pools: see `lip_jax.models.downsample`.
@@ -18,7 +18,8 @@ from flax.typing import Dtype
 
 from lip_jax.models import layers
 from lip_jax.models.logit_modules import Bottleneck, Projection
-from lip_jax.ops import pooling
+from lip_jax.ops import lip_pool, pools
+from lip_jax.ops.adaptive import adaptive_lip_pool, global_lip_pool
 from lip_jax.ops.windows import IntOrPair, accumulation_dtype, make_geometry, pair, taps
 
 _recorded: contextvars.ContextVar[list[tuple["LIP", jax.Array]] | None] = contextvars.ContextVar(
@@ -38,7 +39,7 @@ def record_logits() -> Iterator[list[tuple["LIP", jax.Array]]]:
 
 
 class LocalPool(nnx.Module):
-  """A pooling of the LAN family (section 3.1): x [N, H, W, C] -> [N, H', W', C].
+  """A pooling of the LAN family (equation 1): x [N, H, W, C] -> [N, H', W', C].
 
   Args:
     window: height and width of the window in pixels, an int or a pair (h, w).
@@ -63,14 +64,10 @@ class LocalPool(nnx.Module):
   def importance(self, x: jax.Array) -> jax.Array:
     """F(x) of each pixel of each window, divided by its sum over the window.
 
-    The layer's output is the sum of importance times pixels (for `LpPool` see there). Divided
-    because F may be known up to a factor per window only, and may itself depend on the window.
-
-    Args:
-      x: [N, H, W, C].
-
-    Returns:
-      [N, H', W', window_h * window_w, C], the window row by row; zero outside the image.
+    [N, H, W, C] -> [N, H', W', window_h * window_w, C], the window row by row; zero outside the
+    image. The layer's output is the sum of importance times pixels (for `LpPool` see there).
+    Divided because F may be known up to a factor per window only, and may itself depend on the
+    window.
     """
     return self._shares(self._log_importance(x))
 
@@ -90,7 +87,7 @@ class AveragePool(LocalPool):
   """Average pooling: F = 1."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return pooling.average_pool(x, **self._windows)
+    return pools.average_pool(x, **self._windows)
 
   def _log_importance(self, x: jax.Array) -> jax.Array:
     return jnp.zeros_like(x)
@@ -100,7 +97,7 @@ class MaxPool(LocalPool):
   """Max pooling: F is one for the largest pixel of a window, zero for the others."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return pooling.max_pool(x, **self._windows)
+    return pools.max_pool(x, **self._windows)
 
   def importance(self, x: jax.Array) -> jax.Array:
     pixels = self._taps(x, -math.inf)
@@ -109,10 +106,10 @@ class MaxPool(LocalPool):
 
 
 class StridedPool(LocalPool):
-  """Sampling at a fixed interval: F is one for a window's central pixel, zero for the others."""
+  """Sampling at a fixed interval (equation 3): F is one for a window's central pixel, else zero."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return pooling.strided_pool(x, **self._windows)
+    return pools.strided_pool(x, **self._windows)
 
   def importance(self, x: jax.Array) -> jax.Array:
     (kh, kw) = pair("window", self.window)
@@ -126,7 +123,7 @@ class SoftPool(LocalPool):
   """SoftPool (Stergiou et al. 2021): F = exp(x)."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return pooling.soft_pool(x, **self._windows)
+    return pools.soft_pool(x, **self._windows)
 
   def _log_importance(self, x: jax.Array) -> jax.Array:
     return x
@@ -135,28 +132,15 @@ class SoftPool(LocalPool):
 class ExpPool(LocalPool):
   """F = exp(beta * x) with a learned beta, a scalar: from average (0) towards max pooling.
 
-  Args:
-    beta: its initial value.
-    dtype: of the computation; beta is kept in at least float32.
-    window: in pixels, an int or a pair (h, w).
-    stride: in pixels.
-    padding: in pixels.
+  Beta is kept in at least float32; window, stride and padding are as for `LocalPool`.
   """
 
-  def __init__(
-    self,
-    beta: float = 1.0,
-    *,
-    dtype: Dtype = jnp.float32,
-    window: IntOrPair = 3,
-    stride: IntOrPair = 2,
-    padding: IntOrPair = 1,
-  ):
-    super().__init__(window=window, stride=stride, padding=padding)
+  def __init__(self, beta: float = 1.0, *, dtype: Dtype = jnp.float32, **windows: IntOrPair):
+    super().__init__(**windows)
     self.beta = nnx.Param(jnp.asarray([beta], layers.param_dtype(dtype)))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return pooling.exp_pool(x, self.beta[...], **self._windows)
+    return pools.exp_pool(x, self.beta[...], **self._windows)
 
   def _log_importance(self, x: jax.Array) -> jax.Array:
     beta = self.beta[...].reshape(1, 1, 1, 1)
@@ -168,28 +152,15 @@ class LpPool(LocalPool):
 
   Its `importance` is that of the sum that it is: weights w = |x|^(p - 1) / (n^(1 / p) *
   (sum |x|^p)^(1 - 1 / p)) over the n pixels of a window, with y = sum(w |x|). They sum to one at
-  p = 1 and for constant |x| only (see `lip_jax.ops.pooling.lp_pool`).
-
-  Args:
-    p: at least 1.
-    window: in pixels, an int or a pair (h, w).
-    stride: in pixels.
-    padding: in pixels.
+  p = 1 and for constant |x| only (see `lip_jax.lp_pool`).
   """
 
-  def __init__(
-    self,
-    p: float = 2.0,
-    *,
-    window: IntOrPair = 3,
-    stride: IntOrPair = 2,
-    padding: IntOrPair = 1,
-  ):
-    super().__init__(window=window, stride=stride, padding=padding)
+  def __init__(self, p: float = 2.0, **windows: IntOrPair):
+    super().__init__(**windows)
     self.p = p
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return pooling.lp_pool(x, self.p, **self._windows)
+    return pools.lp_pool(x, self.p, **self._windows)
 
   def importance(self, x: jax.Array) -> jax.Array:
     inside = self._taps(jnp.ones_like(x), 0.0)
@@ -209,9 +180,7 @@ class DetailPreservingPool(LocalPool):
     full: learn the linear down-scaling that details are measured against, a kernel per channel.
     symmetric: whether pixels below it count as details, too.
     dtype: of the computation; parameters are kept in at least float32.
-    window: in pixels, an int or a pair (h, w).
-    stride: in pixels.
-    padding: in pixels.
+    **windows: window, stride and padding, as for `LocalPool`.
   """
 
   def __init__(
@@ -221,13 +190,11 @@ class DetailPreservingPool(LocalPool):
     full: bool = False,
     symmetric: bool = True,
     dtype: Dtype = jnp.float32,
-    window: IntOrPair = 3,
-    stride: IntOrPair = 2,
-    padding: IntOrPair = 1,
+    **windows: IntOrPair,
   ):
-    super().__init__(window=window, stride=stride, padding=padding)
+    super().__init__(**windows)
     kept = layers.param_dtype(dtype)
-    kh, kw = pair("window", window)
+    kh, kw = pair("window", self.window)
     self.log_alpha = nnx.Param(jnp.zeros((features,), kept))
     self.log_lambda = nnx.Param(jnp.zeros((features,), kept))
     self.kernel = nnx.Param(jnp.full((kh, kw, features), 1 / (kh * kw), kept)) if full else None
@@ -245,17 +212,17 @@ class DetailPreservingPool(LocalPool):
     }
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return pooling.detail_preserving_pool(x, **self._importance_options, **self._windows)
+    return pools.detail_preserving_pool(x, **self._importance_options, **self._windows)
 
   def importance(self, x: jax.Array) -> jax.Array:
     geometry = make_geometry(x, **self._windows)
-    importance = pooling.detail_importance(x, geometry=geometry, **self._importance_options)
+    importance = pools.detail_importance(x, geometry=geometry, **self._importance_options)
     total = functools.reduce(jnp.add, importance)
     return jnp.stack([f / total for f in importance], axis=3)
 
 
 class LIP(LocalPool):
-  """Local importance-based pooling: F = exp(G(x)) with a learned logit module G (section 3.2).
+  """Local importance-based pooling: F = exp(G(x)) with a learned logit module G: equations 4, 5.
 
   Args:
     logits: module from features [N, H, W, C] to logits [N, H, W, C]; its `logit_range`, if it has
@@ -293,7 +260,7 @@ class LIP(LocalPool):
       self.steps[...] = self.steps[...] + 1
     if records is not None:
       records.append((self, logits))
-    return pooling.lip_pool(x, logits, logit_range=self._logit_range, **self._windows)
+    return lip_pool.lip_pool(x, logits, logit_range=self._logit_range, **self._windows)
 
   def _fused(self, x: jax.Array) -> Projection | Bottleneck | None:
     """The logit module, if it can pool x by itself. Subclasses may do anything in their call."""
@@ -318,3 +285,29 @@ class LIP(LocalPool):
     # In a train state there is one count for each batch-norm group, all the same.
     averaging = self.steps[...].reshape(-1)[0] < self.average_steps
     return jnp.where(averaging, jnp.full_like(logits, constant), logits)
+
+
+class AdaptiveLIP(nnx.Module):
+  """`lip_jax.adaptive_lip_pool` with the logits of a logit module: [N, H, W, C] -> [N, h, w, C].
+
+  `output_size` is that of the result in pixels, an int or a pair (h, w).
+  """
+
+  def __init__(self, logits: Callable[[jax.Array], jax.Array], output_size: IntOrPair):
+    self.logits = logits
+    self.output_size = output_size
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return adaptive_lip_pool(
+      x, self.logits(x), self.output_size, logit_range=getattr(self.logits, "logit_range", None)
+    )
+
+
+class GlobalLIP(nnx.Module):
+  """`lip_jax.global_lip_pool` with the logits of a logit module: [N, H, W, C] -> [N, C]."""
+
+  def __init__(self, logits: Callable[[jax.Array], jax.Array]):
+    self.logits = logits
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return global_lip_pool(x, self.logits(x))

@@ -6,8 +6,9 @@ normalizations compute in that precision and cast their output. Paddings are exp
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +44,7 @@ def conv(
 ) -> nnx.Conv:
   """Bias-free square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd kernels.
 
-  Args:
-    in_features: channels of the input.
-    out_features: channels of the output.
-    kernel_size: height and width of the kernel in pixels; padded by kernel_size // 2 on each side.
-    stride: in pixels.
-    init: of the weights.
-    dtype: of the computation.
-    rngs: source of the initial weights.
+  Padded by kernel_size // 2 on each side.
   """
   pad = kernel_size // 2
   return nnx.Conv(
@@ -80,12 +74,6 @@ def check_four(name: str, sizes: Any) -> None:
   if not isinstance(sizes, (tuple, list)) or len(sizes) != 4:
     raise UsageError(f"{name} must be four positive numbers, got {sizes!r}")
   check_sizes(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
-
-
-def check_images(images: jax.Array) -> None:
-  """Raises ValueError unless images are [N, H, W, 3]."""
-  if images.ndim != 4 or images.shape[3] != 3:
-    raise ValueError(f"images must be [N, H, W, 3], got shape {tuple(images.shape)}")
 
 
 def linear(in_features: int, out_features: int, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -122,6 +110,9 @@ class BatchNorm(nnx.Module):
     group_size: images per group; None or 0 for the whole batch.
     axis_name: inside `jax.shard_map`, the mesh axes over which each group is spread; every device
       then has an equal part of one group.
+    frozen: also in training normalize by the running statistics, and leave them as they are: what
+      detectors call FrozenBatchNorm. Scale and bias have gradients as ever; whether they are
+      trained is up to the optimizer.
     momentum: share of the old running statistics that each training step keeps.
     epsilon: added to the variance.
     zero_init: start with the scale at zero instead of one.
@@ -134,6 +125,7 @@ class BatchNorm(nnx.Module):
     *,
     group_size: int | None = None,
     axis_name: tuple[str, ...] | None = None,
+    frozen: bool = False,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
     zero_init: bool = False,
@@ -146,13 +138,14 @@ class BatchNorm(nnx.Module):
     self.var = nnx.BatchStat(jnp.ones((features,), kept))
     self.group_size = group_size
     self.axis_name = axis_name
+    self.frozen = frozen
     self.momentum = momentum
     self.epsilon = epsilon
     self.dtype = dtype
     self.use_running_average = False  # what model.eval() and model.train() set
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    if self.use_running_average:
+    if self.use_running_average or self.frozen:
       mean, var = (stat[...].reshape(-1, x.shape[3]).mean(axis=0) for stat in (self.mean, self.var))
       scale, bias = self.scale[...], self.bias[...]
       return apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
@@ -166,13 +159,7 @@ class BatchNorm(nnx.Module):
     groups = x.reshape(n // here, here, *x.shape[1:])
     scale, bias = varying_alike(x, self.scale[...], self.bias[...])
     y, mean, var = normalize(
-      groups,
-      scale,
-      bias,
-      self.epsilon,
-      self.dtype,
-      (1, 2, 3),
-      self.axis_name,
+      groups, scale, bias, self.epsilon, self.dtype, (1, 2, 3), self.axis_name
     )
     devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
     count = devices * here * x.shape[1] * x.shape[2]
@@ -187,24 +174,63 @@ class BatchNorm(nnx.Module):
     running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
 
 
-def norm_factory(
-  group_size: int | None, axis_name: tuple[str, ...] | None, dtype: Dtype
+def make_batch_norm(
+  bn_group_size: int | None = None,
+  bn_axis_name: tuple[str, ...] | None = None,
+  bn_frozen: bool = False,
+  bn_epsilon: float = 1e-5,
 ) -> Callable[..., BatchNorm]:
-  """What makes a network's batch norms: (features, zero_init=False) -> `BatchNorm`."""
-  check_sizes(least=0, bn_group_size=0 if group_size is None else group_size)
-  return functools.partial(BatchNorm, group_size=group_size, axis_name=axis_name, dtype=dtype)
+  """What makes a network's batch norms: (features, zero_init=, dtype=) -> `BatchNorm`.
+
+  Args:
+    bn_group_size: images per batch-norm group in training; None or 0 for the whole batch.
+    bn_axis_name: `BatchNorm`'s axis_name.
+    bn_frozen: keep the running statistics as they are, and normalize by them also in training.
+    bn_epsilon: added to the variance; 0 in torchvision's detectors.
+  """
+  check_sizes(least=0, bn_group_size=0 if bn_group_size is None else bn_group_size)
+  if not isinstance(bn_frozen, bool):
+    raise UsageError(f"bn_frozen must be True or False, got {bn_frozen!r}")
+  if not isinstance(bn_epsilon, (int, float)) or not 0 <= bn_epsilon < math.inf:
+    raise UsageError(f"bn_epsilon must be a number and at least 0, got {bn_epsilon!r}")
+  return functools.partial(
+    BatchNorm,
+    group_size=bn_group_size,
+    axis_name=bn_axis_name,
+    frozen=bn_frozen,
+    epsilon=bn_epsilon,
+  )
+
+
+class LayerFactory(NamedTuple):
+  """Makes a network's layers, of one compute dtype and from one source of initial weights."""
+
+  norm_layer: Callable[..., BatchNorm]  # (features, zero_init=, dtype=) -> norm
+  init: nnx.Initializer  # of convolutions
+  dtype: Dtype
+  rngs: nnx.Rngs
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """What makes a layer of its own needs."""
+    return {"dtype": self.dtype, "rngs": self.rngs}
+
+  def conv(self, in_features: int, out_features: int, size: int, stride: int = 1) -> nnx.Conv:
+    return conv(in_features, out_features, size, stride=stride, init=self.init, **self.options)
+
+  def norm(self, features: int, zero_init: bool = False) -> BatchNorm:
+    return self.norm_layer(features, zero_init=zero_init, dtype=self.dtype)
+
+  def classifier(self, features: int, num_classes: int) -> nnx.Linear | None:
+    """None for a backbone, of no classes."""
+    return linear(features, num_classes, **self.options) if num_classes else None
 
 
 class InstanceNorm(nnx.Module):
   """Normalization of each channel of each image over its pixels, with a learned scale and bias.
 
   Ulyanov et al. 2016; the same computation in training and evaluation. A constant channel becomes
-  the bias. Gradients are reverse mode.
-
-  Args:
-    features: C of the input [N, H, W, C].
-    epsilon: added to the variance.
-    dtype: of the output.
+  the bias. Gradients are reverse mode. `features` is C of the input [N, H, W, C].
   """
 
   def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: Dtype = jnp.float32):

@@ -16,7 +16,7 @@ from flax.typing import Dtype
 from lip_jax.errors import UsageError
 from lip_jax.models import layers
 from lip_jax.ops.kernels.gate import GATE
-from lip_jax.ops.pooling import gated_lip_pool, projected_lip_pool
+from lip_jax.ops.lip_pool import gated_lip_pool, projected_lip_pool
 
 # What follows the last convolution of a logit module: table 2 of the paper, A to D.
 Top = Literal["norm_gate", "norm", "gate", "none"]

@@ -1,7 +1,7 @@
 """Model names and what they stand for."""
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,14 @@ from flax.typing import Dtype
 from lip_jax.errors import UsageError
 from lip_jax.models.densenet import DenseNet
 from lip_jax.models.downsample import make_downsamples
+from lip_jax.models.layers import make_batch_norm
+from lip_jax.models.network import Network
 from lip_jax.models.resnet import ResNet
 
+# What makes a network, and its arguments: of the constructor, and of `make_downsamples`.
+_Entry = tuple[type[ResNet] | type[DenseNet], dict[str, Any]]
 
-class _Entry(NamedTuple):
-  constructor: type[ResNet] | type[DenseNet]
-  options: dict[str, Any]  # of the constructor
-  downsampling: dict[str, Any]  # of `make_downsamples`
-
-
-_NETWORKS: dict[str, tuple[type[ResNet] | type[DenseNet], dict[str, Any]]] = {
+_PLAIN: dict[str, _Entry] = {
   "resnet18": (ResNet, {"stage_sizes": (2, 2, 2, 2), "block": "basic"}),
   "resnet34": (ResNet, {"stage_sizes": (3, 4, 6, 3), "block": "basic"}),
   "resnet50": (ResNet, {"stage_sizes": (3, 4, 6, 3)}),
@@ -34,11 +32,10 @@ _NETWORKS: dict[str, tuple[type[ResNet] | type[DenseNet], dict[str, Any]]] = {
   "densenet161": (DenseNet, {"block_sizes": (6, 12, 36, 24), "growth": 48, "width": 96}),
 }
 _LIP: dict[str, dict[str, Any]] = {"resnet_small": {"logit_width": 16}}
-
-_MODELS: dict[str, _Entry] = {}
-for _name, (_constructor, _options) in _NETWORKS.items():
-  _MODELS[_name] = _Entry(_constructor, _options, {})
-  _MODELS[f"lip_{_name}"] = _Entry(_constructor, _options, {"pool": "lip", **_LIP.get(_name, {})})
+_MODELS = _PLAIN | {
+  f"lip_{name}": (constructor, {**options, "pool": "lip", **_LIP.get(name, {})})
+  for name, (constructor, options) in _PLAIN.items()
+}
 
 
 def list_models() -> list[str]:
@@ -53,21 +50,23 @@ def create_model(
   dtype: Dtype = jnp.float32,
   rngs: nnx.Rngs,
   **options: Any,
-) -> nnx.Module:
+) -> Network:
   """Builds a network with fresh weights, in training mode.
 
-  `model(images [N, H, W, 3])` gives logits [N, num_classes] in float32; `model.features(images)`
-  the stages' outputs by name, "c2" at stride 4 to "c5" at 32; `model.eval()` and `model.train()`
-  switch between running and batch statistics.
+  `model(images [N, H, W, in_channels])` gives logits [N, num_classes] in float32, and without
+  classes the averaged features [N, C]; `model.features(images)` the stages' outputs by name, "c2"
+  at stride 4 to "c5" at 32; `model.stages` the parameters of each; `model.eval()` and
+  `model.train()` switch between running and batch statistics.
 
   Args:
     name: one of `list_models()`.
-    num_classes: number of logits.
+    num_classes: number of logits; 0: a backbone, without a classifier.
     dtype: of the computation; parameters and statistics stay in float32 (float64 for float64).
     rngs: source of the initial weights, `nnx.Rngs(seed)`.
-    **options: arguments of the network's constructor, for example bn_group_size=32, and of
-      `lip_jax.models.downsample.make_downsamples`, for example pool="average", logit="projection",
-      logit_width=64, lip_stages=("c4", "c5").
+    **options: arguments of the network's constructor, for example in_channels=1, of
+      `lip_jax.models.layers.make_batch_norm`, for example bn_group_size=32 or bn_frozen=True, and
+      of `lip_jax.models.downsample.make_downsamples`, for example pool="average",
+      logit="projection", logit_width=64, lip_stages=("c4", "c5").
 
   Raises:
     UsageError: an unknown name, option, or value of an option, with the valid ones.
@@ -79,23 +78,31 @@ def create_model(
       f"dtype {jnp.dtype(dtype)} needs JAX's x64 mode: call "
       "jax.config.update('jax_enable_x64', True) first"
     )
-  entry = _MODELS[name]
-  pooling = set(inspect.signature(make_downsamples).parameters)
-  own = set(inspect.signature(entry.constructor.__init__).parameters)
-  own -= {"self", "downsample", "num_classes", "dtype", "rngs"}
-  unknown = sorted(set(options) - pooling - own)
+  constructor, given = _MODELS[name]
+  given = given | options
+  pooling, norms, own = (
+    set(inspect.signature(function).parameters)
+    for function in (make_downsamples, make_batch_norm, constructor.__init__)
+  )
+  own -= {"self", "downsample", "norm", "num_classes", "dtype", "rngs"}
+  valid = pooling | norms | own
+  unknown = sorted(set(options) - valid)
   if unknown:
     raise UsageError(
       f"unknown option {', '.join(unknown)} for model {name!r}; valid options: "
-      + ", ".join(sorted(pooling | own))
+      + ", ".join(sorted(valid))
     )
-  downsampling = entry.downsampling | {k: v for k, v in options.items() if k in pooling}
-  return entry.constructor(
+
+  def chosen(names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in names}
+
+  return constructor(
     num_classes=num_classes,
-    downsample=make_downsamples(**downsampling),
+    downsample=make_downsamples(**chosen(pooling)),
+    norm=make_batch_norm(**chosen(norms)),
     dtype=dtype,
     rngs=rngs,
-    **entry.options | {k: v for k, v in options.items() if k in own},
+    **chosen(own),
   )
 
 

@@ -1,9 +1,10 @@
 """LIP in a user's own model: swaps its pooling and strided convolutions for LIP layers.
 
 A pooling becomes LIP with the same window and stride. A strided convolution becomes LIP and the
-same convolution at stride 1 (figure 4(b) of Gao, Wang and Wu, "LIP: Local Importance-based
-Pooling", ICCV 2019). Logit modules start at zero, so all of them start as average pooling, of the
-positions inside the image (`nnx.avg_pool` also counts those of its padding, by default).
+same convolution at stride 1 (in figure 4b of Gao, Wang and Wu, "LIP: Local Importance-based
+Pooling", ICCV 2019, one of 1x1). Logit modules start at zero, so all of them start as average
+pooling, of the positions inside the image (`nnx.avg_pool` also counts those of its padding, by
+default).
 """
 
 import dataclasses
@@ -32,19 +33,12 @@ Edit = Callable[[str, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-  """What became of one layer.
+  """What became of one layer; layers are given in words."""
 
-  Attributes:
-    path: of the layer in the model, dotted.
-    before: the layer, in words.
-    after: what stands in its place, in words; None if it was left alone.
-    reason: why it was left alone; None if it was not.
-  """
-
-  path: str
+  path: str  # of the layer in the model, dotted
   before: str
-  after: str | None
-  reason: str | None = None
+  after: str | None  # what stands in its place; None if it was left alone
+  reason: str | None = None  # why it was left alone
 
   def __str__(self) -> str:
     if self.after is None:
@@ -53,12 +47,7 @@ class Replacement:
 
 
 class LIPConv(nnx.Module):
-  """Pooling, then a convolution at the lower resolution: [N, H, W, in] -> [N, H', W', out].
-
-  Args:
-    pool: halves the resolution.
-    conv: convolution of stride 1.
-  """
+  """Pooling, then a convolution of stride 1: [N, H, W, in] -> [N, H', W', out]."""
 
   def __init__(self, pool: LIP, conv: nnx.Conv):
     self.pool = pool
@@ -135,18 +124,9 @@ def replace_downsampling(
       "functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2)), and call self.pool(x)"
     )
 
-  calls: list[tuple[str, _Call | None]] = []
-  try:
-    expected = _trace(
-      model,
-      arguments,
-      lambda path, layer: _Recorder(layer, lambda call: calls.append((path, call))),
-    )
-  except Exception as error:
-    raise UsageError(
-      f"the model cannot be called with the example {_text(arguments)}: {error}"
-    ) from error
-
+  calls, expected = _calls(model, arguments)
+  width: dict[str, Any] = {} if logit_width is None else {"width": logit_width}
+  logits = Projection if logit == "projection" else Bottleneck
   report: list[Replacement] = []
   pools: dict[str, LIP] = {}
   for path in dict.fromkeys([*(path for path, _ in calls), *found]):
@@ -154,11 +134,13 @@ def replace_downsampling(
     try:
       if skip is not None and skip(path, layer):
         raise _LeftAloneError("skip said so")
-      geometry, channels, dtype = _plan(layer, [call for name, call in calls if name == path])
+      geometry, channels, dtype = _fit(layer, [call for name, call in calls if name == path])
     except _LeftAloneError as reason:
       report.append(Replacement(path, _describe(layer), None, str(reason)))
       continue
-    pools[path] = LIP(_logits(logit, logit_width, channels, dtype, rngs), **geometry._asdict())
+    pools[path] = LIP(
+      logits(channels, channels, **width, dtype=dtype, rngs=rngs), **geometry._asdict()
+    )
     after = f"LIP {_size(geometry.window)}, stride {_stride(geometry.stride)}"
     if isinstance(layer, nnx.Conv):
       after += f", then Conv {_size(layer.kernel_size)}, stride 1"
@@ -185,6 +167,21 @@ class _Call(NamedTuple):
 
   x: jax.ShapeDtypeStruct
   y: jax.ShapeDtypeStruct
+
+
+def _calls(model: nnx.Module, arguments: tuple) -> tuple[list[tuple[str, _Call | None]], Any]:
+  """(Path and call) of each layer called, in order, and the shapes of what the model returns."""
+  calls: list[tuple[str, _Call | None]] = []
+
+  def record(path: str, layer: Any) -> Any:
+    return _Recorder(layer, lambda call: calls.append((path, call)))
+
+  try:
+    return calls, _trace(model, arguments, record)
+  except Exception as error:
+    raise UsageError(
+      f"the model cannot be called with the example {_text(arguments)}: {error}"
+    ) from error
 
 
 class _Recorder(nnx.Module):
@@ -235,14 +232,6 @@ def _arguments(example: Any) -> tuple:
         f"jax.ShapeDtypeStruct((8, 224, 224, 3), 'float32'); got {a!r}"
       )
   return arguments
-
-
-def _logits(
-  logit: str, width: int | None, features: int, dtype: Dtype, rngs: nnx.Rngs
-) -> Projection | Bottleneck:
-  if logit == "projection":
-    return Projection(features, features, dtype=dtype, rngs=rngs)
-  return Bottleneck(features, features, 128 if width is None else width, dtype=dtype, rngs=rngs)
 
 
 def _strides(layer: Any) -> tuple[int, ...]:
@@ -309,12 +298,8 @@ def _trace(model: nnx.Module, arguments: tuple, edit: Edit) -> list[jax.ShapeDty
   return jax.eval_shape(call, state, *arguments)
 
 
-def _plan(layer: Any, calls: list[_Call | None]) -> tuple[Geometry, int, Dtype]:
-  """Windows, channels and dtype of the LIP that takes the place of a layer.
-
-  Raises:
-    _LeftAloneError: there is none.
-  """
+def _fit(layer: Any, calls: list[_Call | None]) -> tuple[Geometry, int, Dtype]:
+  """Windows, channels and dtype of the LIP that takes the place of a layer, if there is one."""
   if not calls:
     raise _LeftAloneError("not called with this example")
   known = [call for call in calls if call is not None]
@@ -330,8 +315,8 @@ def _plan(layer: Any, calls: list[_Call | None]) -> tuple[Geometry, int, Dtype]:
     raise _LeftAloneError(
       f"called with {' and '.join(map(str, channels))} channels; give each call its own attribute"
     )
-  plan = _conv_geometry if isinstance(layer, nnx.Conv) else _pool_geometry
-  return plan(layer, known), channels[0], jnp.result_type(*(x.dtype for x, _ in known))
+  geometry = _conv_geometry if isinstance(layer, nnx.Conv) else _pool_geometry
+  return geometry(layer, known), channels[0], jnp.result_type(*(x.dtype for x, _ in known))
 
 
 def _pool_geometry(layer: functools.partial, calls: list[_Call]) -> Geometry:
@@ -351,7 +336,8 @@ def _pool_geometry(layer: functools.partial, calls: list[_Call]) -> Geometry:
         f"no padding of LIP, at most {k // 2} on each side, gives the same output size"
       )
     axes.append((k, s, min((abs(p - low), p) for p in fits)[1]))
-  return _geometry(axes)
+  (kh, sh, ph), (kw, sw, pw) = axes
+  return Geometry((kh, kw), (sh, sw), (ph, pw))
 
 
 def _conv_geometry(layer: nnx.Conv, calls: list[_Call]) -> Geometry:
@@ -360,7 +346,9 @@ def _conv_geometry(layer: nnx.Conv, calls: list[_Call]) -> Geometry:
     raise _LeftAloneError(f"reads the image itself ({layer.in_features} channels)")
   if len(layer.kernel.shape) != len(layer.kernel_size) + 2:
     raise _LeftAloneError("its weights are those of several layers, stacked")
-  geometry = _geometry([(_cover(s), s, _cover(s) // 2) for s in _strides(layer)])
+  stride = (_strides(layer)[0], _strides(layer)[1])
+  window = (_cover(stride[0]), _cover(stride[1]))
+  geometry = Geometry(window, stride, (window[0] // 2, window[1] // 2))
   graphdef, state = nnx.split(layer)
 
   def at_stride_1(state, x):
@@ -378,12 +366,6 @@ def _conv_geometry(layer: nnx.Conv, calls: list[_Call]) -> Geometry:
         f"{_size(y.shape[1:3])}; padding='SAME' would let it be replaced"
       )
   return geometry
-
-
-def _geometry(axes: list[tuple[int, int, int]]) -> Geometry:
-  """From (window, stride, padding) of the rows and of the columns."""
-  (kh, sh, ph), (kw, sw, pw) = axes
-  return Geometry((kh, kw), (sh, sw), (ph, pw))
 
 
 def _cover(stride: int) -> int:

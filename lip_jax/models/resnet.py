@@ -5,7 +5,7 @@ section 3.3 with figure 4 of the LIP paper.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,38 +15,21 @@ from flax.typing import Dtype
 from lip_jax.errors import UsageError
 from lip_jax.models import layers
 from lip_jax.models.downsample import Convolutions, Downsample
+from lip_jax.models.layers import LayerFactory
+from lip_jax.models.network import Network
 
 Stem = Literal["imagenet", "small"]
-NormFactory = Callable[..., layers.BatchNorm]
 
 
 class ResidualBlock(nnx.Module):
-  """What ends both kinds of block: the norm of the shortcut, the sum, and a pooling behind it.
-
-  Args:
-    in_features: channels of the block's input.
-    out_features: channels of its output.
-    downsample: of a block that halves the resolution, or None.
-    norm: makes a batch norm from its number of features.
-    dtype: of the computation.
-    rngs: source of the initial weights.
-  """
+  """What ends both kinds of block: the norm of the shortcut, the sum, and a pooling behind it."""
 
   def __init__(
-    self,
-    in_features: int,
-    out_features: int,
-    *,
-    downsample: Downsample | None,
-    norm: NormFactory,
-    dtype: Dtype,
-    rngs: nnx.Rngs,
+    self, in_features: int, out_features: int, downsample: Downsample | None, make: LayerFactory
   ):
     identity = downsample is None and in_features == out_features
-    self.shortcut_bn = None if identity else norm(out_features)
-    self.pool = (
-      None if downsample is None else downsample.after_block(out_features, dtype=dtype, rngs=rngs)
-    )
+    self.shortcut_bn = None if identity else make.norm(out_features)
+    self.pool = None if downsample is None else downsample.after_block(out_features, **make.options)
 
   def _join(self, h: jax.Array, shortcut: jax.Array) -> jax.Array:
     if self.shortcut_bn is not None:
@@ -65,10 +48,8 @@ class BasicBlock(ResidualBlock):
     in_features: channels of the input.
     width: channels inside the block.
     downsample: makes the transition of a block that halves the resolution; None keeps it.
-    norm: makes a batch norm from its number of features.
+    make: makes the layers.
     zero_init_residual: start the last batch norm's scale at zero, so the block starts as identity.
-    dtype: of the computation.
-    rngs: source of the initial weights.
   """
 
   expansion = 1  # output channels / width
@@ -78,19 +59,16 @@ class BasicBlock(ResidualBlock):
     self,
     in_features: int,
     width: int,
-    *,
     downsample: Downsample | None,
-    norm: NormFactory,
+    make: LayerFactory,
     zero_init_residual: bool,
-    dtype: Dtype,
-    rngs: nnx.Rngs,
   ):
     make_spatial = Convolutions if downsample is None else downsample.transition
-    self.spatial = make_spatial(in_features, in_features, width, width, dtype=dtype, rngs=rngs)
-    self.bn1 = norm(width)
-    self.conv2 = layers.conv(width, width, 3, dtype=dtype, rngs=rngs)
-    self.bn2 = norm(width, zero_init=zero_init_residual)
-    super().__init__(in_features, width, downsample=downsample, norm=norm, dtype=dtype, rngs=rngs)
+    self.spatial = make_spatial(in_features, in_features, width, width, **make.options)
+    self.bn1 = make.norm(width)
+    self.conv2 = make.conv(width, width, 3)
+    self.bn2 = make.norm(width, zero_init=zero_init_residual)
+    super().__init__(in_features, width, downsample, make)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     h, shortcut = self.spatial(x, x)
@@ -99,43 +77,28 @@ class BasicBlock(ResidualBlock):
 
 
 class BottleneckBlock(ResidualBlock):
-  """Residual block 1x1, 3x3, 1x1; [N, H, W, in] -> [N, H', W', 4 * width].
+  """Residual block 1x1, 3x3, 1x1; [N, H, W, in] -> [N, H', W', 4 * width]; as `BasicBlock`."""
 
-  Args:
-    in_features: channels of the input.
-    width: channels inside the block.
-    downsample: makes the transition of a block that halves the resolution; None keeps it.
-    norm: makes a batch norm from its number of features.
-    zero_init_residual: start the last batch norm's scale at zero, so the block starts as identity.
-    dtype: of the computation.
-    rngs: source of the initial weights.
-  """
-
-  expansion = 4  # output channels / width
-  transition_name = "conv2"  # of the convolution that the transition replaces
+  expansion = 4
+  transition_name = "conv2"
 
   def __init__(
     self,
     in_features: int,
     width: int,
-    *,
     downsample: Downsample | None,
-    norm: NormFactory,
+    make: LayerFactory,
     zero_init_residual: bool,
-    dtype: Dtype,
-    rngs: nnx.Rngs,
   ):
     out_features = self.expansion * width
-    self.conv1 = layers.conv(in_features, width, 1, dtype=dtype, rngs=rngs)
-    self.bn1 = norm(width)
+    self.conv1 = make.conv(in_features, width, 1)
+    self.bn1 = make.norm(width)
     make_spatial = Convolutions if downsample is None else downsample.transition
-    self.spatial = make_spatial(in_features, width, width, out_features, dtype=dtype, rngs=rngs)
-    self.bn2 = norm(width)
-    self.conv3 = layers.conv(width, out_features, 1, dtype=dtype, rngs=rngs)
-    self.bn3 = norm(out_features, zero_init=zero_init_residual)
-    super().__init__(
-      in_features, out_features, downsample=downsample, norm=norm, dtype=dtype, rngs=rngs
-    )
+    self.spatial = make_spatial(in_features, width, width, out_features, **make.options)
+    self.bn2 = make.norm(width)
+    self.conv3 = make.conv(width, out_features, 1)
+    self.bn3 = make.norm(out_features, zero_init=zero_init_residual)
+    super().__init__(in_features, out_features, downsample, make)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     h = nnx.relu(self.bn1(self.conv1(x)))
@@ -144,14 +107,14 @@ class BottleneckBlock(ResidualBlock):
     return self._join(self.bn3(self.conv3(h)), shortcut)
 
 
-class ResNet(nnx.Module):
+class ResNet(Network):
   """ResNet with a choice of down-sampling.
 
   Networks with another `downsample` differ in the stem's pooling and in the first blocks of the
   second, third and fourth stage, and in nothing else.
 
   Args:
-    num_classes: number of logits.
+    num_classes: as for `Network`, as are in_channels, remat and dtype.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
       `lip_jax.models.downsample.make_downsamples`.
     stage_sizes: blocks in each of the four stages.
@@ -159,14 +122,16 @@ class ResNet(nnx.Module):
     width: channels after the stem, and inside the first stage's blocks; doubles at each stage.
     stem: "imagenet" (7x7 convolution, stride 2) or "small" (3x3, stride 1, for images of 32-64 px:
       the strides of `features` are then half of those named).
-    bn_group_size: images per batch-norm group in training; None or 0 for the whole batch.
-    bn_axis_name: `layers.BatchNorm`'s axis_name.
-    remat: in training, keep the activations between blocks only, and compute the others again in
-      the backward pass.
     zero_init_residual: start every block as identity (Goyal et al. 2017).
-    dtype: of the computation: float32, bfloat16, float16, or float64 where JAX has x64 enabled.
+    norm: makes the batch norms: `layers.make_batch_norm`.
     rngs: source of the initial weights.
   """
+
+  stages: ClassVar = {
+    "stem": ("conv1", "bn1", "pool"),
+    **{f"c{stage + 1}": (f"layer{stage}",) for stage in (1, 2, 3, 4)},
+    "classifier": ("fc",),
+  }
 
   def __init__(
     self,
@@ -177,77 +142,42 @@ class ResNet(nnx.Module):
     block: Literal["bottleneck", "basic"] = "bottleneck",
     width: int = 64,
     stem: Stem = "imagenet",
-    bn_group_size: int | None = None,
-    bn_axis_name: tuple[str, ...] | None = None,
-    remat: bool = False,
     zero_init_residual: bool = False,
+    in_channels: int = 3,
+    remat: bool = False,
+    norm: Callable[..., layers.BatchNorm] = layers.BatchNorm,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
+    super().__init__(num_classes, in_channels=in_channels, remat=remat, dtype=dtype)
     layers.check_four("stage_sizes", stage_sizes)
     if stem not in ("imagenet", "small"):
       raise UsageError(f"unknown stem {stem!r}; choose one of imagenet, small")
     if block not in ("bottleneck", "basic"):
       raise UsageError(f"unknown block {block!r}; choose one of bottleneck, basic")
-    layers.check_sizes(width=width, num_classes=num_classes)
-    self.dtype = dtype
-    self.remat = remat
-    norm = layers.norm_factory(bn_group_size, bn_axis_name, dtype)
-    make_block: type[BottleneckBlock] | type[BasicBlock] = (
-      BottleneckBlock if block == "bottleneck" else BasicBlock
-    )
+    layers.check_sizes(width=width)
+    make = LayerFactory(norm, layers.kaiming_fan_out, dtype, rngs)
+    make_block = BottleneckBlock if block == "bottleneck" else BasicBlock
 
     kernel_size, stride = (7, 2) if stem == "imagenet" else (3, 1)
-    self.conv1 = layers.conv(3, width, kernel_size, stride=stride, dtype=dtype, rngs=rngs)
-    self.bn1 = norm(width)
-    self.pool = downsample["stem"].stem(width, dtype=dtype, rngs=rngs)
+    self.conv1 = make.conv(in_channels, width, kernel_size, stride)
+    self.bn1 = make.norm(width)
+    self.pool = downsample["stem"].stem(width, **make.options)
     features = width
     for stage, blocks in enumerate(stage_sizes):
       layer = []
       for index in range(blocks):
-        halves = stage > 0 and index == 0
-        layer.append(
-          make_block(
-            features,
-            width * 2**stage,
-            downsample=downsample[f"c{stage + 2}"] if halves else None,
-            norm=norm,
-            zero_init_residual=zero_init_residual,
-            dtype=dtype,
-            rngs=rngs,
-          )
-        )
+        here = downsample[f"c{stage + 2}"] if stage > 0 and index == 0 else None
+        layer.append(make_block(features, width * 2**stage, here, make, zero_init_residual))
         features = make_block.expansion * width * 2**stage
       setattr(self, f"layer{stage + 1}", nnx.List(layer))
-    self.fc = layers.linear(features, num_classes, dtype=dtype, rngs=rngs)
+    self.fc = make.classifier(features, num_classes)
 
   def features(self, images: jax.Array) -> dict[str, jax.Array]:
-    """Outputs of the stem and of the four stages.
-
-    Args:
-      images: [N, H, W, 3], normalized.
-
-    Returns:
-      "stem" and "c2" at stride 4, "c3" at 8, "c4" at 16, "c5" at 32, each [N, H', W', C] in the
-      compute dtype.
-    """
-    layers.check_images(images)
-    x = self.pool(nnx.relu(self.bn1(self.conv1(images.astype(self.dtype)))))
+    x = self.pool(nnx.relu(self.bn1(self.conv1(self._input(images)))))
     outputs = {"stem": x}
     for stage in range(4):
       for block in getattr(self, f"layer{stage + 1}"):
         x = layers.apply(block, x, remat=self.remat)
       outputs[f"c{stage + 2}"] = x
     return outputs
-
-  def __call__(self, images: jax.Array) -> jax.Array:
-    """Class logits.
-
-    Args:
-      images: [N, H, W, 3], normalized.
-
-    Returns:
-      [N, num_classes], float32 (float64 in a float64 model).
-    """
-    c5 = self.features(images)["c5"]
-    return self.fc(c5.mean(axis=(1, 2), dtype=layers.param_dtype(self.dtype)))

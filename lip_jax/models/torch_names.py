@@ -10,6 +10,7 @@ from flax import nnx
 from lip_jax.errors import UsageError
 from lip_jax.models.densenet import DenseNet
 from lip_jax.models.lan import LIP
+from lip_jax.models.network import Network
 from lip_jax.models.resnet import ResNet
 
 # Our path, dots between its parts -> the authors' name. Applied in order, each at most once;
@@ -56,7 +57,7 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
   ignored. LIP layers that pool by averages at first (`average_steps`) are past that.
 
   Args:
-    model: a network of `create_model`.
+    model: a network of `create_model`; without a classifier, that of the state dict is left out.
     state_dict: arrays under the authors' (or torchvision's) names, in PyTorch's layouts:
       convolutions [O, I, H, W], linear layers [O, I].
 
@@ -64,19 +65,24 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
     UsageError: names that are missing or left over, and shapes that differ: all of them in one
       message. The model is then unchanged.
   """
+  names = list(torch_names(model))
+  assert isinstance(model, Network)
+  head = model.classifier_name if getattr(model, model.classifier_name) is None else None
   source: dict[str, np.ndarray] = {}
   faults: list[str] = []
   for given, value in state_dict.items():
     if given.endswith(_COUNTER):
       continue
     name = given.removeprefix("module.")
+    if name.split(".")[0] == head:
+      continue
     for pattern, replacement in _SPELLINGS:
       name = re.sub(pattern, replacement, name)
     if name in source:
       faults.append(f"{name} twice, the second time as {given}")
     source[name] = np.asarray(value)
   found: list[tuple[nnx.Variable, np.ndarray]] = []
-  for name, variable in torch_names(model):
+  for name, variable in names:
     if name not in source:
       faults.append(f"missing {name}")
       continue
@@ -101,14 +107,9 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
 def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
   """All parameters and running statistics, as PyTorch's `load_state_dict` takes them.
 
-  The inverse of `load_torch_weights`, bit for bit. Networks without LIP get torchvision's names.
-
-  Args:
-    model: a network of `create_model`.
-
-  Returns:
-    From the authors' names to arrays in PyTorch's layouts, with a `num_batches_tracked` of zero for
-    each batch norm.
+  The inverse of `load_torch_weights`, bit for bit: from the authors' names (torchvision's for
+  networks without LIP) to arrays in PyTorch's layouts, with a `num_batches_tracked` of zero for
+  each batch norm.
   """
   state_dict: dict[str, np.ndarray] = {}
   plain = not _lip_layers(model)

@@ -1,19 +1,16 @@
-"""LIP to a given output size, and over whole images: two poolings and their layers.
+"""LIP to a given output size, and over whole images, as pure functions.
 
-Equation 6 of Gao, Wang and Wu, "LIP: Local Importance-based Pooling", ICCV 2019, over windows that
+Equation 5 of Gao, Wang and Wu, "LIP: Local Importance-based Pooling", ICCV 2019, over windows that
 are cut to divide the image instead of having a fixed size. With constant logits both are averages:
 adaptive average pooling, and the global average pooling in front of a classifier.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
-from lip_jax.ops.pooling import lip_pool
+from lip_jax.ops.lip_pool import lip_pool
 from lip_jax.ops.windows import IntOrPair, accumulation_dtype, check_array, check_logits, pair
 
 # lip_pool unrolls the pixels of a window: forward and backward compile in a second up to here, in
@@ -39,10 +36,9 @@ def adaptive_lip_pool(
 
   Args:
     x: features, [N, H, W, C], floating point.
-    logits: logarithms of the importance, [N, H, W, C], or [N, H, W, 1] to share one map among all
-      channels; floating point.
+    logits: as for `lip_pool`.
     output_size: of the result in pixels, an int or a pair (h, w), at most (H, W).
-    logit_range: (low, high), a promise that every logit lies between the two, as for `lip_pool`.
+    logit_range: as for `lip_pool`.
 
   Returns:
     [N, h, w, C], in the dtype of x.
@@ -77,18 +73,8 @@ def adaptive_lip_pool(
 def global_lip_pool(x: jax.Array, logits: jax.Array) -> jax.Array:
   """Computes `sum(x * exp(logits)) / sum(exp(logits))` over all pixels of each image.
 
-  Precision and range are those of `adaptive_lip_pool`, of which this is the 1 x 1 case.
-
-  Args:
-    x: features, [N, H, W, C], floating point.
-    logits: logarithms of the importance, [N, H, W, C] or [N, H, W, 1], floating point.
-
-  Returns:
-    [N, C], in the dtype of x.
-
-  Raises:
-    ValueError: shapes that do not match, or images without pixels.
-    TypeError: x or logits that are not floating point.
+  The 1 x 1 case of `adaptive_lip_pool`, with its precision, range and errors: [N, C], in the dtype
+  of x.
   """
   check_array("x", x)
   check_logits(x, logits)
@@ -97,39 +83,6 @@ def global_lip_pool(x: jax.Array, logits: jax.Array) -> jax.Array:
   dtype = accumulation_dtype(x, logits)
   importance = jax.nn.softmax(logits.astype(dtype), axis=(1, 2))
   return jnp.sum(x.astype(dtype) * importance, axis=(1, 2)).astype(x.dtype)
-
-
-class AdaptiveLIP(nnx.Module):
-  """`adaptive_lip_pool` with the logits of a logit module: [N, H, W, C] -> [N, h, w, C].
-
-  Args:
-    logits: module from features [N, H, W, C] to logits [N, H, W, C]; its `logit_range`, if it has
-      one, must bound them.
-    output_size: of the result in pixels, an int or a pair (h, w).
-  """
-
-  def __init__(self, logits: Callable[[jax.Array], jax.Array], output_size: IntOrPair):
-    self.logits = logits
-    self.output_size = output_size
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return adaptive_lip_pool(
-      x, self.logits(x), self.output_size, logit_range=getattr(self.logits, "logit_range", None)
-    )
-
-
-class GlobalLIP(nnx.Module):
-  """`global_lip_pool` with the logits of a logit module: [N, H, W, C] -> [N, C].
-
-  Args:
-    logits: module from features [N, H, W, C] to logits [N, H, W, C].
-  """
-
-  def __init__(self, logits: Callable[[jax.Array], jax.Array]):
-    self.logits = logits
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return global_lip_pool(x, self.logits(x))
 
 
 def _pool_axis(

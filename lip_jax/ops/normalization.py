@@ -46,20 +46,11 @@ def normalize(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`apply_moments` of x by its own moments over `axes`, and these.
 
-  The gradient needs x, which the layer before has in memory anyway, and the statistics. It is that
-  of the first result; nothing flows back through mean and variance as results.
-
-  Args:
-    x: [..., C].
-    scale: [C].
-    bias: [C].
-    epsilon: added to the variance.
-    dtype: of the result.
-    axes: as for `moments`.
-    axis_name: as for `moments`.
+  The gradient needs x [..., C], which the layer before has in memory anyway, and the statistics. It
+  is that of the first result; nothing flows back through mean and variance as results.
 
   Returns:
-    (y, mean, variance), the latter two as those of `moments`.
+    (y, mean, variance), y of the given dtype, the latter two as those of `moments`.
   """
   return _fwd(x, scale, bias, epsilon, dtype, axes, axis_name)[0]
 
@@ -91,7 +82,6 @@ def _fwd(x, scale, bias, epsilon, dtype, axes, axis_name):
 
 
 def _bwd(epsilon, dtype, axes, axis_name, residuals, cotangents):
-  """Ioffe and Szegedy 2015, section 3: dx = gain (g - mean(g) - x_hat mean(g x_hat))."""
   del dtype
   x, scale, bias, mean, var = residuals
   g = cotangents[0].astype(var.dtype)
@@ -99,13 +89,24 @@ def _bwd(epsilon, dtype, axes, axis_name, residuals, cotangents):
   rstd = lax.rsqrt(var + epsilon)
   x_hat = (x.astype(var.dtype) - mean) * rstd
   mean_g, mean_product = (_average(a, axes, axis_name) for a in (g, g * x_hat))
-  dx = rstd * _last(scale, var) * (g - mean_g - x_hat * mean_product)
+  dx = input_gradient(g, rstd * _last(scale, var), mean_g, x_hat, mean_product)
   others = tuple(range(x.ndim - 1))
   dscale, dbias = (a.sum(axis=others) for a in (g * x_hat, g))
   return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
 normalize.defvjp(_fwd, _bwd)
+
+
+def input_gradient(
+  g: jax.Array, gain: jax.Array, mean_g: jax.Array, x_hat: jax.Array, mean_product: jax.Array
+) -> jax.Array:
+  """Dx = gain (g - mean(g) - x_hat mean(g x_hat)): Ioffe and Szegedy 2015, section 3.
+
+  With gain = scale / deviation. Of x_hat = (x - mean) / deviation, the division may be left to
+  `mean_product`, twice then.
+  """
+  return gain * (g - mean_g - x_hat * mean_product)
 
 
 def not_before(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -148,17 +149,18 @@ def varying_axes(a: jax.Array) -> frozenset[str]:
   return aval.vma if kind is None else kind.varying
 
 
-def varying_alike(x: jax.Array, *params: jax.Array) -> tuple[jax.Array, ...]:
+def varying_alike(x: jax.Array, *params: Any) -> Any:
   """Parameters that are the same on all devices, as such that are not where x is not.
 
   In `jax.shard_map`, where types tell; the transpose adds up their gradients over the devices.
+  Nones stay.
   """
 
   def vary(param: jax.Array) -> jax.Array:
     axes = tuple(varying_axes(x) - varying_axes(param))
     return lax.pcast(param, axes, to="varying") if axes else param
 
-  return tuple(map(vary, params))
+  return jax.tree.map(vary, params)
 
 
 def _last(a: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Windows of a pooling: their geometry, sums over them, and their pixels one by one."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -67,6 +68,14 @@ def check_array(name: str, array: jax.Array) -> None:
     )
 
 
+def check_shape(name: str, array: jax.Array, shape: tuple[int, ...], x: jax.Array) -> None:
+  """Raises unless `array`, which belongs to x, has this shape."""
+  if array.shape != shape:
+    raise ValueError(
+      f"{name} must be {tuple(shape)} for x {tuple(x.shape)}; got {tuple(array.shape)}"
+    )
+
+
 def check_logits(x: jax.Array, logits: jax.Array) -> None:
   """Raises unless logits are [N, H, W, C] as x, or [N, H, W, 1], and floating point."""
   check_array("logits", logits)
@@ -78,11 +87,7 @@ def check_logits(x: jax.Array, logits: jax.Array) -> None:
 
 
 def pair(name: str, value: IntOrPair) -> tuple[int, int]:
-  """`value` as a pair (h, w).
-
-  Raises:
-    ValueError: neither an int nor a pair of ints.
-  """
+  """`value` as a pair (h, w); raises ValueError unless it is an int or a pair of ints."""
   values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
   if len(values) != 2 or not all(isinstance(v, (int, np.integer)) for v in values):
     raise ValueError(f"{name} must be an int or a pair (h, w) of ints, got {value!r}")
@@ -94,33 +99,27 @@ def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
   return functools.reduce(jnp.promote_types, (a.dtype for a in arrays), jnp.dtype(jnp.float32))
 
 
+def reduce_windows(
+  x: jax.Array, outside: float, combine: Callable[..., jax.Array], geometry: Geometry
+) -> jax.Array:
+  """Each window of x, [N, H, W, C], reduced to [N, H', W', C]; `outside` is the neutral element."""
+  (kh, kw), (sh, sw), (ph, pw) = geometry
+  pads = ((0, 0), (ph, ph), (pw, pw), (0, 0))
+  init = np.asarray(outside, x.dtype)
+  return lax.reduce_window(x, init, combine, (1, kh, kw, 1), (1, sh, sw, 1), pads)
+
+
 def window_sum(x: jax.Array, geometry: Geometry) -> jax.Array:
   """Sum of x, [N, H, W, C], over each window; positions outside the image count as zero."""
-  (kh, kw), (sh, sw), (ph, pw) = geometry
-  return lax.reduce_window(
-    x,
-    np.zeros((), x.dtype),
-    lax.add,
-    (1, kh, kw, 1),
-    (1, sh, sw, 1),
-    ((0, 0), (ph, ph), (pw, pw), (0, 0)),
-  )
+  return reduce_windows(x, 0, lax.add, geometry)
 
 
 def window_sum_transpose(
   g: jax.Array, geometry: Geometry, input_size: tuple[int, int]
 ) -> jax.Array:
-  """Transpose of `window_sum`: each of the input pixels sums the windows that it belongs to.
+  """Transpose of `window_sum`, [N, H', W', C] -> [N, H, W, C]: pixels sum up their windows.
 
   A gather: one `reduce_window` over the base-dilated g.
-
-  Args:
-    g: [N, H', W', C], a value per window.
-    geometry: of the window sum.
-    input_size: (H, W).
-
-  Returns:
-    [N, H, W, C].
   """
   pads = []
   for n, m, k, s, p in zip(input_size, g.shape[1:3], *geometry, strict=True):
@@ -140,10 +139,9 @@ def window_sum_transpose(
 
 
 def phase_offsets(window: int, stride: int, padding: int) -> list[list[int]]:
-  """Along an axis, the windows that a pixel belongs to.
+  """Along an axis, the windows that a pixel belongs to: for each phase of it modulo the stride.
 
-  Returns:
-    For each phase of a pixel modulo the stride their numbers, relative to pixel // stride.
+  Their numbers are relative to pixel // stride, the largest one first.
   """
   return [
     [
@@ -156,36 +154,27 @@ def phase_offsets(window: int, stride: int, padding: int) -> list[list[int]]:
 
 
 def taps(a: jax.Array, geometry: Geometry, outside: float) -> list[jax.Array]:
-  """The window_h * window_w strided slices of `a`, each with one pixel of every window.
+  """The `tap` of each place in the window, row by row."""
+  rows, columns = map(range, geometry.window)
+  return [tap(a, geometry, (i, j), outside) for i in rows for j in columns]
 
-  Args:
-    a: [N, H, W, C].
-    geometry: of the pooling.
-    outside: value of the positions outside the image.
 
-  Returns:
-    A list of [N, H', W', C], row by row through the window.
+def tap(a: jax.Array, geometry: Geometry, place: tuple[int, int], outside: float) -> jax.Array:
+  """The pixel at `place` (row, column) of every window, [N, H, W, C] -> [N, H', W', C].
+
+  A strided slice, with `outside` for positions outside the image.
   """
-  n, height, width, c = a.shape
-  sizes = height, width
-  rows, columns = (
-    [_tap(tap, size, windows, stride, padding) for tap in range(window)]
-    for size, windows, window, stride, padding in zip(
-      sizes, geometry.output_size(sizes), *geometry, strict=True
-    )
-  )
-  padded = []
+  n, *sizes, c = a.shape
+  windows = geometry.output_size((sizes[0], sizes[1]))
+  axes = zip(place, sizes, windows, geometry.stride, geometry.padding, strict=True)
+  (top, bottom, *rows), (left, right, *columns) = (_tap(*axis) for axis in axes)
+  start, limit = (0, rows[0], columns[0], 0), (n, rows[1], columns[1], c)
+  # Not by indexing, which is a gather where the number of images is a symbol (`jax.export`).
+  part = lax.slice(a, start, limit, (1, *geometry.stride, 1))
+  around = ((0, 0), (top, bottom), (left, right), (0, 0))
   # Padding the slices, of which most need none, and not `a`: XLA for CPUs would compute what
   # follows pixel by pixel.
-  for top, bottom, first_row, last_row in rows:
-    for left, right, first_column, last_column in columns:
-      start, limit = (0, first_row, first_column, 0), (n, last_row, last_column, c)
-      part = lax.slice(a, start, limit, (1, geometry.stride[0], geometry.stride[1], 1))
-      around = ((0, 0), (top, bottom), (left, right), (0, 0))
-      padded.append(
-        jnp.pad(part, around, constant_values=outside) if any(map(any, around)) else part
-      )
-  return padded
+  return jnp.pad(part, around, constant_values=outside) if any(map(any, around)) else part
 
 
 def _tap(tap: int, size: int, windows: int, stride: int, padding: int) -> tuple[int, int, int, int]:

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
-from lip_jax.classification import augment
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
+from lip_jax.ops.images import normalize
 from lip_jax.visualize import robustness
 from lip_jax.visualize.attribution import attend, class_activation_maps
 from lip_jax.visualize.figures import Column
@@ -46,7 +46,8 @@ class Network(NamedTuple):
 
   def normalize(self, pixels: np.ndarray) -> np.ndarray:
     """RGB images [..., H, W, 3], 0 to 255 -> float32, what the model takes."""
-    return np.asarray(augment.normalize(jnp.asarray(pixels), self.preprocess))
+    mean, std = self.preprocess["mean"], self.preprocess["std"]
+    return np.asarray(normalize(jnp.asarray(pixels), mean, std))
 
   def class_name(self, label: int) -> str:
     """Name of a class, or its number."""

@@ -43,6 +43,33 @@ def test_batch_norm_names_the_group_size_that_does_not_fit():
     layers.BatchNorm(3, group_size=4)(jnp.zeros((6, 2, 2, 3)))
 
 
+@pytest.mark.parametrize("groups", [(), (2,)])
+def test_frozen_batch_norm_trains_by_its_running_statistics(groups):
+  norm = layers.BatchNorm(3, frozen=True, epsilon=0.0, group_size=4)
+  scale, bias, mean, var = np.float32([[1, -2, 0.5], [0, 1, -1], [1, 2, 3], [4, 1, 9]])
+  norm.scale[...], norm.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
+  for variable, value in ((norm.mean, mean), (norm.var, var)):
+    variable.set_value(jnp.tile(value, (*groups, 1)))  # in training there may be one for each group
+  norm.train()
+  graph, params, stats = nnx.split(norm, nnx.Param, nnx.BatchStat)
+
+  def run(params, x):
+    norm = nnx.merge(graph, params, stats, copy=True)
+    return norm(x), nnx.state(norm, nnx.BatchStat)
+
+  x, g = np.asarray(normal(0, 6, 5, 4, 3)) * 3 + 1, np.asarray(normal(1, 6, 5, 4, 3))
+  y, vjp, after = jax.vjp(run, params, jnp.asarray(x), has_aux=True)
+  of_params, dx = vjp(jnp.asarray(g))
+  x_hat = (x - mean) / np.sqrt(var)
+  np.testing.assert_allclose(y, x_hat * scale + bias, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(dx, g * scale / np.sqrt(var), rtol=1e-5)
+  np.testing.assert_allclose(of_params["scale"][...], (g * x_hat).sum(axis=(0, 1, 2)), rtol=1e-4)
+  np.testing.assert_allclose(of_params["bias"][...], g.sum(axis=(0, 1, 2)), rtol=1e-4)
+  jax.tree.map(np.testing.assert_array_equal, after, stats)
+  norm.eval()
+  np.testing.assert_array_equal(norm(jnp.asarray(x)), y)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_norms_keep_float32_statistics_under_bfloat16(mode):
   """Eval with float32 running statistics differs from one with statistics cast to bfloat16."""

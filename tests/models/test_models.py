@@ -9,7 +9,7 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.models import downsample, lan
+from lip_jax.models import downsample, lan, layers
 
 
 def count(model):
@@ -227,6 +227,84 @@ def test_odd_and_non_square_images():
     assert run(model, images(1, (37, 51))).shape == (1, 10)
 
 
+def parameters(model, *kinds):
+  """Values by path."""
+  return {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, kinds or nnx.Param))}
+
+
+@pytest.mark.parametrize("network", ["resnet", "densenet"])
+def test_backbones_have_no_classifier_and_take_the_weights_of_networks_with_one(network):
+  whole, backbone = small(network, pool="lip"), small(network, pool="lip", num_classes=0)
+  theirs, kinds = lip_jax.to_torch_state_dict(whole), (nnx.Param, nnx.BatchStat)
+  lip_jax.load_torch_weights(backbone, {name: value + 1 for name, value in theirs.items()})
+  ours = parameters(backbone, *kinds)
+  expected = parameters(whole, *kinds)
+  assert {path[0] for path in expected.keys() - ours.keys()} == {whole.classifier_name}
+  for path, value in ours.items():
+    np.testing.assert_array_equal(value, expected[path] + 1)
+  graph, state = nnx.split(backbone)
+
+  @jax.jit
+  def pooled_and_features(state, x):
+    model = nnx.merge(graph, state, copy=True)
+    model.eval()
+    return model(x), model.features(x)
+
+  pooled, features = pooled_and_features(state, images(2, (35, 64)))
+  assert pooled.dtype == jnp.float32
+  np.testing.assert_allclose(pooled, features["c5"].mean(axis=(1, 2)), rtol=1e-5)
+  assert lip_jax.to_torch_state_dict(backbone).keys() < theirs.keys()
+
+
+@pytest.mark.parametrize("network", ["resnet", "densenet"])
+def test_stages_name_what_computes_them(network):
+  """What is not a number in the fourth stage reaches the features of no stage before it."""
+  model = small(network, pool="lip", num_classes=0, bn_frozen=True)
+  named = [name for names in model.stages.values() for name in names]
+  assert len(set(named)) == len(named)
+  assert {path[0] for path in parameters(model)} | {model.classifier_name} == set(named)
+  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    if path[0] in model.stages["c4"]:
+      variable.set_value(jnp.full_like(variable[...], jnp.nan))
+  features = jax.jit(lambda x: model.features(x))(images(1, 64))
+  finite = {stage: bool(np.isfinite(value).all()) for stage, value in features.items()}
+  assert finite == {"stem": True, "c2": True, "c3": True, "c4": False, "c5": False}
+
+
+def test_frozen_batch_norm_and_its_epsilon_are_those_of_all_layers():
+  model = small("resnet", bn_frozen=True, bn_epsilon=0.0)
+  norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, layers.BatchNorm)]
+  assert all(norm.frozen and norm.epsilon == 0 for norm in norms)
+  before, x = parameters(model, nnx.BatchStat), images(3)
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def both(state, x):
+    model = nnx.merge(graph, state, copy=True)
+    trained = model(x)
+    stats = nnx.state(model, nnx.BatchStat)
+    model.eval()
+    return trained, model(x), stats
+
+  trained, evaluated, stats = both(state, x)
+  np.testing.assert_array_equal(trained, evaluated)
+  for path, leaf in nnx.to_flat_state(stats):
+    np.testing.assert_array_equal(leaf[...], before[path])
+
+
+@pytest.mark.parametrize("network", SMALL)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_numbers_of_channels(network, channels):
+  options = {**SMALL[network], "pool": "lip", "num_classes": 7, "in_channels": channels}
+  model = abstract(options.pop("name"), **options)
+  forward = lambda channels: jax.eval_shape(  # noqa: E731
+    lambda model, x: model(x), model, jax.ShapeDtypeStruct((2, 33, 64, channels), jnp.float32)
+  )
+  assert forward(channels).shape == (2, 7)
+  with pytest.raises(ValueError, match=rf"\[N, H, W, {channels}\], got shape \(2, 33, 64, 3\)"):
+    forward(3)
+
+
 def test_lip_layer_in_a_users_own_model():
   class Net(nnx.Module):
     def __init__(self, rngs):
@@ -271,6 +349,10 @@ def test_lip_layer_in_a_users_own_model():
     ({"stage_sizes": (1, 2)}, "four positive numbers"),
     ({"logit_width": 0}, "logit_width must be .* positive, got 0"),
     ({"bn_group_size": -8}, "bn_group_size must be .* at least 0, got -8"),
+    ({"bn_frozen": "yes"}, "bn_frozen must be True or False, got 'yes'"),
+    ({"bn_epsilon": -1.0}, "bn_epsilon must be a number and at least 0, got -1.0"),
+    ({"in_channels": 0}, "in_channels must be a whole number and positive, got 0"),
+    ({"num_classes": -1}, "num_classes must be a whole number and at least 0, got -1"),
   ],
 )
 def test_errors_name_what_exists(arguments, message):

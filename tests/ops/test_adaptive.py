@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 import lip_jax
-from lip_jax.models.logit_modules import Projection
-from lip_jax.ops.adaptive import AdaptiveLIP, GlobalLIP, adaptive_lip_pool, global_lip_pool
+from lip_jax import AdaptiveLIP, GlobalLIP, Projection
+from lip_jax.ops.adaptive import adaptive_lip_pool, global_lip_pool
 
 SIZES = [
   # (H, W), output size
@@ -51,7 +51,7 @@ def gradients(output_size):
 
 
 def loop_pool(x, logits, output_size):
-  """Equation 6 in float64, one window at a time."""
+  """Equation 5 in float64, one window at a time."""
   h, w = output_size if isinstance(output_size, tuple) else (1, 1)
   x = wide(x)
   logits = np.broadcast_to(wide(logits), x.shape)

@@ -36,7 +36,7 @@ def random(key, shape, dtype=jnp.float32, scale=1.0):
 
 
 def loop_pool(x, logits, window, stride, padding):
-  """Equation 6 in float64, one window at a time."""
+  """Equation 5 in float64, one window at a time."""
   (kh, kw), (sh, sw), (ph, pw) = (
     v if isinstance(v, tuple) else (v, v) for v in (window, stride, padding)
   )

@@ -19,7 +19,14 @@ from jax.sharding import NamedSharding
 
 from lip_jax.ops.kernels import gate, gpu, tpu, xla
 from lip_jax.ops.kernels.gate import Affine
-from lip_jax.ops.normalization import explicit, moments, not_before, not_before_on_cpu, varying_axes
+from lip_jax.ops.normalization import (
+  explicit,
+  input_gradient,
+  moments,
+  not_before,
+  not_before_on_cpu,
+  varying_axes,
+)
 from lip_jax.ops.windows import Geometry
 
 Form = Literal["auto", "xla", "pallas"]
@@ -38,15 +45,8 @@ def lip_pool(
 ) -> jax.Array:
   """`lip_jax.lip_pool` of valid arguments.
 
-  Args:
-    x: [N, H, W, C].
-    logits: [N, H, W, C] or [N, H, W, 1].
-    geometry: of the pooling.
-    shift: what to subtract from all logits; None: each window's largest.
-    form: "pallas" where `supports`: off TPU and GPU the kernel is interpreted, slowly.
-
-  Returns:
-    [N, H', W', C] in the dtype of x.
+  `shift` is what to subtract from all logits, None for each window's largest; `form` is "pallas"
+  only where `supports`: off TPU and GPU the kernel is interpreted, slowly.
   """
   return _lip_pool_fwd(x, logits, geometry, shift, form)[0]
 
@@ -67,100 +67,67 @@ def _lip_pool_bwd(geometry, shift, form, residuals, g):
 lip_pool.defvjp(_lip_pool_fwd, _lip_pool_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def gated_lip_pool(
   x: jax.Array,
-  h: jax.Array,
+  source: jax.Array,
+  kernel: jax.Array | None,
   scale: jax.Array,
   bias: jax.Array,
   epsilon: float,
   geometry: Geometry,
   form: Form,
 ) -> jax.Array:
-  """`lip_jax.gated_lip_pool` of valid arguments; as `lip_pool`."""
-  return _gated_fwd(x, h, scale, bias, epsilon, geometry, form)[0]
+  """`lip_jax.gated_lip_pool` of valid arguments; with a kernel `lip_jax.projected_lip_pool`."""
+  return _gated_fwd(x, source, kernel, scale, bias, epsilon, geometry, form)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _gated_fwd(x, h, scale, bias, epsilon, geometry, form):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _gated_fwd(x, source, kernel, scale, bias, epsilon, geometry, form):
+  h = project(source, kernel)
   mean, var = moments(h, (1, 2))
   mean, rstd = mean.squeeze((1, 2)), lax.rsqrt(var.squeeze((1, 2)) + epsilon)
   scale_, bias_ = (jnp.broadcast_to(a.astype(mean.dtype), mean.shape) for a in (scale, bias))
   affine = Affine(mean, rstd * scale_, bias_)
   y, windows = _forward(x, h, affine, geometry, gate.MIDDLE, form)
-  return y, (x, h, scale, bias, affine, rstd, windows)
+  return y, (x, source, kernel, scale, bias, affine, rstd, windows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _gated_bwd(epsilon, geometry, form, residuals, g):
   """Of the kernels' du (with respect to what the gate gets), back through the instance norm."""
   del epsilon
-  x, h, scale, bias, affine, rstd, windows = residuals
+  x, source, kernel, scale, bias, affine, rstd, windows = residuals
+  if kernel is not None:
+    # With the same kernel XLA would find the two convolutions equal and keep the first's result.
+    (kernel,) = not_before(g, kernel)
+  h, back = jax.vjp(project, source, kernel)
   h, rstd, *statistics = not_before_on_cpu(g, h, rstd, *affine)
   affine = Affine(*statistics)
   dx, du, sums = _backward(x, h, affine, windows, g, geometry, gate.MIDDLE, form)
   of_du, of_product = sums  # of du, and of du * (h - mean), over the pixels
   pixels = h.shape[1] * h.shape[2]
-  centred = h.astype(rstd.dtype) - _over_pixels(affine.mean)
-  dh = _over_pixels(affine.gain) * (
-    du.astype(rstd.dtype)
-    - _over_pixels(of_du / pixels)
-    - centred * _over_pixels(jnp.square(rstd) * of_product / pixels)
+  dh = input_gradient(
+    du.astype(rstd.dtype),
+    _over_pixels(affine.gain),
+    _over_pixels(of_du / pixels),
+    h.astype(rstd.dtype) - _over_pixels(affine.mean),
+    _over_pixels(jnp.square(rstd) * of_product / pixels),
   )
   dscale, dbias = (of_product * rstd).sum(axis=0), of_du.sum(axis=0)
-  return dx, dh.astype(h.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+  return dx, *back(dh.astype(h.dtype)), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
 gated_lip_pool.defvjp(_gated_fwd, _gated_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def projected_lip_pool(
-  x: jax.Array,
-  source: jax.Array,
-  kernel: jax.Array,
-  scale: jax.Array,
-  bias: jax.Array,
-  epsilon: float,
-  geometry: Geometry,
-  form: Form,
-) -> jax.Array:
-  """`gated_lip_pool` of x by a projection of `source`, which is computed again for the gradient.
+def project(source: jax.Array, kernel: jax.Array | None) -> jax.Array:
+  """1x1 convolution of `source`, [N, H, W, S], by `kernel`, [1, 1, S, C], in the former's dtype.
 
-  Args:
-    x: [N, H, W, C].
-    source: [N, H, W, S].
-    kernel: of a convolution, [1, 1, S, C].
-    scale: [C].
-    bias: [C].
-    epsilon: added to the variance.
-    geometry: of the pooling.
-    form: as for `lip_pool`.
+  The source itself without a kernel.
   """
-  return _projected_fwd(x, source, kernel, scale, bias, epsilon, geometry, form)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _projected_fwd(x, source, kernel, scale, bias, epsilon, geometry, form):
-  y, (_, _, *rest) = _gated_fwd(x, project(source, kernel), scale, bias, epsilon, geometry, form)
-  return y, (x, source, kernel, rest)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _projected_bwd(epsilon, geometry, form, residuals, g):
-  x, source, kernel, rest = residuals
-  # With the same kernel XLA would find the two convolutions equal and keep the first one's result.
-  (kernel,) = not_before(g, kernel)
-  h, back = jax.vjp(project, source, kernel)
-  dx, dh, dscale, dbias = _gated_bwd(epsilon, geometry, form, (x, h, *rest), g)
-  return dx, *back(dh), dscale, dbias
-
-
-projected_lip_pool.defvjp(_projected_fwd, _projected_bwd)
-
-
-def project(source: jax.Array, kernel: jax.Array) -> jax.Array:
-  """1x1 convolution of `source`, [N, H, W, S], by `kernel`, [1, 1, S, C], in the former's dtype."""
+  if kernel is None:
+    return source
   return lax.conv_general_dilated(
     source, kernel.astype(source.dtype), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
@@ -229,12 +196,9 @@ def _backward(x, h, affine, windows, g, geometry, shift, form):
 def _transformable(
   kernel: Callable[..., Any], rule: str, same: Callable[..., Any]
 ) -> Callable[..., Any]:
-  """`kernel`, with what JAX's transformations need.
+  """`kernel`, with what JAX's transformations need; `rule` as for `_sharded`.
 
-  Args:
-    kernel: of arrays on one device.
-    rule: of `_sharded`.
-    same: the same function in plain XLA, whose derivatives are taken for the kernel's.
+  `same` is the same function in plain XLA, whose derivatives are taken for the kernel's.
   """
 
   @custom_vmap
@@ -296,13 +260,9 @@ def _fold(run: Callable[..., Any]) -> Callable[..., Any]:
 def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:
   """`kernel(*args)` of arrays that may be split over devices along the batch and the channels.
 
-  The compiler cannot divide a kernel; it is told here that each device runs it for its part.
-
-  Args:
-    kernel: of one device's part.
-    rule: axes of arguments and results, the rows and columns by h and w, i and j; {} stands for
-      those of an affine, the last of the arguments, if there is one.
-    *args: of the kernel.
+  The compiler cannot divide a kernel; it is told here that each device runs it for its part. The
+  rule names the axes of arguments and results, the rows and columns by h and w, i and j; {} stands
+  for those of an affine, the last of the arguments, if there is one.
   """
   leaves, tree = jax.tree.flatten(args)
   affine = args[-1]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 # "a sigmoid function with a fixed amplification coefficient": exp(12) bounds the ratio of the most
-# to the least important pixel (section 3.2).
+# to the least important pixel (section 3.3).
 GATE = 12.0
 
 # What to subtract from all logits.

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lip_jax.ops.kernels.gate import GATE, MIDDLE, Affine
-from lip_jax.ops.windows import LOWEST_LOGIT, Geometry
+from lip_jax.ops.windows import LOWEST_LOGIT, Geometry, phase_offsets
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _LARGEST_WINDOW = 5  # the code of a window's pixels is unrolled
@@ -159,7 +159,7 @@ class _Image(NamedTuple):
 
 def supports(x: jax.Array, h: jax.Array, geometry: Geometry) -> bool:
   """Whether `forward` and `backward` can do these shapes and dtypes."""
-  overlap = math.prod(_overlap(geometry, axis) for axis in (0, 1))
+  overlap = math.prod(max(_windows_of(geometry, axis)) for axis in (0, 1))
   return (
     x.shape == h.shape
     and x.size > 0
@@ -180,19 +180,7 @@ def forward(
   *,
   interpret: bool = False,
 ) -> jax.Array:
-  """Weighted mean of x over each window.
-
-  Args:
-    x: [N, H, W, C].
-    h: logits, or with `affine` what they are made of, [N, H, W, C].
-    affine: of the instance norm before the gate, or None.
-    geometry: of the pooling.
-    shift: what to subtract from all logits; None: each window's largest. Not used with `affine`.
-    interpret: run without a GPU, slowly.
-
-  Returns:
-    [N, H', W', C] in the dtype of x.
-  """
+  """As `xla.forward`, without what its backward pass keeps; `interpret` runs without a GPU."""
   n, height, width, c = x.shape
   size = geometry.output_size((height, width))
   tiling = _tiling(n, size, c, per_thread=16 // max(x.dtype.itemsize, h.dtype.itemsize))
@@ -217,21 +205,7 @@ def backward(
   *,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-  """Gradients of `forward`.
-
-  Args:
-    x: as for `forward`, as are the others.
-    h: [N, H, W, C].
-    affine: of the instance norm, or None.
-    g: gradient of the result, [N, H', W', C].
-    geometry: of the pooling.
-    shift: of the logits.
-    interpret: run without a GPU, slowly.
-
-  Returns:
-    Gradients with respect to x and to the logits, or to u with `affine`, in the dtypes of x and h;
-    and with `affine` the sums over the pixels of du and of du * (h - mean), [N, C] float32 each.
-  """
+  """As `xla.backward`, from the inputs alone."""
   n, height, width, c = x.shape
   # Cell i owns the pixels from i * stride - padding on: the first `stride` pixels of window i.
   cells = [(s - 1 + p) // t + 1 for s, t, p in zip((height, width), *geometry[1:], strict=True)]
@@ -248,10 +222,8 @@ def backward(
     tiling,
     interpret,
   )
-  if affine is None:
-    return dx, dh, None
-  du, du_h = (part.sum(axis=1) for part in partial)
-  return dx, dh, (du, du_h)
+  sums = [part.sum(axis=1) for part in partial]
+  return dx, dh, (sums[0], sums[1]) if sums else None
 
 
 def _tiling(n: int, size: tuple[int, int], c: int, per_thread: int) -> _Tiling:
@@ -315,7 +287,8 @@ def _backward_kernel(
   g, dx, dh, *sums_refs = refs[len(affine_refs) :]
   (kh, kw), (sh, sw), (ph, pw) = geometry
   image, first_row, columns, block = _program(x, h, affine_refs, shift, fast, tiling)
-  up, left = _overlap(geometry, 0), _overlap(geometry, 1)
+  counts_h, counts_w = _windows_of(geometry, 0), _windows_of(geometry, 1)
+  up, left = max(counts_h), max(counts_w)
   # Pixels of a row that a lane reads, from the first of its leftmost window on, and those of them
   # that belong to each of its windows: cell j lies in the windows j, j - 1, ...
   first_tap = -(left - 1) * sw
@@ -351,9 +324,7 @@ def _backward_kernel(
     for r in range(sh):
       row = jnp.where(index < up - 1, -1, top + r)  # the first cells belong to the program above
       for q in range(sw):
-        theirs = [
-          containing[i][j] for i in range(_count(kh, sh, r)) for j in range(_count(kw, sw, q))
-        ]
+        theirs = [containing[i][j] for i in range(counts_h[r]) for j in range(counts_w[q])]
         place, inside = _place(dx, image.number, row, columns * sw - pw + q, image.channels)
         if theirs:
           pixel_dx, pixel_dh, terms = _gradients(image, own[r][q], theirs)
@@ -428,24 +399,17 @@ def _place(ref, index, row, columns, channels):
   return place, inside & (channels < c)
 
 
-def _overlap(geometry: Geometry, axis: int) -> int:
-  """How many windows a pixel lies in at most, along an axis."""
-  return _count(geometry.window[axis], geometry.stride[axis], 0)
-
-
-def _count(window: int, stride: int, phase: int) -> int:
-  """How many windows hold the pixel `phase` of a cell: its own, and those before it."""
-  return max(0, -(-(window - phase) // stride))
+def _windows_of(geometry: Geometry, axis: int) -> list[int]:
+  """How many windows hold each pixel of a cell along an axis: its own, and those before it."""
+  window, stride = geometry.window[axis], geometry.stride[axis]
+  return [len(offsets) for offsets in phase_offsets(window, stride, 0)]
 
 
 def _instruction(name: str, x: jax.Array) -> jax.Array:
   """Of the processor, on each float32 of x."""
+  like = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
   (result,) = plgpu.elementwise_inline_asm(
-    f"{name} $0, $1;",
-    args=[x],
-    constraints="=f,f",
-    pack=1,
-    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    f"{name} $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=like
   )
   return result
 

@@ -11,7 +11,6 @@ result again rather than reading them, and gathers: each pixel adds up the windo
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,68 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lip_jax.ops.kernels.gate import Affine, gate
-from lip_jax.ops.windows import LOWEST_LOGIT, Geometry, phase_offsets
-
-# Of the 16 MiB that a kernel has on every generation; the rest is for the compiler's own use.
-_VMEM = 12 * 2**20
-
-
-class _Axis(NamedTuple):
-  """Blocks along the height or the width: `units` windows, or groups of `stride` pixels, each."""
-
-  size: int  # pixels
-  windows: int
-  kernel: int
-  stride: int
-  padding: int
-  units: int  # of a block
-  steps: int  # blocks
-  first: int  # first window that a block needs, relative to its first unit
-  needed: int  # windows that it needs, some of which do not exist
-
-  @property
-  def extent(self) -> int:
-    """Pixels that are read for a block."""
-    return min(self.size, (self.needed - 1) * self.stride + self.kernel)
-
-  @property
-  def windows_read(self) -> int:
-    """Windows that are read for a block."""
-    return min(self.windows, self.needed)
-
-  def origin(self, step):
-    """First pixel that the windows of a block reach; may lie outside the image."""
-    return (step * self.units + self.first) * self.stride - self.padding
-
-  def start(self, step):
-    """First pixel that is read: blocks at the borders are moved inside the image."""
-    return jnp.clip(self.origin(step), 0, self.size - self.extent)
-
-  def window_start(self, step):
-    """First window that is read, likewise."""
-    return jnp.clip(step * self.units + self.first, 0, self.windows - self.windows_read)
-
-  def leaves(self, tap: int) -> bool:
-    """Whether this pixel of a window lies outside the image in any of them."""
-    return tap < self.padding or (self.windows - 1) * self.stride - self.padding + tap >= self.size
-
-  def offsets(self) -> list[list[int]]:
-    """Windows of a pixel, relative to its group."""
-    return phase_offsets(self.kernel, self.stride, self.padding)
-
-
-class _Plan(NamedTuple):
-  """How a pooling is cut into blocks."""
-
-  batch_last: bool  # [H, W, C, N] instead of [H, W, N, C]
-  tile: tuple[int, int]  # of the last two axes
-  tiles: tuple[int, int]  # how many
-  rows: _Axis
-  columns: _Axis
-
-  @property
-  def grid(self) -> tuple[int, int, int, int]:
-    return (*self.tiles, self.rows.steps, self.columns.steps)
+from lip_jax.ops.kernels.tpu_blocks import Blocks, blocks_of, cost
+from lip_jax.ops.windows import LOWEST_LOGIT, Geometry
 
 
 def supports(x: jax.Array, h: jax.Array, geometry: Geometry) -> bool:
@@ -94,30 +33,9 @@ def supports(x: jax.Array, h: jax.Array, geometry: Geometry) -> bool:
     and x.dtype in dtypes
     and h.dtype in dtypes
     and x.size > 0
-    and _plan(x, h, geometry, backward=True) is not None
-    and _plan(x, h, geometry, backward=False) is not None
+    and blocks_of(x, h, geometry, backward=True) is not None
+    and blocks_of(x, h, geometry, backward=False) is not None
   )
-
-
-def traffic(
-  shape: tuple[int, int, int, int], dtype: Any, geometry: Geometry, *, backward: bool
-) -> int:
-  """Bytes that a kernel moves between memory and chip, by its blocks.
-
-  Args:
-    shape: of x and the logits, [N, H, W, C].
-    dtype: of both.
-    geometry: of the pooling.
-    backward: of the kernel for the gradient.
-
-  Raises:
-    ValueError: a shape that the kernels do not support.
-  """
-  itemsizes = (jnp.dtype(dtype).itemsize,) * 2
-  plan = _best_plan(tuple(shape), itemsizes, geometry, backward)
-  if plan is None:
-    raise ValueError(f"no block of an image of {shape} fits the chip")
-  return _bytes(plan, itemsizes, backward)
 
 
 def forward(
@@ -129,39 +47,25 @@ def forward(
   *,
   interpret: bool = False,
 ) -> jax.Array:
-  """Pools x, [N, H, W, C], into [N, H', W', C].
-
-  Args:
-    x: features, bfloat16 or float32.
-    h: logits; with `affine` what they are computed from.
-    affine: of the instance norm before the gate, or None.
-    geometry: of the pooling.
-    shift: what to subtract from all logits; None: each window's largest.
-    interpret: run on any platform, slowly.
-  """
-  plan = _plan(x, h, geometry, backward=False)
-  assert plan is not None, "the caller asks `supports`"
-  rows, columns = plan.rows, plan.columns
-  height, width = rows.windows, columns.windows
-  shape = _turned((x.shape[0], height, width, x.shape[3]), plan)
+  """As `xla.forward`, without what its backward pass keeps; `interpret` runs without a TPU."""
+  blocks = blocks_of(x, h, geometry, backward=False)
+  assert blocks is not None, "the caller asks `supports`"
+  rows, columns = blocks.rows, blocks.columns
+  y_shape = (x.shape[0], rows.windows, columns.windows, x.shape[3])
   y = pl.pallas_call(
-    functools.partial(_forward_kernel, plan=plan, gated=affine is not None, shift=shift),
-    grid=plan.grid,
-    in_specs=[
-      _pixels(plan),
-      _pixels(plan),
-      *[_per_channel(plan)] * (0 if affine is None else 3),
-    ],
+    functools.partial(_forward_kernel, blocks=blocks, gated=affine is not None, shift=shift),
+    grid=blocks.grid,
+    in_specs=[*[_pixels(blocks)] * 2, *[_per_channel(blocks)] * len(affine or ())],
     out_specs=pl.BlockSpec(
-      (rows.units, columns.units, *plan.tile), lambda a, b, i, j: (i, j, a, b)
+      (rows.units, columns.units, *blocks.tile), lambda a, b, i, j: (i, j, a, b)
     ),
-    out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
+    out_shape=jax.ShapeDtypeStruct([y_shape[axis] for axis in blocks.order], x.dtype),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4),
-    cost_estimate=_cost(plan, x, h, backward=False),
+    cost_estimate=cost(blocks, x, h, backward=False),
     interpret=interpret,
     name="lip_pool_forward",
-  )(_turn(x, plan), _turn(h, plan), *_turn_affine(affine, plan))
-  return _turn_back(y, plan)
+  )(_turn(x, blocks), _turn(h, blocks), *_turn_statistics(affine or (), blocks))
+  return _turn_back(y, blocks)
 
 
 def backward(
@@ -174,32 +78,25 @@ def backward(
   *,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-  """Gradients of `forward`, given that of its result, g [N, H', W', C].
-
-  Returns:
-    (dx, dh, sums): gradients with respect to x and to the logits; with `affine` dh is with respect
-    to what the gate gets, and sums are those of dh and of dh * (h - mean) over the pixels of each
-    channel of each image, [N, C] float32; None without.
-  """
-  plan = _plan(x, h, geometry, backward=True)
-  assert plan is not None, "the caller asks `supports`"
-  rows, columns = plan.rows, plan.columns
+  """As `xla.backward`, from the inputs alone."""
+  blocks = blocks_of(x, h, geometry, backward=True)
+  assert blocks is not None, "the caller asks `supports`"
+  rows, columns = blocks.rows, blocks.columns
   gated = affine is not None
-  block = (rows.units * rows.stride, columns.units * columns.stride, *plan.tile)
+  block = (rows.units * rows.stride, columns.units * columns.stride, *blocks.tile)
   out = pl.BlockSpec(block, lambda a, b, i, j: (i, j, a, b))
-  turned = _turned(x.shape, plan)
+  turned = [x.shape[axis] for axis in blocks.order]
   sums_shape = jax.ShapeDtypeStruct(turned[2:], jnp.float32)
-  scratch = pltpu.VMEM((rows.needed, columns.needed, *plan.tile), jnp.float32)
+  scratch = pltpu.VMEM((rows.needed, columns.needed, *blocks.tile), jnp.float32)
   results = pl.pallas_call(
-    functools.partial(_backward_kernel, plan=plan, gated=gated, shift=shift),
-    grid=plan.grid,
+    functools.partial(_backward_kernel, blocks=blocks, gated=gated, shift=shift),
+    grid=blocks.grid,
     in_specs=[
-      _pixels(plan),
-      _pixels(plan),
-      _windows(plan),
-      *[_per_channel(plan)] * (3 if gated else 0),
+      *[_pixels(blocks)] * 2,
+      _windows(blocks),
+      *[_per_channel(blocks)] * (3 if gated else 0),
     ],
-    out_specs=[out, out, *[_per_channel(plan)] * (2 if gated else 0)],
+    out_specs=[out, out, *[_per_channel(blocks)] * (2 if gated else 0)],
     out_shape=[
       jax.ShapeDtypeStruct(turned, x.dtype),
       jax.ShapeDtypeStruct(turned, h.dtype),
@@ -210,38 +107,34 @@ def backward(
       # Sums are added up over the blocks of an image, in their order.
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
     ),
-    cost_estimate=_cost(plan, x, h, backward=True),
+    cost_estimate=cost(blocks, x, h, backward=True),
     interpret=interpret,
     name="lip_pool_backward",
-  )(_turn(x, plan), _turn(h, plan), _turn(g, plan), *_turn_affine(affine, plan))
+  )(_turn(x, blocks), _turn(h, blocks), _turn(g, blocks), *_turn_statistics(affine or (), blocks))
   dx, dh, *sums = results
-  back = (lambda s: s.T) if plan.batch_last else (lambda s: s)
-  return (
-    _turn_back(dx, plan),
-    _turn_back(dh, plan),
-    (back(sums[0]), back(sums[1])) if gated else None,
-  )
+  sums = _turn_statistics(sums, blocks)
+  return _turn_back(dx, blocks), _turn_back(dh, blocks), (sums[0], sums[1]) if gated else None
 
 
-def _forward_kernel(x_ref, h_ref, *refs, plan: _Plan, gated: bool, shift: float | None):
+def _forward_kernel(x_ref, h_ref, *refs, blocks: Blocks, gated: bool, shift: float | None):
   *affine_refs, y_ref = refs
   affine = [ref[...] for ref in affine_refs] if gated else None
-  read = _reader(x_ref, h_ref, affine, plan)
+  read = _reader(x_ref, h_ref, affine, blocks)
 
   def store(i, j, _largest, total, weighted):
     y_ref[i, j] = (weighted / total).astype(y_ref.dtype)
 
-  _each_window(read, plan, shift, store)
+  _each_window(read, blocks, shift, store)
 
 
-def _backward_kernel(x_ref, h_ref, g_ref, *refs, plan: _Plan, gated: bool, shift: float | None):
-  rows, columns = plan.rows, plan.columns
+def _backward_kernel(x_ref, h_ref, g_ref, *refs, blocks: Blocks, gated: bool, shift: float | None):
+  rows, columns = blocks.rows, blocks.columns
   kept = 2 if shift is not None else 3
   *others, dx_ref, dh_ref = refs[: -kept - 2] if gated else refs[:-kept]
   affine_refs, sum_refs = others, refs[-kept - 2 : -kept]
   a_ref, y_ref, *largest_ref = refs[-kept:]
   affine = [ref[...] for ref in affine_refs] if gated else None
-  read = _reader(x_ref, h_ref, affine, plan)
+  read = _reader(x_ref, h_ref, affine, blocks)
   i_step, j_step = pl.program_id(2), pl.program_id(3)
   row0 = i_step * rows.units + rows.first
   column0 = j_step * columns.units + columns.first
@@ -266,12 +159,12 @@ def _backward_kernel(x_ref, h_ref, g_ref, *refs, plan: _Plan, gated: bool, shift
     if largest_ref:  # exp(l - m) must not overflow there
       largest_ref[0][i, j] = jnp.where(inside, largest, -LOWEST_LOGIT)
 
-  _each_window(read, plan, shift, keep)
+  _each_window(read, blocks, shift, keep)
 
   # Windows of the pixels (unit * stride + phase), as offsets to `unit`.
   offsets_h, offsets_w = rows.offsets(), columns.offsets()
   unrolled = max(d for d in range(1, 5) if columns.units % d == 0)
-  zero = jnp.zeros(plan.tile, jnp.float32)
+  zero = jnp.zeros(blocks.tile, jnp.float32)
 
   def pixel(unit_row, unit_column, r, q, sums):
     row, column = unit_row * rows.stride + r, unit_column * columns.stride + q
@@ -358,20 +251,22 @@ class _Reader(NamedTuple):
     return x, h, logit, slope
 
 
-def _reader(x_ref, h_ref, affine, plan: _Plan) -> _Reader:
+def _reader(x_ref, h_ref, affine, blocks: Blocks) -> _Reader:
   row, column = (
     axis.origin(pl.program_id(number)) - axis.start(pl.program_id(number))
-    for number, axis in ((2, plan.rows), (3, plan.columns))
+    for number, axis in ((2, blocks.rows), (3, blocks.columns))
   )
   return _Reader(x_ref, h_ref, affine, row, column)
 
 
-def _each_window(read: _Reader, plan: _Plan, shift: float | None, use: Callable[..., None]) -> None:
+def _each_window(
+  read: _Reader, blocks: Blocks, shift: float | None, use: Callable[..., None]
+) -> None:
   """Calls use(i, j, largest logit, sum of weights, sum of weights * x) for each window needed.
 
   A column of a window is summed once for all the windows of a chunk that it belongs to.
   """
-  rows, columns = plan.rows, plan.columns
+  rows, columns = blocks.rows, blocks.columns
   chunks = pl.cdiv(columns.needed, 8)
   together = pl.cdiv(columns.needed, chunks)
   origin_row, origin_column = rows.origin(pl.program_id(2)), columns.origin(pl.program_id(3))
@@ -433,46 +328,41 @@ def _clip(index, size: int):
   return jnp.clip(index, 0, size - 1)
 
 
-def _turned(shape: Sequence[int], plan: _Plan) -> tuple[int, ...]:
-  n, height, width, c = shape
-  return (height, width, c, n) if plan.batch_last else (height, width, n, c)
-
-
-def _turn(a: jax.Array, plan: _Plan) -> jax.Array:
+def _turn(a: jax.Array, blocks: Blocks) -> jax.Array:
   # Without the barrier XLA writes arrays with other readers twice, as they are and turned.
-  a = lax.optimization_barrier(a)
-  return a.transpose((1, 2, 3, 0) if plan.batch_last else (1, 2, 0, 3))
+  return lax.optimization_barrier(a).transpose(blocks.order)
 
 
-def _turn_back(a: jax.Array, plan: _Plan) -> jax.Array:
-  return a.transpose((3, 0, 1, 2) if plan.batch_last else (2, 0, 1, 3))
+def _turn_back(a: jax.Array, blocks: Blocks) -> jax.Array:
+  return a.transpose([blocks.order.index(axis) for axis in range(4)])
 
 
-def _turn_affine(affine: Affine | None, plan: _Plan) -> list[jax.Array]:
-  return [] if affine is None else [a.T if plan.batch_last else a for a in affine]
+def _turn_statistics(statistics: Sequence[jax.Array], blocks: Blocks) -> list[jax.Array]:
+  """To the kernel, and back."""
+  return [a.T if blocks.batch_last else a for a in statistics]
 
 
-def _pixels(plan: _Plan) -> pl.BlockSpec:
+def _pixels(blocks: Blocks) -> pl.BlockSpec:
   """The pixels that the windows of a block reach."""
-  rows, columns = plan.rows, plan.columns
-  return _overlapping(plan, (rows.extent, columns.extent), rows.start, columns.start)
+  rows, columns = blocks.rows, blocks.columns
+  return _overlapping(blocks, (rows.extent, columns.extent), rows.start, columns.start)
 
 
-def _windows(plan: _Plan) -> pl.BlockSpec:
+def _windows(blocks: Blocks) -> pl.BlockSpec:
   """The windows that the pixels of a block belong to."""
-  rows, columns = plan.rows, plan.columns
+  rows, columns = blocks.rows, blocks.columns
   sizes = (rows.windows_read, columns.windows_read)
-  return _overlapping(plan, sizes, rows.window_start, columns.window_start)
+  return _overlapping(blocks, sizes, rows.window_start, columns.window_start)
 
 
 def _overlapping(
-  plan: _Plan, sizes: tuple[int, int], row: Callable[..., Any], column: Callable[..., Any]
+  blocks: Blocks, sizes: tuple[int, int], row: Callable[..., Any], column: Callable[..., Any]
 ) -> pl.BlockSpec:
-  tile = plan.tile
+  tile = blocks.tile
 
   def start(number: int, axis: int):
     # Mosaic has to see that it lies on a register's edge: the only tile may be of any size.
-    return number * tile[axis] if plan.tiles[axis] > 1 else 0
+    return number * tile[axis] if blocks.tiles[axis] > 1 else 0
 
   return pl.BlockSpec(
     tuple(pl.Element(size) for size in (*sizes, *tile)),
@@ -480,98 +370,5 @@ def _overlapping(
   )
 
 
-def _per_channel(plan: _Plan) -> pl.BlockSpec:
-  return pl.BlockSpec(plan.tile, lambda a, b, i, j: (a, b))
-
-
-def _plan(x: jax.Array, h: jax.Array, geometry: Geometry, *, backward: bool) -> _Plan | None:
-  itemsizes = (x.dtype.itemsize, h.dtype.itemsize)
-  return _best_plan(tuple(x.shape), itemsizes, geometry, backward)
-
-
-@functools.lru_cache
-def _best_plan(
-  shape: tuple[int, ...], itemsizes: tuple[int, int], geometry: Geometry, backward: bool
-) -> _Plan | None:
-  """The plan that moves least, of those that fit the memory of the chip; None if none does."""
-  n, height, width, c = shape
-  batch_last = _padded(c, n) < _padded(n, c)
-  a, b = (c, n) if batch_last else (n, c)
-  tile = (a if a % 8 else 8, b if b % 128 else 128)
-  best = None
-  for rows in _axes(0, height, geometry, backward):
-    for columns in _axes(1, width, geometry, backward):
-      plan = _Plan(batch_last, tile, (a // tile[0], b // tile[1]), rows, columns)
-      if _memory(plan, itemsizes, backward) > _VMEM:
-        continue
-      key = (_bytes(plan, itemsizes, backward), rows.steps * columns.steps)
-      if best is None or key < best[0]:
-        best = key, plan
-  return best and best[1]
-
-
-def _padded(a: int, b: int) -> int:
-  """Elements that [a, b] takes in registers of 8 x 128."""
-  return pl.cdiv(a, 8) * 8 * pl.cdiv(b, 128) * 128
-
-
-def _axes(number: int, size: int, geometry: Geometry, backward: bool) -> list[_Axis]:
-  """Ways to cut an axis into blocks of about equal size."""
-  kernel, stride, padding = (value[number] for value in geometry)
-  windows = geometry.output_size((size, size))[number]
-  axis = _Axis(size, windows, kernel, stride, padding, 1, 1, 0, 1)
-  first = last = 0
-  count = windows
-  if backward:
-    offsets = [offset for phase in axis.offsets() for offset in phase]
-    first, last = min(offsets), max(offsets)
-    count = pl.cdiv(size, stride)
-  units = sorted({pl.cdiv(count, steps) for steps in range(1, count + 1)})
-  return [
-    axis._replace(units=u, steps=pl.cdiv(count, u), first=first, needed=u + last - first)
-    for u in units
-  ]
-
-
-def _block_sizes(plan: _Plan, backward: bool) -> tuple[int, int, int, int]:
-  """Pixels read, windows read, pixels or windows written, and windows kept for a block."""
-  rows, columns = plan.rows, plan.columns
-  read, units = rows.extent * columns.extent, rows.units * columns.units
-  if not backward:
-    return read, 0, units, 0
-  return (
-    read,
-    rows.windows_read * columns.windows_read,
-    units * rows.stride * columns.stride,
-    rows.needed * columns.needed,
-  )
-
-
-def _memory(plan: _Plan, itemsizes: tuple[int, int], backward: bool) -> int:
-  """Bytes on the chip: two buffers for what travels, and what the kernel keeps."""
-  of_x, of_h = itemsizes
-  read, windows, written, kept = _block_sizes(plan, backward)
-  travels = read * (of_x + of_h) + windows * of_x + written * (of_x + (of_h if backward else 0))
-  return _padded(*plan.tile) * (2 * travels + 3 * 4 * kept)
-
-
-def _bytes(plan: _Plan, itemsizes: tuple[int, int], backward: bool) -> int:
-  """Bytes between memory and chip, by the blocks; statistics per channel are left out."""
-  of_x, of_h = itemsizes
-  rows, columns = plan.rows, plan.columns
-  read, windows, _, _ = _block_sizes(plan, backward)
-  steps = rows.steps * columns.steps
-  out = rows.size * columns.size if backward else rows.windows * columns.windows
-  moved = steps * (read * (of_x + of_h) + windows * of_x) + out * (of_x + of_h * backward)
-  return moved * math.prod(plan.tile) * math.prod(plan.tiles)
-
-
-def _cost(plan: _Plan, x: jax.Array, h: jax.Array, *, backward: bool) -> pl.CostEstimate:
-  """What the compiler counts for the kernel, which it does not look into."""
-  windows = x.shape[0] * x.shape[3] * plan.rows.windows * plan.columns.windows
-  taps = plan.rows.kernel * plan.columns.kernel
-  return pl.CostEstimate(
-    flops=windows * taps * (10 if backward else 4),
-    transcendentals=windows * taps * (2 if backward else 1),
-    bytes_accessed=_bytes(plan, (x.dtype.itemsize, h.dtype.itemsize), backward),
-  )
+def _per_channel(blocks: Blocks) -> pl.BlockSpec:
+  return pl.BlockSpec(blocks.tile, lambda a, b, i, j: (a, b))

@@ -139,32 +139,19 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
   of shifted slices of the small arrays.
   """
   n, height, width, c = x.shape
-  (kh, kw), (sh, sw), (ph, pw) = geometry
+  (_, (sh, sw), _) = geometry
   rows, columns = -(-height // sh), -(-width // sw)
   # Windows of the pixels (row * stride + phase), as offsets to `row`.
-  offsets_h, offsets_w = phase_offsets(kh, sh, ph), phase_offsets(kw, sw, pw)
+  offsets_h, offsets_w = (phase_offsets(*axis) for axis in zip(*geometry, strict=True))
   margin_h = _margins(offsets_h, rows, y.shape[1])
   margin_w = _margins(offsets_w, columns, y.shape[2])
   margins = ((0, 0), margin_h, margin_w, (0, 0))
   grow = ((0, 0), (0, rows * sh - height), (0, columns * sw - width), (0, 0))
   if largest is None:
-    # As `_backward_sums`, with S in two steps, along the width and then the height, each of which
-    # adds a small array to all phases at once that belong to its windows.
-
-    def along(array, axis, offsets, low, count):
-      total = jnp.zeros((), array.dtype)
-      for offset in sorted(set(itertools.chain(*offsets))):
-        belongs = np.array([offset in phase for phase in offsets], array.dtype)
-        part = lax.slice_in_dim(array, low + offset, low + offset + count, axis=axis)
-        trailing = (1,) * (array.ndim - axis - 1)
-        total += jnp.expand_dims(part, axis + 1) * belongs.reshape(
-          (1,) * (axis + 1) + (-1, *trailing)
-        )
-      return total
-
+    # As `_backward_sums`, with S in two steps, along the width and then the height.
     both = _computed_once(jnp.pad(a, margins), jnp.pad(a * y, margins))
-    both = _computed_once(*(along(b, 2, offsets_w, margin_w[0], columns) for b in both))
-    of_a, of_ay = (along(b, 1, offsets_h, margin_h[0], rows) for b in both)
+    both = _computed_once(*(_all_phases(b, 2, offsets_w, margin_w[0], columns) for b in both))
+    of_a, of_ay = (_all_phases(b, 1, offsets_h, margin_h[0], rows) for b in both)
     x, weights = (
       jnp.pad(array, grow).reshape(n, rows, sh, columns, sw, array.shape[3])
       for array in (x, jnp.exp(logits - shift))
@@ -185,20 +172,17 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
     return lax.slice(array, (0, top, left, 0), (n, top + rows, left + columns, array.shape[3]))
 
   x, logits = jnp.pad(x, grow), jnp.pad(logits, grow)
-  dx_phases, dl_phases = [], []
-  for r in range(sh):
-    for q in range(sw):
-      x_phase, l_phase = x[:, r::sh, q::sw], logits[:, r::sh, q::sw]
-      dx, dl = jnp.zeros_like(x_phase), jnp.zeros_like(x_phase)
-      for i in offsets_h[r]:
-        for j in offsets_w[q]:
-          weighted = jnp.exp(l_phase - windows(largest, i, j)) * windows(a, i, j)
-          dx += weighted
-          dl += weighted * (x_phase - windows(y, i, j))
-      if logits.shape[3] != c:
-        dl = dl.sum(axis=3, keepdims=True)
-      dx_phases.append(dx)
-      dl_phases.append(dl)
+  phases = []
+  for r, q in itertools.product(range(sh), range(sw)):
+    x_phase, l_phase = x[:, r::sh, q::sw], logits[:, r::sh, q::sw]
+    dx, dl = jnp.zeros_like(x_phase), jnp.zeros_like(x_phase)
+    for i, j in itertools.product(offsets_h[r], offsets_w[q]):
+      weighted = jnp.exp(l_phase - windows(largest, i, j)) * windows(a, i, j)
+      dx += weighted
+      dl += weighted * (x_phase - windows(y, i, j))
+    if logits.shape[3] != c:
+      dl = dl.sum(axis=3, keepdims=True)
+    phases.append((dx, dl))
 
   def interleave(phases):
     channels = phases[0].shape[3]
@@ -206,7 +190,21 @@ def _backward_slices(x, logits, y, largest, a, geometry, shift):
     full = stacked.transpose(2, 3, 0, 4, 1, 5).reshape(n, rows * sh, columns * sw, channels)
     return full[:, :height, :width]
 
-  return interleave(dx_phases), interleave(dl_phases)
+  return tuple(map(interleave, zip(*phases, strict=True)))
+
+
+def _all_phases(array, axis, offsets, low, count):
+  """Sums of windows along an axis, for the pixels of each phase, which become an axis behind it.
+
+  Adds the small array of each offset to all phases at once that have it.
+  """
+  total = jnp.zeros((), array.dtype)
+  for offset in sorted(set(itertools.chain(*offsets))):
+    belongs = np.array([offset in phase for phase in offsets], array.dtype)
+    part = lax.slice_in_dim(array, low + offset, low + offset + count, axis=axis)
+    trailing = (1,) * (array.ndim - axis - 1)
+    total += jnp.expand_dims(part, axis + 1) * belongs.reshape((1,) * (axis + 1) + (-1, *trailing))
+  return total
 
 
 def _computed_once(*arrays: jax.Array) -> tuple[jax.Array, ...]:
