@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lip_jax.detection import create_detector
 from lip_jax.models import create_model, lan, list_models
 from lip_jax.models.lan import LIP, AdaptiveLIP, GlobalLIP
 from lip_jax.models.logit_modules import Bottleneck, Projection
@@ -29,6 +30,7 @@ __all__ = [
   "Projection",
   "adaptive_lip_pool",
   "average_pool",
+  "create_detector",
   "create_model",
   "detail_preserving_pool",
   "exp_pool",
