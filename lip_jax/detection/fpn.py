@@ -1,5 +1,6 @@
 """Feature pyramids (Lin et al., CVPR 2017) on a backbone's features."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -9,7 +10,7 @@ from flax.typing import Dtype
 
 from lip_jax.models import layers, padding
 
-xavier = nnx.initializers.xavier_uniform()
+_XAVIER = nnx.initializers.xavier_uniform()
 
 
 class FPN(nnx.Module):
@@ -32,9 +33,9 @@ class FPN(nnx.Module):
     dtype: Dtype,
     rngs: nnx.Rngs,
   ):
-    options = {"use_bias": True, "init": xavier, "dtype": dtype, "rngs": rngs}
-    self.laterals = nnx.List([layers.conv(size, channels, 1, **options) for size in in_features])
-    self.outputs = nnx.List([layers.conv(channels, channels, 3, **options) for _ in in_features])
+    make = functools.partial(layers.conv, use_bias=True, init=_XAVIER, dtype=dtype, rngs=rngs)
+    self.laterals = nnx.List([make(size, channels, 1) for size in in_features])
+    self.outputs = nnx.List([make(channels, channels, 3) for _ in in_features])
     self.strides = tuple(strides)
 
   def __call__(self, stages: Sequence[jax.Array]) -> list[jax.Array]:
@@ -71,9 +72,11 @@ class CoarserLevels(nnx.Module):
     dtype: Dtype,
     rngs: nnx.Rngs,
   ):
-    options = {"stride": 2, "use_bias": True, "init": xavier, "dtype": dtype, "rngs": rngs}
-    self.p6 = layers.conv(in_features, channels, 3, **options)
-    self.p7 = layers.conv(channels, channels, 3, **options)
+    make = functools.partial(
+      layers.conv, stride=2, use_bias=True, init=_XAVIER, dtype=dtype, rngs=rngs
+    )
+    self.p6 = make(in_features, channels, 3)
+    self.p7 = make(channels, channels, 3)
     self.stride = stride
     self.relu_between = relu_between
 

@@ -79,7 +79,9 @@ class Head(nnx.Module):
     self.class_logits = make(per_cell * num_outputs)
     self.box_deltas = make(per_cell * 4)
     # So that at first each class has a probability of 0.01 (section 4.1).
-    self.class_logits.bias.set_value(jnp.full_like(self.class_logits.bias[...], -math.log(99)))
+    bias = self.class_logits.bias
+    assert bias is not None
+    bias.set_value(jnp.full_like(bias[...], -math.log(99)))
     self.num_outputs = num_outputs
     self.dtype = layers.param_dtype(dtype)
 

@@ -5,28 +5,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixture_detectors import MODELS
+from fixture_weights import weight
 from flax import nnx
 
 import lip_jax
 from lip_jax.detection.matching import BACKGROUND, BETWEEN
 from lip_jax.errors import UsageError
+from lip_jax.models.torch_names import torch_names
 
 SMALL = {"num_classes": 3, "width": 8, "fpn_channels": 16, "head_convs": 1}
 
 
 @functools.cache
 def create(backbone="lip_resnet_small", **options):
-  """(structure, arrays) of a small detector that finds something: its classes are far apart."""
-  model = lip_jax.create_detector(
-    "retinanet", backbone=backbone, rngs=nnx.Rngs(0), **{**SMALL, **options}
+  """(structure, arrays) of a small detector with arbitrary weights, which finds something."""
+  model = nnx.eval_shape(
+    lambda: lip_jax.create_detector(
+      "retinanet", backbone=backbone, rngs=nnx.Rngs(0), **{**SMALL, **options}
+    )
   )
-  for name, scale in (("class_logits", 0.2), ("box_deltas", 0.02)):
-    kernel = getattr(model.head, name).kernel
-    kernel[...] = scale * jax.random.normal(jax.random.key(1), kernel.shape)
-  for _, part in nnx.iter_modules(model):
-    if type(part).__name__ == "Projection":  # whose importance is constant at first
-      shape = part.conv.kernel.shape
-      part.conv.kernel[...] = 0.3 * jax.random.normal(jax.random.key(2), shape)
+  for name, variable in torch_names(model):
+    value = jnp.asarray(weight(name, variable.shape[::-1]).T)
+    if "retina_cls.bias" in name or "cls_logits.bias" in name:
+      value -= 3
+    if "retina_reg" in name or "bbox_reg" in name:
+      value *= 0.1
+    variable.set_value(value)
   return nnx.split(model)
 
 
