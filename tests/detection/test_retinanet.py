@@ -171,8 +171,12 @@ def test_crowds_and_degenerate_boxes_are_not_matched():
   pixels, sizes = images([(64, 64)], 64, 64)
   box, crowd, degenerate = [3, 4, 30, 40], [32, 0, 64, 64], [50, 50, 50, 60]
 
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(graph, gts):
+    return nnx.merge(graph, state, copy=True).match(pixels, sizes, gts)
+
   def match(gts, **options):
-    return np.asarray(nnx.merge(create(**options)[0], state, copy=True).match(pixels, sizes, gts))
+    return np.asarray(run(create(**options)[0], gts))
 
   alone = match(targets([box]))
   gts = targets([box, crowd, degenerate])
@@ -199,8 +203,7 @@ def test_precision():
   graph, state = nnx.split(model)
   pixels, sizes = images([(64, 50)], 64, 64)
 
-  @functools.partial(jax.eval_shape, state)
-  def shapes(state):
+  def run(state):
     model = nnx.merge(graph, state, copy=True)
     return (
       model.features(pixels, sizes),
@@ -208,7 +211,7 @@ def test_precision():
       model.detect(pixels, sizes),
     )
 
-  features, found, detections = shapes
+  features, found, detections = jax.eval_shape(run, state)
   assert {x.dtype for x in features.values()} == {jnp.dtype(jnp.bfloat16)}
   assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.float32)}
   assert detections.boxes.dtype == detections.scores.dtype == jnp.float32
