@@ -57,9 +57,11 @@ class Anchors:
     self,
     padded: tuple[int, int],
     grids: Sequence[tuple[int, int]],
-    dtype: jax.typing.DTypeLike = jnp.float32,
-  ) -> jax.Array:
+    dtype: jax.typing.DTypeLike = np.float32,
+  ) -> np.ndarray:
     """All anchors of a batch: [A, 4], x1, y1, x2, y2 in pixels.
+
+    Constants of a program, as shapes are: TPU programs that put them together compile for minutes.
 
     Args:
       padded: height and width of the batch's images, with padding.
@@ -69,19 +71,11 @@ class Anchors:
     Raises:
       UsageError: as many grids as levels are expected.
     """
-    found = []
-    for level, (rows, columns) in enumerate(self._checked(grids)):
-      down, right = self._steps(level, padded, (rows, columns))
-      cell = jnp.asarray(self.cell(level), dtype)
-      y = jnp.arange(rows, dtype=dtype)[:, None, None] * down
-      x = jnp.arange(columns, dtype=dtype)[None, :, None] * right
-      shape = (rows, columns, len(cell))
-      shifted = [
-        jnp.broadcast_to(cell[:, axis][None, None, :] + start, shape).ravel()
-        for axis, start in enumerate((x, y, x, y))
-      ]
-      found.append(jnp.stack(shifted, axis=-1))
-    return jnp.concatenate(found)
+    found = [
+      (np.concatenate([starts, starts], axis=-1)[:, None] + self.cell(level)).reshape(-1, 4)
+      for level, starts in enumerate(self._starts(padded, grids))
+    ]
+    return np.concatenate(found).astype(dtype)
 
   def usable(
     self, size: ArrayLike, padded: tuple[int, int], grids: Sequence[tuple[int, int]]
@@ -97,35 +91,32 @@ class Anchors:
       padded: as for `boxes`.
       grids: rows and columns of each level.
     """
-    count = sum(rows * columns for rows, columns in self._checked(grids)) * self.per_cell
+    starts = np.repeat(np.concatenate(self._starts(padded, grids)), self.per_cell, axis=0)
     if self.preset == "torchvision":
-      return jnp.ones(count, bool)
+      return jnp.ones(len(starts), bool)
     height, width = jnp.asarray(size)[0], jnp.asarray(size)[1]
     bottom, right = (-(-side // DIVISOR) * DIVISOR for side in (height, width))
-    found = []
-    for stride, (rows, columns) in zip(self.strides, grids, strict=True):
-      inside = (jnp.arange(rows) * stride < bottom)[:, None, None] & (
-        jnp.arange(columns) * stride < right
-      )[None, :, None]
-      found.append(jnp.broadcast_to(inside, (rows, columns, self.per_cell)).ravel())
-    mask = jnp.concatenate(found)
+    mask = (jnp.asarray(starts[:, 0]) < right) & (jnp.asarray(starts[:, 1]) < bottom)
     if self.whole:
-      boxes = self.boxes(padded, grids)
-      mask &= (boxes[:, 0] >= 0) & (boxes[:, 1] >= 0)
+      boxes = self.boxes(padded, grids, np.int32)
+      mask &= (boxes[:, :2] >= 0).all(axis=1)
       mask &= (boxes[:, 2] < width) & (boxes[:, 3] < height)
     return mask
 
-  def _steps(self, level, padded, grid):
-    if self.preset == "mmdet1":
-      return self.strides[level], self.strides[level]
-    return tuple(pixels // cells for pixels, cells in zip(padded, grid, strict=True))
-
-  def _checked(self, grids):
+  def _starts(self, padded, grids) -> list[np.ndarray]:
+    """First pixels (x, y) of each level's cells: [rows * columns, 2] int32."""
     if len(grids) != len(self.strides):
       raise UsageError(
         f"{len(grids)} grids for anchors of {len(self.strides)} levels; expected one for each"
       )
-    return grids
+    found = []
+    for stride, grid in zip(self.strides, grids, strict=True):
+      steps = [
+        stride if self.preset == "mmdet1" else p // n for p, n in zip(padded, grid, strict=True)
+      ]
+      y, x = (axis.ravel() * step for axis, step in zip(np.indices(grid), steps, strict=True))
+      found.append(np.stack([x, y], axis=-1).astype(np.int32))
+    return found
 
 
 def _octaves(size: float, whole: bool) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from lip_jax.detection.anchors import Preset
 from lip_jax.ops import boxes as box_ops
 
 BACKGROUND, BETWEEN, UNUSED = -1, -2, -3
@@ -91,7 +92,7 @@ def match_proposals(
   gts: ArrayLike,
   gts_valid: ArrayLike,
   *,
-  preset: Literal["mmdet1", "torchvision"],
+  preset: Preset,
 ) -> tuple[jax.Array, jax.Array]:
   """Candidates of the second stage and their ground truth: proposals, and the ground truth itself.
 
@@ -118,6 +119,36 @@ def match_proposals(
   found = match(proposals, gts, gts_valid, rule=rule, usable=proposals_valid)
   candidates = jnp.concatenate([jnp.asarray(gts), jnp.asarray(proposals)])
   return candidates, jnp.concatenate([own, found])
+
+
+def in_crowd(
+  boxes: ArrayLike,
+  crowds: ArrayLike,
+  crowds_valid: ArrayLike,
+  *,
+  threshold: float = 0.5,
+  inclusive: bool = False,
+) -> jax.Array:
+  """Which boxes lie in a crowd by more than a share of their area: [A] bool.
+
+  What to take out of `usable`, so that objects nobody outlined are not trained to be background.
+  mmdetection 0.6, and so the paper, counts such boxes as background.
+
+  Args:
+    boxes: [A, 4].
+    crowds: [G, 4], of one image, padded.
+    crowds_valid: [G] bool.
+    threshold: the largest share that a box in use may have in one crowd.
+    inclusive: whether x2 and y2 are last pixels.
+  """
+  boxes, crowds = lax.stop_gradient((jnp.asarray(boxes), jnp.asarray(crowds)))
+
+  def add(found, crowd):
+    outline, valid = crowd
+    share = box_ops.coverage(boxes, outline[None], inclusive=inclusive)[:, 0]
+    return found | (valid & (share > threshold)), None
+
+  return lax.scan(add, jnp.zeros(len(boxes), bool), (crowds, jnp.asarray(crowds_valid, bool)))[0]
 
 
 def _scan(boxes, gts, gts_valid, usable, rule):

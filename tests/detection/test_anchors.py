@@ -49,7 +49,7 @@ def test_used_anchors_do_not_depend_on_the_batch(kind):
   wide, large = (PADDED[0], 2 * PADDED[1]), [(rows, 2 * columns) for rows, columns in small]
   size = np.array([150, 224])  # its own padding is PADDED
   found = [
-    np.asarray(anchors.boxes(padded, grids))[anchors.usable(size, padded, grids)]
+    anchors.boxes(padded, grids)[anchors.usable(size, padded, grids)]
     for padded, grids in ((PADDED, small), (wide, large))
   ]
   np.testing.assert_array_equal(*found)

@@ -55,7 +55,7 @@ def loop_match(boxes, gts, valid, rule, usable):
 def test_anchors_equal_the_reference(x64, kind, preset, dtype):
   arrays, anchors, rule = reference("targets"), ANCHORS[kind, preset], RULES[kind, preset]
   grids = [tuple(-(-side // stride) for side in PADDED) for stride in anchors.strides]
-  candidates = np.asarray(anchors.boxes(PADDED, grids, dtype))
+  candidates = anchors.boxes(PADDED, grids, dtype)
   usable = anchors.usable(TARGETS["size"], PADDED, grids)
   for case in CASES:
     gts, valid = padded_truth(case)
@@ -116,6 +116,18 @@ def test_truth_without_a_place_matches_nothing_above_the_threshold():
   candidates = np.array([[0, 0, 20, 20], [0, 0, 19, 20], [50, 50, 60, 60]], np.float32)
   found = matched(candidates, gts, np.ones(3, bool), rule=Rule(0.5, 0.4))
   np.testing.assert_array_equal(found, [2, 2, -1])
+
+
+def test_boxes_in_a_crowd():
+  crowds = np.array([[0, 0, 20, 20], [40, 0, 60, 20], [0, 0, 99, 99]], np.float32)
+  candidates = np.array(
+    [[0, 0, 10, 10], [15, 0, 25, 10], [14, 0, 24, 10], [45, 5, 50, 9], [70, 70, 80, 80]],
+    np.float32,
+  )
+  valid = np.array([True, True, False])
+  found = jax.jit(matching.in_crowd)(candidates, crowds, valid)
+  np.testing.assert_array_equal(found, [True, False, True, True, False])
+  assert not matching.in_crowd(candidates, crowds[:0], valid[:0]).any()
 
 
 def test_vmap_over_images_with_few_and_many_boxes():

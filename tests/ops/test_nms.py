@@ -114,6 +114,12 @@ def test_scores_and_boxes_that_are_not_numbers():
   assert kept(compiled(boxes, scores, threshold=0.5, limit=4)) == [3, 1, 2]
 
 
+def test_zeros_of_either_sign_tie():
+  boxes = np.zeros((4, 4), np.float32)
+  found = compiled(boxes, np.array([-0.0, 0.0, -0.0, 1e-9], np.float32), threshold=0.5, limit=4)
+  assert kept(found) == [3, 0, 1, 2]
+
+
 def test_boxes_without_area_stay():
   """Their IoU is 0 / 0."""
   points = np.zeros((3, 4), np.float32)
