@@ -29,6 +29,7 @@ lint: $(VENV)/.lint  ## Check formatting, lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/.docs  ## Build the docs site into site/; warnings are errors.
 	$(BIN)/mkdocs --quiet build --strict

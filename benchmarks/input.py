@@ -420,7 +420,7 @@ def compare_evaluation(encoded: list[bytes], args: argparse.Namespace) -> None:
 
 def write_data_set(name: str, encoded: list[bytes], directory: str) -> None:
   """Writes JPEGs as a data set in ArrayRecord files, as `lip-jax data prepare folder` does."""
-  from lip_jax.data.prepare.datasets import prepare_folder
+  from lip_jax.data.prepare.folder import prepare_folder
 
   with tempfile.TemporaryDirectory() as folder:
     for k, data in enumerate(encoded):
@@ -432,14 +432,13 @@ def write_data_set(name: str, encoded: list[bytes], directory: str) -> None:
 
 def open_loader(name: str, directory: str, size: int, batch: int, num_threads: int) -> Any:
   """The training pipeline over a data set of `write_data_set`."""
-  from lip_jax.data import pipeline
+  from lip_jax.data import pipeline, transforms
   from lip_jax.data.source import open_split
 
   source = open_split(name, "train", directory, prepare=False)
   return pipeline.train_loader(
     source,
-    image_size=size,
-    crop_scale=SCALE,
+    transforms.TrainCrop(size, SCALE),
     global_batch_size=batch,
     seed=0,
     num_threads=num_threads,

@@ -30,8 +30,9 @@ from flax import nnx
 
 from lip_jax.classification import evaluation
 from lip_jax.classification.config import Config
-from lip_jax.data import pipeline
-from lip_jax.data.cluttered_digits import ClutteredDigits, Condition
+from lip_jax.data import pipeline, transforms
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.cluttered_scene import Condition
 from lip_jax.data.source import open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
@@ -171,7 +172,7 @@ def run(name: str, seed: int, config: Config, args: argparse.Namespace) -> Resul
     "steps": trained.step,
     "seconds": None if resumed else round(seconds, 1),
     "parameters": count_parameters(model),
-    "multiply_adds": multiply_adds(model, config.data.image_size),
+    "multiply_adds": multiply_adds(model, config.data.shape[0]),
     "validation": trained.metrics["top1"],
     "conditions": evaluate_conditions(config, workdir, QUICK_IMAGES if args.quick else None),
   }
@@ -201,8 +202,7 @@ def evaluate_conditions(
     split = condition.split if images is None else f"{condition.split}[:{images}]"
     batches = pipeline.eval_batches(
       open_split(config.data.dataset, split, config.data.data_dir),
-      image_size=config.data.image_size,
-      resize=None,
+      transforms.EvalCrop(config.data.image_size),
       global_batch_size=config.eval_batch_size,
       num_threads=config.data.num_threads,
     )

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lip_jax.models import cost
+from lip_jax.tools import cost
 
 ROOT = Path(__file__).parents[1]
 

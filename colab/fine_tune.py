@@ -66,7 +66,7 @@ FLOWERS = False
 import dataclasses
 
 from configs.cluttered_digits import get_config
-from lip_jax.export.torch_convert import convert
+from lip_jax.export.torch_convert import convert_weights
 from lip_jax.training import config as config_lib
 from lip_jax.training import trainer
 from lip_jax.training.metrics import log_to_stdout
@@ -76,7 +76,7 @@ config = get_config()
 if FLOWERS:
   START = "lip_resnet50"
   if not Path(START).exists():
-    convert("lip_resnet50.pth", START, model="lip_resnet50")
+    convert_weights("lip_resnet50.pth", START, model="lip_resnet50")
 else:
   START = "runs/digits"
   if SMALL:
@@ -170,16 +170,7 @@ import PIL.Image
 from lip_jax.export import folders
 
 model, loaded = lip_jax.load("runs/fine_tuned")
-options = dict(loaded["model"])
-folders.save(
-  "fine_tuned",
-  model,
-  name=options.pop("name"),
-  options=options,
-  num_classes=loaded["num_classes"],
-  extra={key: loaded[key] for key in ("preprocess", "class_names")},
-  overwrite=True,
-)
+folders.save("fine_tuned", model, loaded, overwrite=True)
 print(sorted(path.name for path in Path("fine_tuned").iterdir()), loaded["class_names"])
 
 PIL.Image.open(str(fine_tuned.pictures["importance"]))

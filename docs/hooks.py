@@ -26,7 +26,7 @@ INCLUDE = re.compile(r"^\[[^\]]*\]\(\.\./(?P<file>\w+\.md)(?:#(?P<section>[\w-]+
 # A block that holds one `lip-jax` command and nothing else: the command, and what it prints.
 COMMAND = re.compile(r"^```console\n\$ lip-jax (?P<arguments>[^\n]*)\n```$", re.M)
 EVERY_COMMAND = "```console\n$ lip-jax COMMAND --help\n```"
-TABLES = "```console\n$ lip-jax tables\n```"
+TABLES = "```console\n$ lip-jax tables --markdown\n```"
 NOTEBOOKS = "[colab](../colab/)"
 # Files and folders beside docs/ that have a page of their own.
 PAGES = {
@@ -107,24 +107,8 @@ def _slug(title: str) -> str:
 
 
 def _tables() -> Iterator[str]:
-  """The paper's tables, as `lip-jax tables` has them, without the commands."""
-  from lip_jax.tools import paper
-
-  def percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.2f}"
-
-  for number, title in paper.TITLES.items():
-    lines = [
-      f"## Table {number}: {title}",
-      "",
-      "| | paper, top-1 | top-5 | here | row |",
-      "|---|---|---|---|---|",
-    ]
-    for row in paper.ROWS:
-      if row.table == number:
-        cells = (percent(row.top1), percent(row.top5), str(paper.result(row, ROOT / "runs")))
-        lines.append(f"| {row.label} | {' | '.join(cells)} | `{row.name}` |")
-    yield "\n".join(lines)
+  """The paper's tables, as `lip-jax tables --markdown` prints them."""
+  yield _printed(f"tables --markdown --runs={shlex.quote(str(ROOT / 'runs'))}")
 
 
 def _notebooks() -> Iterator[str]:

@@ -9,3 +9,15 @@ class UsageError(ValueError):
   """
 
   status = 1
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+  """What another library's error says, in one line of this length at most."""
+  return " ".join(str(error).split())[:length]
+
+
+def shown(value: object) -> str:
+  """A value as part of an error's line, cut where it is long."""
+  text = value if isinstance(value, str) else repr(value)
+  text = text if text.isprintable() else repr(text)
+  return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from lip_jax.data.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 
 
 def prepare_digits(

@@ -8,7 +8,9 @@ import simplejpeg
 import tensorflow_datasets as tfds
 
 from lip_jax.data import tfrecord
-from lip_jax.data.source import RecordStream, Shard, Source
+from lip_jax.data.records import ImageLabelParser, ParsedRecords
+from lip_jax.data.source import Source
+from lip_jax.data.tfrecord_index import FilePart, TFRecordFiles
 
 
 def jpeg(k, height=12, width=16):
@@ -49,18 +51,23 @@ def write(folder, lengths, images=None):
     writer.close()
 
 
-def shards(folder):
+def files(folder):
   paths = sorted(pathlib.Path(folder).glob("numbered.tfrecord-*"))
-  return [Shard(str(path), 0, int(path.name.rpartition("-")[2])) for path in paths]
+  return [FilePart(str(path), 0, int(path.name.rpartition("-")[2])) for path in paths]
 
 
-def open_stream(folder):
-  files = shards(folder)
-  count = sum(shard.take for shard in files)
-  return RecordStream("numbered train", str(folder), files, dict(features(count)))
+def open_records(folder, records):
+  parse = ImageLabelParser(dict(features(len(records))), "numbered")
+  examples = ParsedRecords(records, parse, str(folder))
+  return Source("numbered train", str(folder), examples, parse.class_names)
 
 
-def open_source(folder):
-  """The same images with random access."""
-  records = [record for shard in shards(folder) for record in tfrecord.read_records(shard.path)]
-  return Source("numbered train", str(folder), records, dict(features(len(records))))
+def open_tfrecord(folder):
+  return open_records(folder, TFRecordFiles(files(folder)))
+
+
+def open_memory(folder):
+  """The same images, read in order into memory, without an index."""
+  return open_records(
+    folder, [record for file in files(folder) for record in tfrecord.read_records(file.path)]
+  )

@@ -11,7 +11,9 @@ from fixture_weights import weight
 from PIL import Image
 
 from lip_jax.distributed import sharding
-from lip_jax.export import class_names, folders
+from lip_jax.export import class_names
+from lip_jax.models import abstract_model
+from lip_jax.models.description import flat_variables
 from lip_jax.training import config as config_lib
 from lip_jax.training import optim, train_state
 from lip_jax.training.checkpoint.checkpoints import Checkpoints
@@ -26,8 +28,8 @@ _CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
 
 def make_model(salt=""):
   """A network with arbitrary weights, without the time that initialisation takes."""
-  model = folders.abstract_model(NAME, OPTIONS, num_classes=len(CLASSES))
-  for key, variable in folders.flat_variables(model).items():
+  model = abstract_model(NAME, num_classes=len(CLASSES), **OPTIONS)
+  for key, variable in flat_variables(model).items():
     name = salt + key.replace("var", "running_var")
     variable.set_value(jnp.asarray(weight(name, variable.shape), variable.dtype))
   return model
@@ -61,7 +63,7 @@ def write_run(workdir, images, metrics):
   (workdir / "config.json").write_text(config_lib.to_json(config))
   (workdir / class_names.FILE).write_text(class_names.to_json(CLASSES))
   optimizer = optim.optimizer(config.optim, optax.constant_schedule(0.0))
-  with Checkpoints(workdir) as checkpoints:
+  with Checkpoints(workdir, best_metric="top1") as checkpoints:
     for step, result in metrics.items():
       params, batch_stats = train_state.split(make_model(str(step)))
       batch_stats = jax.tree.map(lambda stat: jnp.stack([stat, stat]), batch_stats)  # two groups

@@ -5,6 +5,7 @@ import math
 from typing import Any, ClassVar
 
 from lip_jax.errors import UsageError
+from lip_jax.models.registry import check_options
 from lip_jax.training import config as base
 from lip_jax.training.config import check_positive
 
@@ -46,24 +47,35 @@ class Augment:
 class Data(base.Data):
   """Where images come from and what the host does to them; the defaults are ImageNet's."""
 
-  image_size: int = 224  # height and width that the network sees, in pixels
+  image_size: int | tuple[int, int] = 224  # that the network sees, in pixels; or (height, width)
   crop_scale: tuple[float, float] | None = (0.08, 1.0)  # area of the random crop; None: no crop
   eval_resize: int | None = 256  # shorter side before the central crop; None: image_size
   flip: bool = True  # mirror half of the training images
-  mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, in [0, 255]
-  std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+  mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, in [0, 255]; one number: grey images
+  std: tuple[float, ...] = (58.395, 57.12, 57.375)
   eval_crops: int = 1  # of which logits are averaged: 1 central, 5 with corners, 10 with mirrored
-  shuffle_window: int = 4096  # images shuffled among each other, where a data set is read in order
   augment: Augment = Augment()
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of an image as the network sees it."""
+    size = self.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width, len(self.mean)
 
   def check(self) -> None:
     """Raises UsageError for values that no run can have."""
-    for name in ("image_size", "shuffle_window"):
-      check_positive(f"config.data.{name}", getattr(self, name))
+    if isinstance(self.image_size, tuple) and len(self.image_size) != 2:
+      raise UsageError(f"config.data.image_size must be (height, width), got {self.image_size}")
+    for pixels in self.shape[:2]:
+      check_positive("config.data.image_size", pixels)
     for name in ("mean", "std"):
       value = getattr(self, name)
-      if not isinstance(value, tuple) or len(value) != 3:
-        raise UsageError(f"config.data.{name} must be three numbers, for R, G and B, got {value}")
+      if not isinstance(value, tuple) or len(value) not in (1, 3) or len(value) != len(self.mean):
+        raise UsageError(
+          f"config.data.{name} must be three numbers, for R, G and B, or one, for grey images, as "
+          f"are config.data.mean and std both, got {value}"
+        )
     if min(self.std) <= 0:
       raise UsageError(f"config.data.std must be positive, got {self.std}")
     scale = self.crop_scale
@@ -74,7 +86,7 @@ class Data(base.Data):
         "config.data.crop_scale must be (least, greatest) with 0 < least <= greatest <= 1, "
         f"got {scale}"
       )
-    if self.eval_resize is not None and self.eval_resize < self.image_size:
+    if self.eval_resize is not None and self.eval_resize < max(self.shape[:2]):
       raise UsageError(
         f"config.data.eval_resize={self.eval_resize} must be at least config.data.image_size="
         f"{self.image_size}"
@@ -114,7 +126,17 @@ class Config(base.Config):
 
   def check(self) -> None:
     super().check()
+    try:
+      check_options(self.model["name"], [key for key in self.model if key != "name"])
+    except UsageError as error:
+      raise UsageError(f"config.model: {error}") from None
     self.data.check()
+    channels, taken = self.data.shape[-1], self.model.get("in_channels", 3)
+    if taken != channels:
+      raise UsageError(
+        f"config.model.in_channels={taken}, but images have {channels} channel(s), as many as "
+        "config.data.mean has numbers; set both alike"
+      )
     if not 0 <= self.label_smoothing < 1:
       raise UsageError(f"config.label_smoothing must be in [0, 1), got {self.label_smoothing}")
     if self.importance_images < 0:

@@ -20,8 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lip_jax import visualize
 from lip_jax.classification.config import Data
-from lip_jax.data import pipeline
-from lip_jax.data.source import RecordStream, Source, open_split
+from lip_jax.data import pipeline, transforms
+from lip_jax.data.source import Source, open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
@@ -42,8 +42,6 @@ def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> jax.stages.Wrapp
 
   Args:
     data: how images are normalized, and whether crops are mirrored, too (`eval_crops` 10).
-    graph: of the model.
-    mesh: each of its devices computes its own images.
 
   Returns:
     A jitted function. It takes the model's params and batch_stats, a batch of "image" [N, H, W, 3]
@@ -101,18 +99,12 @@ def lower(
   """The program of `jitted_step` for batches of `batch_size` images; needs no data.
 
   Args:
-    data: how images are prepared.
-    batch_size: over all devices.
-    graph: of the network.
-    mesh: to evaluate on.
     params: arrays, or their shapes; likewise batch_stats.
-    batch_stats: of the network.
   """
   crops = min(data.eval_crops, 5)  # mirrored on the device
-  size = data.image_size
   place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
   batch = {
-    "image": place((batch_size, *([crops] if crops > 1 else []), size, size, 3), jnp.uint8),
+    "image": place((batch_size, *([crops] if crops > 1 else []), *data.shape), jnp.uint8),
     "label": place((batch_size,), jnp.int32),
     "mask": place((batch_size,), jnp.float32),
   }
@@ -138,10 +130,6 @@ def evaluate(
 
   Args:
     step: of `jitted_step`, for the same mesh.
-    params: of the model.
-    batch_stats: of the model.
-    batches: this process's rows of each batch, padded and masked.
-    mesh: to split the batches over.
     stop: asked before each batch; once any process says yes, all stop, and the result is None.
   """
   counts = {"top1": 0, "top5": 0, "count": 0}
@@ -178,11 +166,6 @@ class Evaluator:
   """Validation of networks of one structure; all processes call it together.
 
   Args:
-    data: how images are prepared.
-    batch_size: images at once, over all devices.
-    source: the validation split.
-    graph: of the network.
-    mesh: to evaluate on.
     num_figures: images of `figures`; at most those of one batch are taken.
   """
 
@@ -190,7 +173,7 @@ class Evaluator:
     self,
     data: Data,
     batch_size: int,
-    source: Source | RecordStream,
+    source: Source,
     graph: nnx.GraphDef,
     mesh: Mesh,
     *,
@@ -216,8 +199,6 @@ class Evaluator:
     """Exact "loss", "top1", "top5" and "count" over the validation split.
 
     Args:
-      params: as the network has them, whole on every device.
-      batch_stats: likewise.
       stop: asked before each batch; once any process says yes, the result is None.
 
     Raises:
@@ -265,18 +246,23 @@ class Evaluator:
       images = images[:, 0]  # the central crop
     model = train_state.merge(self._graph, params, batch_stats)
     model.eval()
-    data = self._data
+    data, channels = self._data, images.shape[-1]
     figure = visualize.importance_figure(
-      model, images, lambda x: normalize(jnp.asarray(x), data.mean, data.std)
+      model,
+      np.repeat(images, 3 // channels, axis=-1),  # grey is drawn as such
+      lambda x: normalize(jnp.asarray(x[..., :channels]), data.mean, data.std),
     )
     return {} if figure is None else {"importance": visualize.figure_to_array(figure)}
 
   def _batches(self) -> Generator[Mapping[str, np.ndarray], None, None]:
     return pipeline.eval_batches(
       self._source,
-      image_size=self._data.image_size,
-      resize=self._data.eval_resize,
-      crops=min(self._data.eval_crops, 5),  # mirrored on the device
+      transforms.EvalCrop(
+        self._data.image_size,
+        self._data.eval_resize,
+        crops=min(self._data.eval_crops, 5),  # mirrored on the device
+        channels=len(self._data.mean),
+      ),
       global_batch_size=self._batch_size,
       num_threads=self._data.num_threads,
       process_index=jax.process_index(),
@@ -285,15 +271,9 @@ class Evaluator:
 
 
 def evaluate_model(
-  model: nnx.Module, source: Source | RecordStream, data: Data, batch_size: int
+  model: nnx.Module, source: Source, data: Data, batch_size: int
 ) -> dict[str, float]:
   """Exact "loss", "top1", "top5", "count" over a split, and "images_per_second" without compiling.
-
-  Args:
-    model: in evaluation mode.
-    source: the split.
-    data: how its images are prepared.
-    batch_size: images at once, made a multiple of the devices.
 
   Raises:
     UnreadableImagesError: images of the split cannot be read.
@@ -324,10 +304,7 @@ def evaluate_loaded(
   """Evaluates what `lip_jax.load` gives, on all devices.
 
   Args:
-    model: the network.
-    config: what came with it.
     dataset: as for `open_split`; None: that of the training run which the network is of.
-    data_dir: directory of the data sets.
     split: None: "validation", or that of the training run.
     batch_size: images at once, made a multiple of the devices; None: the training run's, or 128.
     crops: of which logits are averaged, 1, 5 or 10; None: the training run's, or 1.

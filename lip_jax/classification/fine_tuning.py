@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from lip_jax.classification.config import Config
-from lip_jax.export import class_names, folders, loading
+from lip_jax.export import class_names, loading, validation
+from lip_jax.models.description import CLASSIFIERS, flat_variables
 from lip_jax.training.train_state import TrainState, Tree
 
 log = logging.getLogger("lip_jax")
 
-_CLASSIFIERS = ("fc.", "classifier.")
+_CLASSIFIERS = tuple(f"{name}." for name in CLASSIFIERS)
 
 
 def start_from(
@@ -28,15 +29,12 @@ def start_from(
 
   Args:
     path: of the network, as for `lip_jax.load`.
-    state: first state of the run.
-    config: of the run.
-    classes: names of the run's classes.
 
   Raises:
     UsageError: there is no such network, or its arrays are not those of the run's network.
   """
   model, found = loading.load(path)
-  arrays = {key: np.asarray(var.get_value()) for key, var in folders.flat_variables(model).items()}
+  arrays = {key: np.asarray(var.get_value()) for key, var in flat_variables(model).items()}
   same_classes = found["num_classes"] == len(classes) and (
     found["class_names"] in (None, class_names.for_people(classes))
   )
@@ -47,7 +45,7 @@ def start_from(
     key: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)  # without the batch-norm groups
     for key, array in _flat(state.batch_stats).items()
   }
-  folders.check_weights(
+  validation.check_weights(
     {key: array.shape for key, array in taken.items()},
     {key: "float32" for key in taken},
     {key: a for key, a in own.items() if same_classes or not key.startswith(_CLASSIFIERS)},

@@ -35,7 +35,6 @@ def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Ima
   """Decodes image files and cuts out what the network sees.
 
   Args:
-    paths: JPEG, PNG and other files.
     config: from `lip_jax.load`.
 
   Raises:
@@ -48,7 +47,7 @@ def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Ima
       "preprocess; export or convert it again"
     )
   try:
-    from lip_jax.data import preprocess
+    from lip_jax.data import preprocess, transforms
   except ImportError as error:
     raise UsageError(f"images cannot be decoded here ({error}); install lip-jax[train]") from error
   for path in paths:
@@ -56,7 +55,7 @@ def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Ima
       pixels = preprocess.decode_center_crop(
         Path(path).read_bytes(), prepared["image_size"], prepared["resize"]
       )
-      yield Image(str(path), pixels, None)
+      yield Image(str(path), transforms.in_channels(pixels, len(prepared["mean"])), None)
     except OSError as error:
       yield Image(str(path), None, error.strerror or str(error))
     except preprocess.CorruptImage as error:
@@ -67,7 +66,6 @@ def normalize(pixels: np.ndarray, config: Mapping[str, Any]) -> jax.Array:
   """Pixels [N, S, S, 3] uint8 -> what the network takes, float32.
 
   Args:
-    pixels: of images.
     config: from `lip_jax.load`.
   """
   preprocess = config["preprocess"]
@@ -80,7 +78,6 @@ def predict(
   """The most probable classes of each image, the first one first.
 
   Args:
-    model: in evaluation mode.
     config: from `lip_jax.load`.
     pixels: uint8 [N, S, S, 3], as `read` gives them.
     top: classes for each image; no more than there are.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lip_jax.classification import augment, evaluation, fine_tuning
 from lip_jax.classification.config import Config
 from lip_jax.classification.evaluation import Evaluator
-from lip_jax.data import pipeline
+from lip_jax.data import pipeline, transforms
 from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
@@ -36,7 +36,6 @@ class Classification(Task):
   """Learns the classes of images.
 
   Args:
-    config: of the run.
     num_classes: where the data set need not be there; None: what it says.
   """
 
@@ -72,20 +71,17 @@ class Classification(Task):
     data = self.config.data
     return pipeline.train_loader(
       self.source,
-      image_size=data.image_size,
-      crop_scale=data.crop_scale,
+      transforms.TrainCrop(data.image_size, data.crop_scale, channels=len(data.mean)),
       global_batch_size=self.config.global_batch_size,
       seed=self.config.seed,
-      shuffle_window=data.shuffle_window,
       num_threads=data.num_threads,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
 
   def batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    side = self.config.data.image_size
     return {
-      "image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8),
+      "image": jax.ShapeDtypeStruct((size, *self.config.data.shape), jnp.uint8),
       "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
 

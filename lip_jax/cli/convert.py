@@ -33,19 +33,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-  from lip_jax.export.torch_convert import convert
+  from lip_jax.export.torch_convert import convert_weights
 
   options = dict(args.option)
   flags = {"model": "--model", "num_classes": "--num-classes", "overwrite": "--overwrite"}
   for name in options.keys() & flags.keys():
     raise UsageError(f"{name} is no option of a model; give it as {flags[name]}")
-  print(
-    convert(
-      args.source,
-      args.out,
-      model=args.model,
-      num_classes=args.num_classes,
-      overwrite=args.overwrite,
-      **options,
-    )
-  )
+  given = {key: getattr(args, key) for key in flags}
+  print(convert_weights(args.source, args.out, **given, **options))

@@ -97,15 +97,15 @@ def add_commands(commands: Any) -> None:
 
 
 def _prepare_imagenet(args: argparse.Namespace) -> None:
-  from lip_jax.data.prepare import datasets
+  from lip_jax.data.prepare.imagenet import prepare_imagenet
 
-  print(datasets.prepare_imagenet(args.train_tar, args.val_tar, args.data_dir, **_writing(args)))
+  print(prepare_imagenet(args.train_tar, args.val_tar, args.data_dir, **_writing(args)))
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
-  from lip_jax.data.prepare import datasets
+  from lip_jax.data.prepare.folder import prepare_folder
 
-  print(datasets.prepare_folder(args.folder, args.name, args.data_dir, **_writing(args)))
+  print(prepare_folder(args.folder, args.name, args.data_dir, **_writing(args)))
 
 
 def _writing(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,19 +114,18 @@ def _writing(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _convert_data(args: argparse.Namespace) -> None:
-  from lip_jax.data.prepare import datasets
+  from lip_jax.data.prepare.convert import convert_to_array_record
 
-  print(datasets.convert(args.dataset, args.data_dir, args.out_dir, num_workers=args.num_workers))
+  workers = args.num_workers
+  print(convert_to_array_record(args.dataset, args.data_dir, args.out_dir, num_workers=workers))
 
 
 def _verify_data(args: argparse.Namespace) -> int:
-  from lip_jax.data import verify
+  from lip_jax.data.prepare.verify import verify
 
-  report = verify.verify(
-    args.dataset, args.data_dir, decode=args.decode, num_workers=args.num_workers
-  )
-  print(report)
-  return 0 if report.ok else 1
+  result = verify(args.dataset, args.data_dir, decode=args.decode, num_workers=args.num_workers)
+  print(result)
+  return 0 if result.ok else 1
 
 
 def _bench_data(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lip_jax.cli.arguments import positive
 
 if TYPE_CHECKING:
-  from lip_jax.distributed import hosts
+  from lip_jax.distributed import startup
 
 
 def add_flags(parser: argparse.ArgumentParser, connect_timeout: float = 300) -> None:
@@ -65,12 +65,12 @@ def _numbers(text: str) -> list[int]:
     raise argparse.ArgumentTypeError(f"{text!r}: give numbers, such as 0,1") from None
 
 
-def options(args: argparse.Namespace) -> "hosts.Options":
+def options(args: argparse.Namespace) -> "startup.Options":
   """What the flags of `add_flags` say."""
-  from lip_jax.distributed import hosts
+  from lip_jax.distributed import startup
 
-  names = (field.name for field in dataclasses.fields(hosts.Options))
-  return hosts.Options(**{name: getattr(args, name) for name in names})
+  names = (field.name for field in dataclasses.fields(startup.Options))
+  return startup.Options(**{name: getattr(args, name) for name in names})
 
 
 @contextlib.contextmanager
@@ -79,16 +79,15 @@ def joined(args: argparse.Namespace, *, log: bool = True) -> Iterator[bool]:
 
   Args:
     args: with the flags of `add_flags`.
-    log: whether what happens is told on stdout.
   """
   import jax
 
-  from lip_jax.distributed import hosts
+  from lip_jax.distributed import startup
   from lip_jax.training.metrics import log_to_stdout
 
   if log:
     log_to_stdout()
-  with hosts.join(options(args)):
+  with startup.join(options(args)):
     first = jax.process_index() == 0
     if log and not first:
       log_to_stdout(logging.WARNING)  # the rest is the same as process 0 says

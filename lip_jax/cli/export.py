@@ -80,11 +80,11 @@ def _push(args: argparse.Namespace) -> None:
   from lip_jax.export import hub
 
   if args.dry_run:
-    plan = hub.plan(args.folder, args.name, licence=args.licence)
-    print(plan.card)
-    for file in plan.files:
-      print(f"would upload {file.name}: {file.size:,} bytes")
-    print(f"to {plan.url}")
+    upload = hub.preview(args.folder, args.name, licence=args.licence)
+    print(upload.card)
+    for file, size in upload.sizes.items():
+      print(f"would upload {file}: {size:,} bytes")
+    print(f"to {upload.url}")
     return
   progress(f"uploading {args.folder}")
   try:

@@ -62,6 +62,7 @@ def add_commands(commands: Any) -> None:
     metavar="N",
     help="images of the data set (default: 2 to draw, 8 with --layers, 200 to measure)",
   )
+  visualize.set_defaults(run=_visualize)
 
   data = visualize.add_argument_group("data set, where no image files are given")
   data.add_argument(
@@ -75,8 +76,11 @@ def add_commands(commands: Any) -> None:
     metavar="DIR",
     help="directory of the data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
   )
+  _add_figure_options(visualize.add_argument_group("figure"))
+  _add_number_options(visualize.add_argument_group("numbers, instead of the figure"))
 
-  figure = visualize.add_argument_group("figure")
+
+def _add_figure_options(figure: Any) -> None:
   figure.add_argument(
     "--layers", action="store_true", help="importance maps of every LIP layer, of one network"
   )
@@ -95,7 +99,8 @@ def add_commands(commands: Any) -> None:
     "where the map is largest)",
   )
 
-  numbers = visualize.add_argument_group("numbers, instead of the figure")
+
+def _add_number_options(numbers: Any) -> None:
   numbers.add_argument(
     "--shift-consistency",
     action="store_true",
@@ -109,9 +114,7 @@ def add_commands(commands: Any) -> None:
     "reflect)",
   )
   numbers.add_argument(
-    "--deletion",
-    action="store_true",
-    help="what is left of the prediction as pixels are occluded",
+    "--deletion", action="store_true", help="what is left of the prediction as pixels are occluded"
   )
   numbers.add_argument(
     "--by",
@@ -126,7 +129,6 @@ def add_commands(commands: Any) -> None:
     help="mean colour that takes the place of occluded pixels (default: dataset)",
   )
   numbers.add_argument("--json", action="store_true", help="every digit, for machines")
-  visualize.set_defaults(run=_visualize)
 
 
 def _visualize(args: argparse.Namespace) -> None:
@@ -197,115 +199,100 @@ def _measure(
   from lip_jax.visualize import compare, figures
 
   values: list[dict[str, Any]] = [{"name": n.name, "path": n.path} for n in networks]
-  plots = []
   report: dict[str, Any] = {"networks": values}
+  plots = []
+
+  def show(text: str, plot: "Plot") -> None:
+    plots.append(plot)
+    progress("")
+    if not args.json:
+      print(text)
+
   if args.shift_consistency:
     border = args.border or ("crop" if compare.room(networks) >= compare.SHIFTS[-1] else "reflect")
-    plots.append(_measure_shifts(args, networks, images, border, values))
+    show(*_shifts(networks, images, border, values))
     report |= {"border": border, "directions": 8}
   if args.deletion:
-    plots.append(_measure_deletion(args, networks, images(200), values))
+    show(*_deletion(args, networks, images, values))
     report |= {"fill": args.fill}
-  progress("")
   if args.json:
     print(json.dumps(report, indent=2))
   if out is not None:
     figures.save_figure(figures.curves_figure(plots), out)
 
 
-def _measure_shifts(
-  args: argparse.Namespace,
+def _shifts(
   networks: "list[Network]",
   images: "Callable[..., Images]",
   border: Any,
   values: list[dict[str, Any]],
-) -> "Plot":
-  """Measures, prints the table, adds to `values`, and returns what to draw."""
+) -> "tuple[str, Plot]":
+  """Measures, adds to `values`, and returns what to print and to draw."""
   from lip_jax.visualize import compare
   from lip_jax.visualize.figures import Curve, Plot
 
-  most = compare.SHIFTS[-1]
-  if border == "crop" and compare.room(networks) < most:
+  most, room = compare.SHIFTS[-1], compare.room(networks)
+  if border == "crop" and room < most:
     raise UsageError(
-      f"--border=crop needs {most} pixels around the central crop, and there are "
-      f"{compare.room(networks)}; take reflect, zero or wrap"
+      f"--border=crop needs {most} pixels around the central crop, and there are {room}; take "
+      "reflect, zero or wrap"
     )
   chosen = images(200, most if border == "crop" else 0)
+  lines, curves = [], []
   for network, entry in zip(networks, values, strict=True):
     found = compare.shift_consistency(network, chosen, border, _watch)
+    mean = sum(found.values()) / len(found)
     entry["images"] = len(chosen.pixels)
     entry["shift_consistency"] = found
-    entry["mean_shift_consistency"] = sum(found.values()) / len(found)
-  progress("")
-  if not args.json:
-    heading = ("network", *(f"{shift} px" for shift in compare.SHIFTS), "mean")
-    lines = [
-      (
-        entry["name"],
-        *(f"{100 * value:.1f}" for value in entry["shift_consistency"].values()),
-        f"{100 * entry['mean_shift_consistency']:.1f}",
-      )
-      for entry in values
-    ]
-    print(table([heading, *lines], right=range(1, len(heading))))
-    print(
-      f"\nPredictions that survive a shift, in percent: {len(chosen.pixels)} images in 8 "
-      f"directions, border: {border}.\n"
-    )
-  curves = [
-    Curve(
-      entry["name"],
-      "",
-      list(entry["shift_consistency"]),
-      [100 * value for value in entry["shift_consistency"].values()],
-    )
-    for entry in values
-  ]
-  return Plot("Shift consistency", "shift (pixels)", "same prediction (%)", curves)
+    entry["mean_shift_consistency"] = mean
+    percent = [100 * value for value in found.values()]
+    lines.append((network.name, *(f"{value:.1f}" for value in (*percent, 100 * mean))))
+    curves.append(Curve(network.name, "", list(found), percent))
+  heading = ("network", *(f"{shift} px" for shift in compare.SHIFTS), "mean")
+  text = (
+    f"{table([heading, *lines], right=range(1, len(heading)))}\n\n"
+    f"Predictions that survive a shift, in percent: {len(chosen.pixels)} images in 8 directions, "
+    f"border: {border}.\n"
+  )
+  return text, Plot("Shift consistency", "shift (pixels)", "same prediction (%)", curves)
 
 
-def _measure_deletion(
+def _deletion(
   args: argparse.Namespace,
   networks: "list[Network]",
-  images: "Images",
+  images: "Callable[..., Images]",
   values: list[dict[str, Any]],
-) -> "Plot":
-  """Measures, prints the table, adds to `values`, and returns what to draw."""
+) -> "tuple[str, Plot]":
+  """Measures, adds to `values`, and returns what to print and to draw."""
   from lip_jax.visualize import compare
   from lip_jax.visualize.figures import Curve, Plot
 
-  shown = (0, 0.1, 0.2, 0.3, 0.5, 0.8, 1)
-  heading = ("network", "pixels by", "order", *(f"{part:.0%}" for part in shown), "area")
+  chosen = images(200)
+  parts = (0, 0.1, 0.2, 0.3, 0.5, 0.8, 1)
   lines, curves = [], []
   for network, entry in zip(networks, values, strict=True):
     scores, found = compare.deletion_curves(
-      network, images, scores=args.by, fill=args.fill, watch=_watch
+      network, chosen, scores=args.by, fill=args.fill, watch=_watch
     )
-    entry["images"] = len(images.pixels)
-    entry["labels"] = "predicted" if images.labels is None else "of the data set"
+    entry["images"] = len(chosen.pixels)
+    entry["labels"] = "predicted" if chosen.labels is None else "of the data set"
     entry["deletion"] = {"pixels_by": scores}
     for order, curve in found.items():
-      percent = [100 * curve.accuracy[round(20 * part)] for part in shown]
-      cells = [f"{value:.1f}" for value in percent]
+      cells = [f"{100 * curve.accuracy[round(20 * part)]:.1f}" for part in parts]
       lines.append((network.name, scores, order, *cells, f"{curve.area:.3f}"))
       curves.append(Curve(network.name, order, 100 * curve.fractions, 100 * curve.accuracy))
-      entry["deletion"][order] = {
-        "fractions": curve.fractions.tolist(),
-        "probability": curve.probability.tolist(),
-        "accuracy": curve.accuracy.tolist(),
-        "area": curve.area,
-        "accuracy_area": curve.accuracy_area,
-      }
-  progress("")
-  against = "their predictions for the whole images" if images.labels is None else "the labels"
-  if not args.json:
-    print(table([heading, *lines], right=range(3, len(heading))))
-    print(
-      f"\nAccuracy against {against}, in percent, by the occluded part of the pixels; area under "
-      f"the label's probability. {len(images.pixels)} images; occluded pixels take the "
-      f"{args.fill}'s mean colour.\n"
-    )
-  return Plot("Deletion", "occluded pixels (%)", "top-1 accuracy (%)", curves)
+      areas = {"area": curve.area, "accuracy_area": curve.accuracy_area}
+      arrays = {name: array.tolist() for name, array in curve._asdict().items()}
+      entry["deletion"][order] = arrays | areas
+  against = "their predictions for the whole images" if chosen.labels is None else "the labels"
+  heading = ("network", "pixels by", "order", *(f"{part:.0%}" for part in parts), "area")
+  text = (
+    f"{table([heading, *lines], right=range(3, len(heading)))}\n\n"
+    f"Accuracy against {against}, in percent, by the occluded part of the pixels; area under the "
+    f"label's probability. {len(chosen.pixels)} images; occluded pixels take the {args.fill}'s "
+    "mean colour.\n"
+  )
+  return text, Plot("Deletion", "occluded pixels (%)", "top-1 accuracy (%)", curves)
 
 
 def _watch(predict: Any, what: str, total: int) -> Any:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lip_jax.data import preprocess, tfrecord
+from lip_jax.data import preprocess
 from lip_jax.data.pipeline import train_loader
-from lip_jax.data.source import RecordStream, Source, open_split
+from lip_jax.data.source import Source, open_split
+from lip_jax.data.transforms import TrainCrop
 from lip_jax.errors import UsageError
 
 # images/s of a training, for those who name none: a small GPU to a large slice of a pod.
@@ -22,32 +23,19 @@ _SAMPLES = 256  # images that the bare decoder gets
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-  """What `bench` has measured; rates in images/s.
+class BenchmarkResult:
+  """What `bench` has measured; rates in images/s; as a string, for people."""
 
-  Attributes:
-    name: data set and split.
-    image_bytes: median size of an encoded image.
-    decode_rate: decode and random crop alone, of images in memory, for each core.
-    read_rate: reading records alone, one thread; None where files are read in order.
-    pipeline_rate: the whole input pipeline with `num_threads` threads.
-    core_rate: images for each second of one core's time that the pipeline takes.
-    num_threads: threads of the pipeline.
-    num_cores: of this machine.
-    peak_memory_mb: largest memory of the process, in 10^6 bytes.
-    step_rates: rates to feed.
-  """
-
-  name: str
-  image_bytes: int
-  decode_rate: float
-  read_rate: float | None
-  pipeline_rate: float
-  core_rate: float
+  name: str  # data set and split
+  image_bytes: int  # median size of an encoded image
+  decode_rate: float  # decode and random crop alone, of images in memory, for each core
+  read_rate: float  # reading records alone, one thread
+  pipeline_rate: float  # the whole input pipeline with `num_threads` threads
+  core_rate: float  # images for each second of one core's time that the pipeline takes
   num_threads: int
-  num_cores: int
-  peak_memory_mb: float
-  step_rates: tuple[float, ...]
+  num_cores: int  # of this machine
+  peak_memory_mb: float  # of the process, in 10^6 bytes
+  step_rates: tuple[float, ...]  # to feed
 
   @property
   def efficiency(self) -> float:
@@ -59,10 +47,9 @@ class Report:
     return math.ceil(step_rate / self.core_rate)
 
   def __str__(self) -> str:
-    read = "-" if self.read_rate is None else f"{self.read_rate:,.0f} images/s"
     lines = [
       f"{self.name}: images of {self.image_bytes / 1000:.0f} kB (median)",
-      f"read records, one thread       {read}",
+      f"read records, one thread       {self.read_rate:,.0f} images/s",
       f"decode and crop, for each core {self.decode_rate:,.0f} images/s",
       f"whole pipeline, {self.num_threads} thread(s){'':<6}  {self.pipeline_rate:,.0f} images/s on "
       f"{self.num_cores} core(s)",
@@ -87,19 +74,13 @@ def bench(
   num_threads: int | None = None,
   seconds: float = 10.0,
   step_rates: Sequence[float] = _STEP_RATES,
-) -> Report:
+) -> BenchmarkResult:
   """Measures the training input of a data set: reading, decoding, and the whole pipeline.
 
   Args:
     dataset: as for `open_split`.
     data_dir: as for `open_split`.
-    split: to read.
-    image_size: side of the crops, pixels.
-    crop_scale: least and greatest area of the random crop, in parts of the image's.
-    batch_size: images in a batch.
     num_threads: of the pipeline; None is one for each core.
-    seconds: how long to measure, in all.
-    step_rates: images/s of trainings that are to be fed.
 
   Raises:
     UsageError: the data set cannot be opened, or a number is not positive.
@@ -115,8 +96,7 @@ def bench(
 
   loader = train_loader(
     source,
-    image_size=image_size,
-    crop_scale=crop_scale,
+    TrainCrop(image_size, crop_scale),
     global_batch_size=batch_size,
     seed=0,
     num_threads=num_threads,
@@ -140,7 +120,7 @@ def bench(
 
   decode_rate = _rate(decode, samples, 0.3 * seconds)
   kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
-  return Report(
+  return BenchmarkResult(
     name=source.name,
     image_bytes=round(statistics.median(map(len, samples))),
     decode_rate=decode_rate,
@@ -154,12 +134,8 @@ def bench(
   )
 
 
-def _samples(source: Source | RecordStream, seconds: float) -> tuple[list[bytes], float | None]:
-  """Some encoded images, and of a split that can be read in any order, how many in a second."""
-  if isinstance(source, RecordStream):
-    first = source.shards()[0]
-    records = tfrecord.read_records(first.path, skip=first.skip, take=min(_SAMPLES, first.take))
-    return [source.parse(record)["image"] for record in records], None
+def _samples(source: Source, seconds: float) -> tuple[list[bytes], float]:
+  """Some encoded images, and how many are read in a second."""
   count = min(_SAMPLES, len(source))
   indices = np.random.default_rng(0).permutation(len(source))[:count]
   start = time.perf_counter()

@@ -1,9 +1,7 @@
 """Finds prepared TFDS data sets on disk, without TensorFlow and without the data sets' own code."""
 
-import contextlib
 import difflib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -17,7 +15,8 @@ from tensorflow_datasets.core import constants as tfds_constants
 from tensorflow_datasets.core import read_only_builder
 
 from lip_jax.data import imagenet
-from lip_jax.data.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare import cluttered_digits
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.errors import UsageError
 
 _BUCKETS = ("gs://", "s3://", "az://")
@@ -38,7 +37,17 @@ def open_builder(dataset: str, data_dir: str | None, *, prepare: bool = False) -
   """
   root = os.path.expanduser(data_dir or tfds_constants.DATA_DIR)
   _check_bucket(root)
-  return _open_builder(dataset, root, prepare)
+  name, _, config = dataset.partition("/")
+  if name == ClutteredDigits.name and (not config or config in ClutteredDigits.builder_configs):
+    embedded = cluttered_digits.open_builder(config or None, root, prepare=prepare)
+    if embedded is not None:
+      return embedded
+  _check_feature_classes(dataset, root)
+  try:
+    # Reads what the files say of themselves: no code of the data set, which may need TensorFlow.
+    return read_only_builder.builder_from_files(dataset, data_dir=root)
+  except ValueError as error:
+    raise UsageError(_explain_missing(dataset, root)) from error
 
 
 def record_format(builder: Any) -> str:
@@ -78,24 +87,6 @@ def _check_bucket(root: str) -> None:
     )
 
 
-def _open_builder(dataset: str, root: str, prepare: bool) -> Any:
-  """Finds the files of a data set; makes those of the embedded one."""
-  name, _, config = dataset.partition("/")
-  if name == ClutteredDigits.name and (not config or config in ClutteredDigits.builder_configs):
-    builder = ClutteredDigits(config=config or None, data_dir=root)
-    if prepare and not _is_prepared(builder):
-      _prepare(builder)
-      builder = ClutteredDigits(config=config or None, data_dir=root)
-    if _is_prepared(builder):
-      return builder
-  _check_feature_classes(dataset, root)
-  try:
-    # Reads what the files say of themselves: no code of the data set, which may need TensorFlow.
-    return read_only_builder.builder_from_files(dataset, data_dir=root)
-  except ValueError as error:
-    raise UsageError(_explain_missing(dataset, root)) from error
-
-
 def _check_feature_classes(dataset: str, root: str) -> None:
   """Refuses a data set whose files name classes of features that are not TFDS's own.
 
@@ -130,33 +121,6 @@ def _feature_classes(values: Any) -> Iterator[str]:
   elif isinstance(values, list):
     for value in values:
       yield from _feature_classes(value)
-
-
-def _is_prepared(builder: Any) -> bool:
-  return (epath.Path(builder.data_dir) / tfds_constants.DATASET_INFO_FILENAME).exists()
-
-
-def _prepare(builder: Any) -> None:
-  """Writes the embedded data set; TFDS does it aside and renames at the end."""
-  print(f"making {builder.info.full_name} in {builder.data_dir}, this once", file=sys.stderr)
-  if not sys.stderr.isatty():
-    tfds.disable_progress_bar()  # it would fill a log file
-  try:
-    # TFDS talks of a download, on stdout, which belongs to the caller.
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(
-        file_format="array_record",
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-      )
-  except OSError as error:
-    # Of several processes that prepare at once, one renames; the others find its files there.
-    if not _is_prepared(builder):
-      raise UsageError(
-        f"cannot write data set {builder.info.full_name} to {builder.data_dir}: {error}; "
-        "choose another directory with --config.data.data_dir=DIR"
-      ) from error
-  if not _is_prepared(builder):
-    raise UsageError(f"{builder.data_dir} holds no whole data set: delete it and run this again")
 
 
 def _explain_missing(dataset: str, root: str) -> str:

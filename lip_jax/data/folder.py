@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -123,13 +124,13 @@ class ImageFolder:
         empty.append(f"{split}/{class_name}")
     if strangers:
       raise UsageError(
-        f"folder {self.directory} holds what is not an image: {_some(strangers)}; expected "
+        f"folder {self.directory} holds what is not an image: {first_few(strangers)}; expected "
         f"{split}/CLASS/IMAGE with a name in {', '.join(EXTENSIONS)}; move the rest elsewhere"
       )
     if empty:
       raise UsageError(
-        f"folder {self.directory} has classes without images: {_some(empty)}; add images to them "
-        "or delete them"
+        f"folder {self.directory} has classes without images: {first_few(empty)}; add images to "
+        "them or delete them"
       )
     return FolderImages(self.directory, split, files)
 
@@ -149,7 +150,8 @@ def _subfolders(folder: str) -> list[str]:
   return [name for name, is_folder, _ in _entries(folder) if is_folder]
 
 
-def _some(names: list[str]) -> str:
+def first_few(names: Iterable[str]) -> str:
   """The first few names, and how many more there are."""
+  names = list(names)
   text = ", ".join(names[:5])
-  return text if len(names) <= 5 else f"{text} and {len(names) - 5} more"
+  return text if len(names) <= 5 else f"{text} and {len(names) - 5:,} more"

@@ -1,23 +1,12 @@
-"""ImageNet (ILSVRC 2012): its numbers, its labels, and the two tar files it comes in."""
+"""ImageNet (ILSVRC 2012): its numbers and its labels."""
 
-import io
-import os
-import re
-import tarfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
-
-from lip_jax.errors import UsageError
 
 NAME = "imagenet2012"
 VERSION = "5.1.0"  # of the TFDS data set whose names, labels and order these are
 COUNTS = {"train": 1_281_167, "validation": 50_000}
-
-_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 def synsets() -> list[str]:
@@ -34,11 +23,7 @@ def class_names() -> list[str]:
 
 
 def readable(names: Sequence[str]) -> list[str]:
-  """`names` with names for people in place of synsets, if these are ImageNet's; else as given.
-
-  Args:
-    names: of a data set's classes, all of ImageNet's or some of them, in any order.
-  """
+  """`names` with names for people in place of synsets, if these are ImageNet's; else as given."""
   by_synset = dict(zip(synsets(), class_names(), strict=True))
   return [by_synset[name] for name in names] if set(names) <= set(by_synset) else list(names)
 
@@ -51,165 +36,3 @@ def validation_labels() -> list[str]:
 def _lines(name: str) -> list[str]:
   path = tfds.core.tfds_path(f"datasets/imagenet2012/{name}")
   return path.read_text(encoding="utf-8").split()
-
-
-class TarImages:
-  """Where the images of a split lie in a tar file, which is read at random.
-
-  Attributes:
-    names: names of the files.
-    labels: int32 [n].
-    sizes: int64 [n], bytes.
-  """
-
-  def __init__(self, path: str, members: Sequence[tuple[str, int, int, int]]):
-    """`members`: name, label, offset, size."""
-    self.names = [member[0] for member in members]
-    self.labels = np.array([member[1] for member in members], np.int32)
-    self.sizes = np.array([member[3] for member in members], np.int64)
-    self._offsets = np.array([member[2] for member in members], np.int64)
-    self._path = path
-    self._file = os.open(path, os.O_RDONLY)
-
-  def read(self, index: int) -> bytes:
-    """The encoded image; threads may call this at once."""
-    size = int(self.sizes[index])
-    data = os.pread(self._file, size, int(self._offsets[index]))
-    if len(data) != size:
-      raise UsageError(f"{self._path} ended within {self.names[index]}; it changed meanwhile")
-    return data
-
-  def close(self) -> None:
-    """Closes the tar file."""
-    os.close(self._file)
-
-
-def index_train_tar(path: str | Path, class_names: Sequence[str]) -> TarImages:
-  """Finds the images in a tar file that holds one tar file for each class.
-
-  Reads only the headers, and unpacks nothing.
-
-  Args:
-    path: ILSVRC2012_img_train.tar.
-    class_names: the classes, in the order of their labels.
-
-  Raises:
-    UsageError: there is no such file, it is damaged or something else, or classes are missing.
-  """
-  path = os.fspath(path)
-  labels = {name: label for label, name in enumerate(class_names)}
-  members: list[tuple[str, int, int, int]] = []
-  found = set()
-  with _open_tar(path) as file:
-    outer = _headers(file, path, 0, os.fstat(file.fileno()).st_size)
-    for tar_name, tar_offset, tar_size in tqdm(
-      outer, desc="classes", total=len(class_names), unit=" tar", disable=None
-    ):
-      name = tar_name.removesuffix(".tar")
-      if name == tar_name or name not in labels or name in found:
-        raise UsageError(
-          f"{path} holds {tar_name}; expected a tar file for each of {len(class_names)} classes, "
-          f"such as {class_names[0]}.tar, as in ILSVRC2012_img_train.tar. If the images are "
-          "unpacked, use `lip-jax data prepare folder`"
-        )
-      found.add(name)
-      inner = list(_headers(file, f"{path}, {tar_name}", tar_offset, tar_size))
-      if not inner:
-        raise UsageError(f"{tar_name} in {path} is empty; copy {path} again")
-      members += [(image, labels[name], offset, size) for image, offset, size in inner]
-  missing = [name for name in class_names if name not in found]
-  if missing:
-    raise UsageError(
-      f"{path} lacks {len(missing)} of {len(class_names)} classes, the first is {missing[0]}; "
-      "it is cut short: copy it again"
-    )
-  return TarImages(path, members)
-
-
-def index_validation_tar(
-  path: str | Path, image_labels: Sequence[str], class_names: Sequence[str]
-) -> TarImages:
-  """Finds the images in a flat tar file, and gives them their labels by their numbers.
-
-  Args:
-    path: ILSVRC2012_img_val.tar, with ILSVRC2012_val_00000001.JPEG and so on.
-    image_labels: class names of the images 1, 2, ...
-    class_names: the classes, in the order of their labels.
-
-  Raises:
-    UsageError: there is no such file, it is damaged or something else, or images are missing.
-  """
-  path = os.fspath(path)
-  labels = {name: label for label, name in enumerate(class_names)}
-  members: dict[int, tuple[str, int, int, int]] = {}
-  with _open_tar(path) as file:
-    for name, offset, size in _headers(file, path, 0, os.fstat(file.fileno()).st_size):
-      match = _VALIDATION_NAME.fullmatch(name)
-      number = int(match[1]) if match else 0
-      if not 1 <= number <= len(image_labels) or number in members:
-        raise UsageError(
-          f"{path} holds {name}; expected ILSVRC2012_val_00000001.JPEG to "
-          f"ILSVRC2012_val_{len(image_labels):08d}.JPEG, each once, as in ILSVRC2012_img_val.tar"
-        )
-      members[number] = (name, labels[image_labels[number - 1]], offset, size)
-  if len(members) < len(image_labels):
-    raise UsageError(
-      f"{path} holds {len(members):,} of {len(image_labels):,} images; it is cut short: copy it "
-      "again"
-    )
-  return TarImages(path, [members[number] for number in sorted(members)])
-
-
-def _open_tar(path: str) -> io.FileIO:
-  if not os.path.isfile(path):
-    hint = "; copy it to a disk first" if "://" in path else ""
-    raise UsageError(f"there is no tar file {path!r}{hint}")
-  return io.FileIO(path)
-
-
-class _Window(io.RawIOBase):
-  """A part of a file, as a file."""
-
-  def __init__(self, file: io.FileIO, start: int, size: int):
-    self._file, self._start, self._size, self._position = file.fileno(), start, size, 0
-
-  def read(self, size: int = -1) -> bytes:
-    left = max(0, self._size - self._position)
-    wanted = left if size < 0 else min(size, left)
-    data = os.pread(self._file, wanted, self._start + self._position)
-    self._position += len(data)
-    return data
-
-  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-    self._position = start + offset
-    return self._position
-
-  def tell(self) -> int:
-    return self._position
-
-  def seekable(self) -> bool:
-    return True
-
-  def readable(self) -> bool:
-    return True
-
-
-def _headers(file: io.FileIO, where: str, start: int, size: int) -> Iterator[tuple[str, int, int]]:
-  """Base name, offset in `file`, and size of the files in the tar at [start, start + size)."""
-  try:
-    window = _Window(file, start, size)
-    with tarfile.open(fileobj=window, mode="r:") as tar:
-      for member in tar:
-        if member.isfile():
-          if member.offset_data + member.size > size:
-            raise tarfile.ReadError("unexpected end of data")
-          yield os.path.basename(member.name), start + member.offset_data, member.size
-      # Zeros end a tar file. At a header that is cut or overwritten tarfile just stops as well.
-      window.seek(tar.offset)
-      if window.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
-        raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
-  except tarfile.TarError as error:
-    raise UsageError(
-      f"{where} is damaged or no uncompressed tar file ({error}): copy it again"
-    ) from error

@@ -43,8 +43,17 @@ _BILINEAR = Image.Resampling.BILINEAR
 _RATIO = (3 / 4, 4 / 3)
 
 
+Size = int | tuple[int, int]
+"""(height, width) in pixels, or the side of a square."""
+
+
 class CorruptImage(ValueError):  # noqa: N818
   """The bytes hold no usable image: empty, cut short, of unknown format, or huge."""
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+  """A size as a pair."""
+  return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
@@ -54,7 +63,6 @@ def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
   the usual ImageNet pipelines do. Of 16 bits the upper 8 are kept.
 
   Args:
-    data: the encoded image.
     warnings: gets what the decoder says of a JPEG that is taken in spite of it. Whole files of
       ImageNet have such warnings, but so have files that were overwritten in the middle.
 
@@ -78,13 +86,13 @@ def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
 def decode_random_resized_crop(
   data: bytes,
   rng: np.random.Generator,
-  size: int,
+  size: Size,
   scale: tuple[float, float],
   ratio: tuple[float, float] = _RATIO,
   *,
   out: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Decodes a random part of an image, resized to a square: for training.
+  """Decodes a random part of an image, resized: for training.
 
   The same draws from `rng`, and so the same parts, as `random_resized_crop` of the whole image, but
   the rows below the part are not decoded, and a part much larger than the result is decoded at 1/2,
@@ -93,14 +101,10 @@ def decode_random_resized_crop(
   Args:
     data: the encoded image, of a kind that `decode_jpeg` takes.
     rng: where the randomness comes from.
-    size: side of the result, pixels.
-    scale: least and greatest area of the part, in parts of the image's.
-    ratio: least and greatest width / height of the part.
-    out: uint8 [size, size, 3], contiguous, for the result, such as an image of a batch; None makes
-      an array.
+    out: contiguous memory for the result, such as an image of a batch; None makes an array.
 
   Returns:
-    uint8 [size, size, 3]; `out`, if given.
+    uint8 [*size, 3]; `out`, if given.
 
   Raises:
     CorruptImage: as `decode_jpeg`; but damage below the part that leaves the file's length as it
@@ -110,9 +114,11 @@ def decode_random_resized_crop(
   if header is None or header.colorspace in _INKS:
     image = random_resized_crop(decode_jpeg(data), rng, size, scale, ratio)
     return image if out is None else _copied(image, out)
+  size = height_and_width(size)
   top, left, height, width = _random_part(header.height, header.width, rng, scale, ratio)
   reduction = 1
-  while reduction < 8 and min(height, width) >= 2 * reduction * size * _REDUCTION_MARGIN:
+  least = min(height / size[0], width / size[1])
+  while reduction < 8 and least >= 2 * reduction * _REDUCTION_MARGIN:
     reduction *= 2
   image = _decode_rows(data, header, top + height, reduction)
   return _resize_part(
@@ -120,16 +126,8 @@ def decode_random_resized_crop(
   )
 
 
-def decode_center_crop(data: bytes, size: int, resize: int) -> np.ndarray:
-  """Decodes an image, resizes its shorter side, and takes the central square: for evaluation.
-
-  Args:
-    data: the encoded image, of a kind that `decode_jpeg` takes.
-    size: side of the result, pixels.
-    resize: shorter side before the crop, pixels; at least `size`.
-
-  Returns:
-    uint8 [size, size, 3]: `resize_and_center_crop` of `decode_jpeg`.
+def decode_center_crop(data: bytes, size: Size, resize: Size) -> np.ndarray:
+  """`resize_and_center_crop` of `decode_jpeg`: for evaluation.
 
   Raises:
     CorruptImage: as `decode_jpeg`, for damage anywhere in the image.
@@ -141,62 +139,54 @@ def decode_center_crop(data: bytes, size: int, resize: int) -> np.ndarray:
 def random_resized_crop(
   image: np.ndarray,
   rng: np.random.Generator,
-  size: int,
+  size: Size,
   scale: tuple[float, float],
   ratio: tuple[float, float] = _RATIO,
 ) -> np.ndarray:
-  """Resizes a random part of an image to a square, as torchvision's `RandomResizedCrop` does.
+  """Resizes a random part of an image, as torchvision's `RandomResizedCrop` does.
 
   Ten draws of an area and an aspect ratio; if none fits into the image, the largest central part
-  whose aspect ratio is allowed.
-
-  Args:
-    image: uint8 [H, W, 3].
-    rng: where the randomness comes from.
-    size: side of the result, pixels.
-    scale: least and greatest area of the part, in parts of the image's.
-    ratio: least and greatest width / height of the part.
-
-  Returns:
-    uint8 [size, size, 3].
+  whose aspect ratio is allowed. uint8 [H, W, 3] -> [*size, 3]; see `decode_random_resized_crop`.
   """
   top, left, height, width = _random_part(image.shape[0], image.shape[1], rng, scale, ratio)
-  return _resize_part(image, top, left, height, width, size)
+  return _resize_part(image, top, left, height, width, height_and_width(size))
 
 
-def resize_and_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
-  """Resizes an image's shorter side to `resize` and takes the central square.
+def resize_and_center_crop(image: np.ndarray, size: Size, resize: Size) -> np.ndarray:
+  """Scales an image to cover just `resize`, and takes the centre.
 
   The pixels are those of torchvision's `Resize(resize)` and `CenterCrop(size)` on a Pillow image:
   bilinear, over a wider support when shrinking. An image of the right size is returned as it is.
 
   Args:
     image: uint8 [H, W, 3].
-    size: side of the result, pixels.
-    resize: shorter side before the crop, pixels; at least `size`.
+    resize: what the scaled image covers, at least `size`: a number is its shorter side, pixels.
 
   Returns:
-    uint8 [size, size, 3].
+    uint8 [*size, 3].
 
   Raises:
     ValueError: `resize` is smaller than `size`.
   """
-  if resize < size:
-    raise ValueError(f"cannot take {size} pixels from a side of {resize}")
+  size, resize = height_and_width(size), height_and_width(resize)
+  if resize[0] < size[0] or resize[1] < size[1]:
+    raise ValueError(f"cannot take {size} pixels from {resize}")
   image_height, image_width = image.shape[:2]
-  shorter = min(image_height, image_width)
-  height, width = image_height * resize // shorter, image_width * resize // shorter
-  top, left = round((height - size) / 2), round((width - size) / 2)
-  if shorter == resize:
-    return image[top : top + size, left : left + size]
+  if resize[0] * image_width >= resize[1] * image_height:
+    height, width = resize[0], image_width * resize[0] // image_height
+  else:
+    height, width = image_height * resize[1] // image_width, resize[1]
+  top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+  if (height, width) == (image_height, image_width):
+    return image[top : top + size[0], left : left + size[1]]
   source = Image.fromarray(image)
   if height * width > _MAX_RESIZED:
     # A strip that would become huge. The box is in single precision: a few pixels differ by 1.
     y, x = image_height / height, image_width / width
-    box = (left * x, top * y, (left + size) * x, (top + size) * y)
-    return np.array(source.resize((size, size), _BILINEAR, box))
+    box = (left * x, top * y, (left + size[1]) * x, (top + size[0]) * y)
+    return np.array(source.resize((size[1], size[0]), _BILINEAR, box))
   resized = source.resize((width, height), _BILINEAR)
-  return np.array(resized.crop((left, top, left + size, top + size)))
+  return np.array(resized.crop((left, top, left + size[1], top + size[0])))
 
 
 class _Header(NamedTuple):
@@ -231,18 +221,10 @@ def _decode(
   fast: bool = False,
   warnings: list[str] | None = None,
 ) -> np.ndarray:
-  """Decodes a whole JPEG.
+  """Decodes a whole JPEG: uint8 [ceil(H / reduction), ceil(W / reduction), channels].
 
-  Args:
-    data: the encoded image.
-    header: what `_read_header` says of it.
-    colorspace: of the result.
-    reduction: 1, 2, 4 or 8: drops the upper frequencies, to decode at 1 / reduction of the size.
-    fast: repeat colours that were stored at half the resolution, instead of interpolating them.
-    warnings: as for `decode_jpeg`.
-
-  Returns:
-    uint8 [ceil(H / reduction), ceil(W / reduction), channels].
+  `reduction` (1, 2, 4 or 8) drops the upper frequencies. `fast` repeats colours that were stored at
+  half the resolution, instead of interpolating them.
   """
   height, width = -(-header.height // reduction), -(-header.width // reduction)
   options: dict[str, int] = {}
@@ -342,32 +324,22 @@ def _resize_part(
   left: float,
   height: float,
   width: float,
-  size: int,
+  size: tuple[int, int],
   out: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Resizes a part of an image to a square, without aliasing.
+  """Resizes a part of an image, without aliasing.
 
   Bilinear interpolation of an image that was smoothed as much as it shrinks. Bilinear resizing with
   a support that grows with the factor f, which is Pillow's, smoothes by a triangle of variance
   f^2 / 6 source pixels; interpolation alone by 1 / 6. A Gaussian makes up the difference: faster
   than area averages, and nearer to Pillow (docs/input_benchmark.md).
 
-  Args:
-    image: uint8 [H, W, 3].
-    top: first row, pixels; may lie between two.
-    left: first column, likewise.
-    height: extent of the part, pixels.
-    width: extent of the part, pixels.
-    size: side of the result, pixels.
-    out: for the result, or None.
-
-  Returns:
-    uint8 [size, size, 3].
+  The part's edges may lie between pixels. Returns uint8 [*size, 3].
   """
   first_row, first_column = math.floor(top), math.floor(left)
   image = image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)]
-  rows, sigma_rows = _smoothing(height / size)
-  columns, sigma_columns = _smoothing(width / size)
+  rows, sigma_rows = _smoothing(height / size[0])
+  columns, sigma_columns = _smoothing(width / size[1])
   if rows > 1 or columns > 1:
     image = cv2.GaussianBlur(
       image,
@@ -377,18 +349,18 @@ def _resize_part(
       borderType=cv2.BORDER_REPLICATE,
     )
   if image.shape[:2] == (height, width):
-    if height == width == size:
+    if (height, width) == size:
       return image if out is None else _copied(image, out)
-    return cv2.resize(image, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, size[::-1], dst=out, interpolation=cv2.INTER_LINEAR)
   # From the result's coordinates to the image's, whose pixels have their centres at whole numbers.
-  y, x = height / size, width / size
+  y, x = height / size[0], width / size[1]
   to_source = np.array(
     [[x, 0, left - first_column + (x - 1) / 2], [0, y, top - first_row + (y - 1) / 2]]
   )
   return cv2.warpAffine(
     image,
     to_source,
-    (size, size),
+    size[::-1],
     dst=out,
     flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
     borderMode=cv2.BORDER_REPLICATE,

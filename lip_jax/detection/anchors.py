@@ -64,8 +64,6 @@ class Anchors:
     Constants of a program, as shapes are: TPU programs that put them together compile for minutes.
 
     Args:
-      padded: height and width of the batch's images, with padding.
-      grids: rows and columns of each level.
       dtype: of the result; whole numbers, exact in float32.
 
     Raises:
@@ -89,7 +87,6 @@ class Anchors:
     Args:
       size: [2], height and width of the image without padding.
       padded: as for `boxes`.
-      grids: rows and columns of each level.
     """
     starts = np.repeat(np.concatenate(self._starts(padded, grids)), self.per_cell, axis=0)
     if self.preset == "torchvision":

@@ -66,7 +66,6 @@ def match(
     boxes: [A, 4], x1, y1, x2, y2.
     gts: [G, 4], of one image, padded.
     gts_valid: [G] bool, False for padding, and for what should count as background (crowds).
-    rule: the thresholds and the convention.
     usable: [A] bool, False for boxes that take no part; None: all do.
   """
   boxes, gts = lax.stop_gradient((jnp.asarray(boxes), jnp.asarray(gts)))
@@ -104,7 +103,6 @@ def match_proposals(
     proposals_valid: [P] bool, False for padding.
     gts: [G, 4].
     gts_valid: [G] bool.
-    preset: the convention.
 
   Returns:
     (boxes [P + G, 4], match [P + G] as of `match`, -3 for padding).

@@ -15,9 +15,8 @@ from flax.typing import Dtype
 
 from lip_jax.detection import postprocess
 from lip_jax.detection.anchors import ANCHORS, DIVISOR, Anchors
-from lip_jax.detection.crowds import ignore_crowds
 from lip_jax.detection.fpn import FPN, CoarserLevels
-from lip_jax.detection.matching import BACKGROUND, RULES, match
+from lip_jax.detection.matching import BACKGROUND, RULES, in_crowd, match
 from lip_jax.detection.postprocess import Detections, Level
 from lip_jax.detection.presets import Preset
 from lip_jax.errors import UsageError
@@ -112,7 +111,8 @@ class RetinaNet(nnx.Module):
     mask_padding: compute each image as if it were alone in the batch, in its own padding to a
       multiple of 32, so that nothing depends on the batch; False: do not, as the originals; None:
       do so in `detect`, if the preset says so, and not in `losses`.
-    ignore_crowd: leave background in crowds out of the loss; as in mmdetection 0.6 it is not.
+    ignore_crowd: leave anchors in crowds out of the loss; False: they are background, as in
+      mmdetection 0.6.
     dtype: of backbone, pyramid and head; boxes, scores and losses have at least float32.
     rngs: source of the initial weights.
   """
@@ -284,10 +284,9 @@ class RetinaNet(nnx.Module):
 
     def of_image(gts, valid, crowd, size):
       usable = self.anchors.usable(size, *layout)
-      found = match(anchors, gts, valid & ~crowd, rule=rule, usable=usable)
-      if not self.ignore_crowd:
-        return found
-      return ignore_crowds(found, anchors, gts, valid & crowd, inclusive=inclusive)
+      if self.ignore_crowd:
+        usable &= ~in_crowd(anchors, gts, valid & crowd, inclusive=inclusive)
+      return match(anchors, gts, valid & ~crowd, rule=rule, usable=usable)
 
     return jax.vmap(of_image)(gts, valid, crowd, jnp.asarray(sizes))
 

@@ -36,7 +36,6 @@ def make_mesh(
 
   Args:
     devices: whose number is divisible by `fsdp` and `group_span`.
-    fsdp: devices that share one copy of parameters and optimizer state.
     group_span: devices over which a group of batch norm is spread; 1 if it fits on one.
 
   Raises:
@@ -63,9 +62,7 @@ def group_span(
 
   Args:
     global_batch_size: images per step, divisible by `num_devices`.
-    accumulation_steps: parts that a device computes one after the other.
     group_size: images per group; None or 0 for the whole batch.
-    num_devices: in the mesh.
 
   Raises:
     UsageError: groups would have to be cut.
@@ -173,8 +170,6 @@ class Prefetch(Iterator[dict[str, jax.Array]]):
 
   Args:
     batches: this process's rows of each batch. Until closed, only the thread may use it.
-    mesh: to split the batches over.
-    size: batches that are on the devices, or on the way to them, beside those handed out.
     position: asked, in the thread, after each batch that is taken from `batches`.
   """
 
@@ -243,11 +238,7 @@ class Prefetch(Iterator[dict[str, jax.Array]]):
 
 
 def gather(value: Any) -> list[Any]:
-  """What each process gave, by process index; all of them have to call it at the same point.
-
-  Args:
-    value: anything that JSON can hold.
-  """
+  """What each process gave, by process index; all of them have to call it at the same point."""
   if jax.process_count() == 1:
     return [value]
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -8,6 +8,7 @@ from etils import epath
 from lip_jax.errors import UsageError
 from lip_jax.export import validation
 from lip_jax.training.config import Config
+from lip_jax.training.json_files import parse_json
 from lip_jax.training.workdir import read_text
 
 FILE = "classes.json"
@@ -23,16 +24,11 @@ def read(workdir: epath.Path) -> list[str] | None:
   """The names in a run's `classes.json`; None where there is no such file."""
   path = workdir / FILE
   text = read_text(path)
-  return None if text is None else validation.parse_json(text, str(path)).get(_KEY)
+  return None if text is None else parse_json(text, str(path)).get(_KEY)
 
 
 def of_run(workdir: epath.Path, config: Config, num_classes: int) -> list[str] | None:
   """Names of a run's classes: what `classes.json` says, else its data set's, if that is here.
-
-  Args:
-    workdir: of the run.
-    config: of the run.
-    num_classes: of its network.
 
   Raises:
     UsageError: the file holds something else.
@@ -69,13 +65,9 @@ def of_imagenet() -> list[str] | None:
 def check(
   num_classes: int, names: Sequence[str] | None, source_names: Sequence[str], source: str
 ) -> None:
-  """Compares a network's classes with a data set's.
+  """Compares a network's classes with those of a data set, `source`.
 
-  Args:
-    num_classes: of the network.
-    names: of the network's classes, None where they are not known.
-    source_names: of the data set's classes. Bare numbers count as not known.
-    source: name of the data set, for the error.
+  Names may be None, and bare numbers, where they are not known.
 
   Raises:
     UsageError: they are not the same classes in the same order.

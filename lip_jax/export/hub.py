@@ -1,42 +1,77 @@
-"""Exported folders on the Hugging Face hub; needs lip-jax[hub]."""
+"""Exported folders on the Hugging Face hub, downloaded and uploaded; needs lip-jax[hub]."""
 
+import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lip_jax.errors import UsageError
-from lip_jax.export import folders, model_card
+from flax import nnx
+
+from lip_jax.errors import UsageError, one_line
+from lip_jax.export import folders
+from lip_jax.models.cost import count_parameters, multiply_adds
+
+PREFIX = "hf://"
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_ID = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _CARD = "README.md"
 _FILES = (folders.CONFIG, folders.WEIGHTS)
 _DEFAULT_ENDPOINT = "https://huggingface.co"
+_CLASSES_SHOWN = 10
+_DEFAULT_SIZE = 224
+_ACCURACIES = (("top1", "top-1"), ("top5", "top-5"))
+_CITATION = """\
+@inproceedings{gao2019lip,
+  title = {{LIP}: Local Importance-Based Pooling},
+  author = {Gao, Ziteng and Wang, Limin and Wu, Gangshan},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year = {2019},
+}"""
 
 
-class File(NamedTuple):
-  """A file that is uploaded: its name and its size in bytes."""
+class Upload(NamedTuple):
+  """What `push` sends."""
 
-  name: str
-  size: int
+  card: str  # Markdown
+  sizes: dict[str, int]  # of the files, in bytes
+  url: str  # of the repository
 
 
-class Plan(NamedTuple):
-  """What `push` does.
+def download(address: str) -> tuple[Path, str, str]:
+  """An exported folder of the hub in the cache, its address without revision, and the commit.
 
-  Attributes:
-    card: the model card, Markdown.
-    files: what is uploaded.
-    url: of the repository.
+  Raises:
+    UsageError: the address is not hf://ORGANISATION/NAME[@REVISION], huggingface_hub is missing, or
+      there is no such thing, or it cannot be reached.
   """
+  match = _ID.fullmatch(address)
+  if match is None:
+    raise UsageError(f"{address!r} is not of the form hf://ORGANISATION/NAME or ...@REVISION")
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise UsageError(
+      f"{address} needs the package huggingface_hub; install lip-jax[hub], or download the folder "
+      "and give its path"
+    ) from None
+  name, revision = match.groups()
+  try:
+    # Only these two: whatever else lies there is neither fetched nor read.
+    folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_FILES])
+  except Exception as error:  # the hub's, the network's, and those of the cache's files
+    raise UsageError(
+      f"cannot get {address} from the hub ({type(error).__name__}: {one_line(error)}); check its "
+      "name, the revision, the network, and for private ones `hf auth login`"
+    ) from error
+  # The cache's folder is called after the commit, which "main" alone would not pin.
+  return Path(folder), f"{PREFIX}{name}", Path(folder).name
 
-  card: str
-  files: list[File]
-  url: str
 
-
-def plan(
+def preview(
   folder: str | Path, name: str, *, licence: str = "apache-2.0", endpoint: str | None = None
-) -> Plan:
+) -> Upload:
   """What `push` with the same arguments would upload; nothing is sent.
 
   Raises:
@@ -46,10 +81,10 @@ def plan(
     raise UsageError(f"{name!r} is not of the form ORGANISATION/NAME, as in gao/lip_resnet50")
   folder = Path(folder)
   model, config = folders.load(folder)  # also checks that others can load it
-  card = model_card.render(model, config, name, licence)
-  files = [File(_CARD, len(card.encode()))]
-  files += [File(file, (folder / file).stat().st_size) for file in _FILES]
-  return Plan(card, files, f"{endpoint or _DEFAULT_ENDPOINT}/{name}")
+  card = _card(model, config, name, licence)
+  sizes = {file: (folder / file).stat().st_size for file in _FILES}
+  url = f"{endpoint or _DEFAULT_ENDPOINT}/{name}"
+  return Upload(card, {_CARD: len(card.encode()), **sizes}, url)
 
 
 def push(
@@ -66,10 +101,7 @@ def push(
   Only the card, `config.json` and `model.safetensors` are sent, whatever else lies in the folder.
 
   Args:
-    folder: that `lip-jax export` or `lip_jax.export.folders.save` wrote.
     name: of the repository, ORGANISATION/NAME; it is made if it is not there.
-    licence: of the weights, an identifier of the hub.
-    private: make a new repository private.
     endpoint: address of the hub; None: $HF_ENDPOINT or the public one.
     token: with the right to write; None: what `hf auth login` or $HF_TOKEN has set.
 
@@ -77,14 +109,14 @@ def push(
     The address of the repository.
 
   Raises:
-    UsageError: as `plan`; huggingface_hub or a token is missing, or the hub refuses or cannot be
+    UsageError: as `preview`; huggingface_hub or a token is missing, or the hub refuses or cannot be
       reached.
   """
   try:
     import huggingface_hub
   except ImportError:
     raise UsageError("uploading needs the package of lip-jax[hub]; install it") from None
-  card = plan(folder, name, licence=licence, endpoint=endpoint).card
+  card = preview(folder, name, licence=licence, endpoint=endpoint).card
   token = token or huggingface_hub.get_token()
   if token is None:
     raise UsageError(
@@ -92,8 +124,8 @@ def push(
       "may write"
     )
   api = huggingface_hub.HfApi(endpoint=endpoint, token=token)
-  contents: dict[str, Any] = {_CARD: card.encode()}
-  contents |= {file: str(Path(folder) / file) for file in _FILES}
+  contents: dict[str, Any] = {file: str(Path(folder) / file) for file in _FILES}
+  contents[_CARD] = card.encode()
   try:
     url = api.create_repo(name, private=private, exist_ok=True)
     api.create_commit(
@@ -116,7 +148,112 @@ def _refused(name: str, error: Exception) -> UsageError:
       f"the hub does not let this token write {name} (status {status}); run hf auth login with a "
       "token that may write there"
     )
-  reason = " ".join(str(error).split())[:300]
   return UsageError(
-    f"cannot upload to {name} ({type(error).__name__}: {reason}); check its name and the network"
+    f"cannot upload to {name} ({type(error).__name__}: {one_line(error)}); check its name and the "
+    "network"
   )
+
+
+def _card(model: nnx.Module, config: Mapping[str, Any], name: str, licence: str) -> str:
+  """The model card: Markdown, with the metadata that the hub reads in front."""
+  network = config["model"]
+  sections = [
+    _metadata(config, name, licence),
+    f"# {_plain(name.partition('/')[2])}",
+    f"{_plain(network['name'])}, an image classifier for {config['num_classes']:,} classes, in the "
+    "format of lip_jax: LIP, local importance-based pooling, for JAX.",
+    f'```python\nimport lip_jax\nmodel, config = lip_jax.load("hf://{name}")\n```\n\n'
+    "It needs `pip install lip-jax[hub]`. Beside it: `lip-jax predict hf://" + name + " IMAGE...`.",
+    f"## Network\n\n{_table(_facts(model, config))}",
+    f"## Images\n\n{_preprocessing(config.get('preprocess'))}",
+    f"## Classes\n\n{_classes(config['num_classes'], config.get('class_names'))}",
+    f"## Evaluation\n\n{_evaluation(config.get('evaluation'))}",
+    f"## Licence\n\n{_plain(licence)}",
+    f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+  ]
+  return "\n\n".join(sections) + "\n"
+
+
+def _metadata(config: Mapping[str, Any], repository: str, licence: str) -> str:
+  """What the hub reads."""
+  # JSON is YAML, so nothing in a name can break out of its place.
+  values: dict[str, Any] = {
+    "license": licence,
+    "library_name": "lip_jax",
+    "pipeline_tag": "image-classification",
+    "tags": ["jax", "flax", "lip", "image-classification"],
+  }
+  evaluation = config.get("evaluation")
+  if evaluation:
+    metrics = [
+      {"type": "accuracy", "name": f"{name} accuracy", "value": evaluation[key]}
+      for key, name in _ACCURACIES
+      if key in evaluation
+    ]
+    data = str(evaluation["data"])
+    values["model-index"] = [
+      {
+        "name": repository.partition("/")[2],
+        "results": [
+          {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": data, "type": data},
+            "metrics": metrics,
+          }
+        ],
+      }
+    ]
+  lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+  return "\n".join(["---", *lines, "---"])
+
+
+def _facts(model: nnx.Module, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+  size = (config.get("preprocess") or {}).get("image_size", _DEFAULT_SIZE)
+  options = {key: value for key, value in config["model"].items() if key != "name"}
+  facts = [
+    ("architecture", config["model"]["name"]),
+    ("options", ", ".join(f"{key}={value!r}" for key, value in options.items()) or "none"),
+    ("parameters", f"{count_parameters(model):,}"),
+    (f"multiply-adds, one image of {size} px", f"{multiply_adds(model, size):,}"),
+  ]
+  step = (config.get("source") or {}).get("step")
+  return facts if step is None else [*facts, ("training step", f"{step:,}")]
+
+
+def _preprocessing(preprocess: Mapping[str, Any] | None) -> str:
+  if preprocess is None:
+    return "How images are to be prepared is not recorded."
+  mean, std = (", ".join(f"{v:g}" for v in preprocess[key]) for key in ("mean", "std"))
+  return (
+    f"RGB, 0 to 255. The shorter side is resized to {preprocess['resize']} pixels, the central "
+    f"{preprocess['image_size']} x {preprocess['image_size']} are cut out, the mean ({mean}) is "
+    f"subtracted, and the result divided by ({std}). `lip-jax predict` and `lip-jax evaluate` do "
+    "so."
+  )
+
+
+def _classes(count: int, names: Sequence[str] | None) -> str:
+  if names is None:
+    return f"{count:,}; their names are not recorded."
+  shown = ", ".join(map(_plain, names[:_CLASSES_SHOWN]))
+  rest = f" and {count - _CLASSES_SHOWN:,} more" if count > _CLASSES_SHOWN else ""
+  return f"{count:,}: {shown}{rest}. `config.json` has all, in the order of the logits."
+
+
+def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
+  if evaluation is None:
+    return "Not recorded."
+  rows = [("data", str(evaluation["data"])), ("images", f"{evaluation['count']:,}")]
+  rows += [(name, f"{100 * evaluation[k]:.2f} %") for k, name in _ACCURACIES if k in evaluation]
+  return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+  lines = ["| | |", "| --- | --- |"]
+  return "\n".join(lines + [f"| {_plain(key)} | {_plain(value)} |" for key, value in rows])
+
+
+def _plain(text: str) -> str:
+  """One line without markup."""
+  line = " ".join(str(text).split())
+  return "".join(f"\\{character}" if character in "\\`*[]<>|" else character for character in line)

@@ -1,7 +1,6 @@
-"""What StableHLO and ONNX files share: images in, logits out, and the check of what was written."""
+"""What all exported forms share: images in, logits out, and the check of what was written."""
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.export import folders
+from lip_jax.export.destination import replacing
 from lip_jax.ops.images import normalize
 
 FORMAT = 1
@@ -24,8 +23,8 @@ _TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 _BATCHES = (1, 3)
 
 
-class Network(NamedTuple):
-  """A network from images to logits.
+class InferenceFunction(NamedTuple):
+  """A network as a function of images alone, and what is known of it.
 
   Attributes:
     function: from [N, S, S, 3] of the dtype in config["input"] to logits float32 [N, num_classes].
@@ -39,34 +38,22 @@ class Network(NamedTuple):
   image_size: int
 
   @property
-  def input_dtype(self) -> np.dtype:
-    return np.dtype(self.config["input"]["dtype"])
-
-  @property
   def symbolic_images(self) -> jax.ShapeDtypeStruct:
     """Shape and dtype of any number of images."""
     (batch,) = jax.export.symbolic_shape("batch")
-    return jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, 3), self.input_dtype)
+    shape = (batch, self.image_size, self.image_size, 3)
+    return jax.ShapeDtypeStruct(shape, np.dtype(self.config["input"]["dtype"]))
 
 
-class Report(NamedTuple):
-  """What was written, and how it was checked.
+class ExportReport(NamedTuple):
+  """What was written, and how it was checked."""
 
-  Attributes:
-    path: of the file or folder.
-    size: in bytes.
-    difference: largest difference to the model's logits, relative to the largest logit.
-    tolerance: what it is allowed to be.
-    runtime: what ran it, for example "onnxruntime 1.32".
-    takes: what it wants, in words.
-  """
-
-  path: Path
-  size: int
-  difference: float
-  tolerance: float
-  runtime: str
-  takes: str
+  path: Path  # of the file or folder
+  size: int  # in bytes
+  difference: float  # largest one to the model's logits, relative to the largest logit
+  tolerance: float  # what it is allowed to be
+  runtime: str  # what ran it, for example "onnxruntime 1.32"
+  takes: str  # what it wants, in words
 
   def __str__(self) -> str:
     return (
@@ -76,7 +63,9 @@ class Report(NamedTuple):
     )
 
 
-def prepare(model: nnx.Module, config: Mapping[str, Any], image_size: int | None = None) -> Network:
+def prepare(
+  model: nnx.Module, config: Mapping[str, Any], image_size: int | None = None
+) -> InferenceFunction:
   """The function that a file holds: uint8 images as they are, normalization inside.
 
   Nobody can get the normalization wrong this way. Without "preprocess" in the config it is not
@@ -84,8 +73,7 @@ def prepare(model: nnx.Module, config: Mapping[str, Any], image_size: int | None
 
   Args:
     model: of `create_model`, with weights; it is left as it is.
-    config: of the model, as from `lip_jax.load`.
-    image_size: height and width in pixels; None: those of config["preprocess"].
+    image_size: in pixels; None: that of config["preprocess"].
 
   Raises:
     UsageError: neither has an image size.
@@ -109,7 +97,7 @@ def prepare(model: nnx.Module, config: Mapping[str, Any], image_size: int | None
     return network(normalize(images, preprocess["mean"], preprocess["std"]))
 
   keys = ("model", "num_classes", "class_names", "source")
-  return Network(
+  return InferenceFunction(
     function,
     {
       "format": FORMAT,
@@ -149,18 +137,9 @@ def checking_device() -> Iterator[str]:
 
 
 def check(
-  call: Callable[[np.ndarray], np.ndarray],
-  reference: Callable[[jax.Array], jax.Array],
-  config: Mapping[str, Any],
-  image_size: int,
+  call: Callable[[np.ndarray], np.ndarray], network: InferenceFunction
 ) -> tuple[float, float]:
-  """Compares what was written with the model, in batches of 1 and 3, noise and patterns.
-
-  Args:
-    call: what was written, from images to logits.
-    reference: the same of the model.
-    config: of the network, as `Network.config`.
-    image_size: in pixels.
+  """Compares `call`, what was written, with the network, in batches of 1 and 3 images.
 
   Returns:
     The largest difference, relative to the largest logit, and what it may be.
@@ -168,9 +147,10 @@ def check(
   Raises:
     UsageError: it is larger, or there are other logits, or ones that are not finite.
   """
-  images = _images(sum(_BATCHES), image_size, np.dtype(config["input"]["dtype"]))
+  dtype = np.dtype(network.config["input"]["dtype"])
+  images = _images(sum(_BATCHES), network.image_size, dtype)
   with checking_device():
-    expected = np.asarray(jax.jit(reference)(jnp.asarray(images)), np.float64)
+    expected = np.asarray(jax.jit(network.function)(jnp.asarray(images)), np.float64)
     if not np.isfinite(expected).all():
       raise UsageError("the network's own logits are not finite; nothing is written")
     start, parts = 0, []
@@ -178,7 +158,7 @@ def check(
       parts.append(np.asarray(call(images[start : start + count]), np.float64))
       start += count
   found = np.concatenate(parts)
-  tolerance = _TOLERANCES[config["dtype"]]
+  tolerance = _TOLERANCES[network.config["dtype"]]
   if found.shape != expected.shape:
     raise UsageError(f"what was written gives logits {found.shape}, expected {expected.shape}")
   difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
@@ -192,7 +172,7 @@ def check(
 
 
 @contextlib.contextmanager
-def tracing(network: Network) -> Iterator[None]:
+def tracing(network: InferenceFunction) -> Iterator[None]:
   """Context that turns a network into a program; what its image size makes fail is one line."""
   try:
     yield
@@ -207,47 +187,27 @@ def tracing(network: Network) -> Iterator[None]:
 
 def write_checked(
   path: Path,
-  network: Network,
+  network: InferenceFunction,
   write: Callable[[Path], object],
   load: Callable[[Path], tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]],
   runtime: str,
-) -> Report:
+) -> ExportReport:
   """Writes a file, which appears under its name only after it was read back and agrees.
 
   Args:
-    path: of the file.
-    network: what it is to hold.
-    write: writes it to the path that it is given.
     load: reads it; gives what `check` calls, and its config.
-    runtime: what runs it then, for the report.
 
   Raises:
     UsageError: the file cannot be written, or does not agree.
   """
-  with folders.replacing(path) as temporary:
+  with replacing(path) as temporary:
     write(temporary)
     call, written = load(temporary)
-    difference, tolerance = check(call, network.function, written, network.image_size)
+    difference, tolerance = check(call, network)
     size = temporary.stat().st_size
-  return Report(path, size, difference, tolerance, runtime, describe_input(written))
-
-
-def check_target(path: Path, *, overwrite: bool) -> None:
-  """Raises UsageError if a file may not be written to `path`."""
-  if re.match(r"\w+:/", str(path)):
-    raise UsageError(f"{path} is not a local path; write to a local one and copy it from there")
-  if path.is_dir():
-    raise UsageError(f"{path} is a folder; name a file")
-  if path.exists() and not overwrite:
-    raise UsageError(f"{path} exists; choose another file, or say to overwrite it")
-
-
-def describe_input(config: Mapping[str, Any]) -> str:
-  """What a file takes, in words."""
-  size = config["input"]["shape"][1]
-  if config["input"]["normalized"]:
-    return f"normalized float32 images [N, {size}, {size}, 3]"
-  return f"uint8 RGB images [N, {size}, {size}, 3]"
+  images = "normalized float32" if written["input"]["normalized"] else "uint8 RGB"
+  takes = f"{images} images [N, {network.image_size}, {network.image_size}, 3]"
+  return ExportReport(path, size, difference, tolerance, runtime, takes)
 
 
 def _images(count: int, size: int, dtype: np.dtype) -> np.ndarray:

@@ -12,14 +12,8 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.errors import UsageError
-from lip_jax.export import folders, validation
-
-_HUB = "hf://"
-_HUB_ID = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-# Of an evaluation, kept with a network.
-RESULTS = ("data", "top1", "top5", "loss", "count")
-
-_CLASSIFIERS = ("fc.bias", "classifier.bias")
+from lip_jax.export import folders, hub, validation
+from lip_jax.models import description
 
 
 def load(
@@ -48,8 +42,8 @@ def load(
       central "image_size" pixels are cut out, and "mean" and "std", three numbers for RGB in
       [0, 255], are subtracted and divided by; None where it is not known;
     - "class_names": in the order of the logits; None where they are not known;
-    - "evaluation": "data" (its name), "top1", "top5", "loss" and "count", if it was evaluated; or
-      None;
+    - "evaluation": "data" (its name), "count" of images and the task's metrics, such as "top1",
+      "top5" and "loss", if it was evaluated; or None;
     - "data": "dataset", "data_dir" and "validation_split" of a training run; else None;
     - "source": "kind" ("training run", "exported folder" or "hub"), "path", "step" of the training
       and "revision" on the hub, each None where there is none.
@@ -58,8 +52,10 @@ def load(
     UsageError: there is no such thing, or it is damaged or refused.
   """
   text = str(path)
-  if text.startswith(_HUB):
-    return _load_hub(text, dtype)
+  if text.startswith(hub.PREFIX):
+    folder, name, revision = hub.download(text)
+    model, values = folders.load(folder, dtype=_or_float32(dtype), links=True)
+    return model, _config(values, "hub", name, revision=revision)
   if text.startswith("gs://"):
     return _load_run(text, checkpoint, dtype)
   if re.match(r"\w+://", text):
@@ -72,7 +68,7 @@ def load(
   if checkpoint is not None:
     raise UsageError(f"{path} is no training run: it has no checkpoint {checkpoint}; leave it out")
   model, values = folders.load(path, dtype=_or_float32(dtype))
-  return model, _config_of_export(values, "exported folder", str(Path(path).resolve()))
+  return model, _config(values, "exported folder", str(Path(path).resolve()))
 
 
 def load_file(
@@ -86,57 +82,27 @@ def load_file(
   """As `load`, of a file of PyTorch weights.
 
   Args:
-    path: what `lip_jax.export.torch_convert.convert` takes: .pth, .pt, .safetensors or .npz.
-    name: of the network.
-    options: of the network.
+    path: .pth, .pt, .safetensors or .npz, as for `export.torch_convert.convert_weights`.
     num_classes: number of logits; None: what the classifier in the file has.
-    dtype: as for `load`.
 
   Raises:
     UsageError: the file cannot be read, is refused, or does not fit the network.
   """
   from lip_jax.export import torch_convert
 
-  model, _, extra = torch_convert.read(path, name, options or {}, num_classes, _or_float32(dtype))
+  model, _, config = torch_convert.read(path, name, options or {}, num_classes, _or_float32(dtype))
   model.eval()
-  config = {"model": {"name": name, **(options or {})}, **extra}
-  return model, _config(config, _source("weights file", str(Path(path).resolve())))
-
-
-def _load_hub(text: str, dtype: Dtype | None) -> tuple[nnx.Module, dict[str, Any]]:
-  match = _HUB_ID.fullmatch(text)
-  if match is None:
-    raise UsageError(f"{text!r} is not of the form hf://ORGANISATION/NAME or ...@REVISION")
-  try:
-    import huggingface_hub
-  except ImportError:
-    raise UsageError(
-      f"{text} needs the package huggingface_hub; install lip-jax[hub], or download the folder "
-      "and give its path"
-    ) from None
-  name, revision = match.groups()
-  try:
-    # Only these two: whatever else lies there is neither fetched nor read.
-    folder = huggingface_hub.snapshot_download(
-      name, revision=revision, allow_patterns=[folders.CONFIG, folders.WEIGHTS]
-    )
-  except Exception as error:  # the hub's, the network's, and those of the cache's files
-    reason = " ".join(str(error).split())[:300]
-    raise UsageError(
-      f"cannot get {text} from the hub ({type(error).__name__}: {reason}); check its name, the "
-      "revision, the network, and for private ones `hf auth login`"
-    ) from error
-  model, values = folders.load(folder, dtype=_or_float32(dtype), links=True)
-  # The cache's folder is called after the commit, which "main" alone would not pin.
-  return model, _config_of_export(values, "hub", f"{_HUB}{name}", revision=Path(folder).name)
+  return model, _config(config, "weights file", str(Path(path).resolve()))
 
 
 def _load_run(
   run: Path | str, step: str | None, dtype: Dtype | None
 ) -> tuple[nnx.Module, dict[str, Any]]:
   try:
+    from lip_jax.export import class_names
     from lip_jax.training import config as config_lib
     from lip_jax.training.checkpoint.checkpoints import Checkpoints
+    from lip_jax.training.workdir import absolute
   except ImportError as error:
     raise UsageError(
       f"{run} is a training run, which needs what training does ({error}); install "
@@ -150,13 +116,23 @@ def _load_run(
     number = checkpoints.resolve(step or best)
     metrics = checkpoints.metrics(number)
     checkpoint = checkpoints.path(number)
-  model, classes = load_checkpoint(
+  model, classes = _read_checkpoint(
     checkpoint, config.model, jnp.dtype(config.dtype if dtype is None else dtype)
   )
-  return model, config_of_run(run, config, classes, number, metrics)
+  data = config.data
+  values: dict[str, Any] = {
+    "model": dict(config.model),
+    "num_classes": classes,
+    "preprocess": config.preprocess(),
+    "class_names": class_names.of_run(absolute(run), config, classes),
+  }
+  if metrics:
+    values["evaluation"] = {**metrics, "data": f"{data.dataset} {data.validation_split}"}
+  images = {key: getattr(data, key) for key in ("dataset", "data_dir", "validation_split")}
+  return model, _config(values, "training run", str(run), data=images, step=number)
 
 
-def load_checkpoint(
+def _read_checkpoint(
   checkpoint: Path, options: Mapping[str, Any], dtype: Dtype
 ) -> tuple[nnx.Module, int]:
   """The network of a checkpoint in evaluation mode, and its number of classes.
@@ -164,102 +140,69 @@ def load_checkpoint(
   Args:
     checkpoint: directory `RUN/checkpoints/STEP`.
     options: "name" and options of the network, from the run's configuration.
-    dtype: of the computation.
 
   Raises:
     UsageError: the checkpoint is damaged, or of another network.
   """
   from lip_jax.training import train_state
-  from lip_jax.training.checkpoint import orbax_io
   from lip_jax.training.checkpoint.checkpoints import Checkpoints
 
-  announced = orbax_io.weight_shapes(checkpoint)
+  step = int(checkpoint.name)
+  with Checkpoints(checkpoint.parent.parent, read_only=True) as checkpoints:
+    params, batch_stats = checkpoints.weight_shapes(step)
   if "://" not in str(checkpoint):
-    arrays = [array for part in announced.values() for array in part.values()]
+    arrays = [*params.values(), *batch_stats.values()]
     validation.check_announced_size(
       sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays), Path(checkpoint)
     )
   # Statistics have an axis of batch-norm groups in front.
-  weights = announced["params"] | {
-    name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
-    for name, array in announced["batch_stats"].items()
+  weights = params | {
+    name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batch_stats.items()
   }
-  classifier = next((weights[name] for name in _CLASSIFIERS if name in weights), None)
-  classes = validation.check_num_classes(
-    classifier.shape[-1] if classifier is not None and classifier.shape else None, str(checkpoint)
-  )
-  model = validation.build(options, classes, dtype, str(checkpoint))
-  variables = folders.flat_variables(model)
-  folders.check_weights(
-    {name: array.shape for name, array in weights.items()},
+  shapes = {name: array.shape for name, array in weights.items()}
+  classes = description.count_classes(shapes, str(checkpoint))
+  model = description.build(options, classes, str(checkpoint), dtype)
+  variables = description.flat_variables(model)
+  validation.check_weights(
+    shapes,
     {name: array.dtype.name for name, array in weights.items()},
     variables,
     f"{checkpoint} does not fit {options['name']} as the run's config.json describes it",
   )
   with Checkpoints(checkpoint.parent.parent, read_only=True) as checkpoints:
-    params, batch_stats = checkpoints.restore_weights(int(checkpoint.name))
-  _fill(variables, params)
-  _fill(variables, train_state.averaged(batch_stats))
+    params, batch_stats = checkpoints.restore_weights(step)
+  for tree in (params, train_state.averaged(batch_stats)):
+    for path, value in jax.tree_util.tree_leaves_with_path(tree):
+      variable = variables[jax.tree_util.keystr(path, simple=True, separator=".")]
+      variable.set_value(jnp.asarray(value, variable.dtype))
   model.eval()
   return model, classes
 
 
-def config_of_run(
-  run: Path | str, config: Any, num_classes: int, step: int, metrics: Mapping[str, Any] | None
+def _config(
+  values: Mapping[str, Any],
+  kind: str,
+  path: str,
+  *,
+  data: Mapping[str, Any] | None = None,
+  step: int | None = None,
+  revision: str | None = None,
 ) -> dict[str, Any]:
-  """What `load` says of a training run.
-
-  Args:
-    run: its directory.
-    config: its `lip_jax.training.config.Config`.
-    num_classes: of its network.
-    step: of the checkpoint.
-    metrics: validation results saved with it, if it was evaluated.
-  """
-  from lip_jax.export import class_names
-  from lip_jax.training.workdir import absolute
-
-  data = config.data
-  values = {
-    "model": dict(config.model),
-    "num_classes": num_classes,
-    "preprocess": config.preprocess(),
-    "class_names": class_names.of_run(absolute(run), config, num_classes),
-    "data": {key: getattr(data, key) for key in ("dataset", "data_dir", "validation_split")},
-    "evaluation": metrics and dict(metrics, data=f"{data.dataset} {data.validation_split}"),
-  }
-  return _config(values, _source("training run", str(run), step=step))
-
-
-def _fill(variables: Mapping[str, nnx.Variable], tree: Mapping[Any, Any], prefix: str = "") -> None:
-  """Puts the arrays of a nested mapping into the variables of the same path."""
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      _fill(variables, value, f"{prefix}{key}.")
-    else:
-      variable = variables[f"{prefix}{key}"]
-      variable.set_value(jnp.asarray(value, variable.dtype))
-
-
-def _config_of_export(
-  values: Mapping[str, Any], kind: str, path: str, revision: str | None = None
-) -> dict[str, Any]:
-  step = (values.get("source") or {}).get("step")
-  return _config({**values, "data": None}, _source(kind, path, step=step, revision=revision))
-
-
-def _config(values: Mapping[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-  keys = ("model", "num_classes", "preprocess", "class_names", "data", "evaluation")
+  """What `load` says, of what is known of a network and where it is from."""
+  known = ("model", "num_classes", "preprocess", "class_names")
   results = values.get("evaluation")
-  if not isinstance(results, Mapping) or not set(RESULTS) <= set(results):
-    values = {**values, "evaluation": None}
-  return {**{key: values.get(key) for key in keys}, "source": source}
-
-
-def _source(
-  kind: str, path: str, *, step: int | None = None, revision: str | None = None
-) -> dict[str, Any]:
-  return {"kind": kind, "path": path, "step": step, "revision": revision}
+  complete = isinstance(results, Mapping) and {"data", "count"} <= set(results)
+  return {
+    **{key: values.get(key) for key in known},
+    "data": data,
+    "evaluation": results if complete else None,
+    "source": {
+      "kind": kind,
+      "path": path,
+      "step": (values.get("source") or {}).get("step", step),
+      "revision": revision,
+    },
+  }
 
 
 def _or_float32(dtype: Dtype | None) -> Dtype:

@@ -5,7 +5,7 @@ poolings want them; other ranks are as in JAX. What does not depend on the image
 normalization's factors for example, is computed while the graph is written.
 
 This exists because jax2onnx, the converter for JAX that there is, cannot be installed beside the
-Orbax that training needs (0.17 wants a version below 0.11.37), and does not know
+Orbax that training needs (0.17.1 wants a version below 0.11.37), and does not know
 `jax.lax.platform_dependent`.
 """
 
@@ -27,6 +27,7 @@ from lip_jax.errors import UsageError
 # Of 2022: read by every runtime in use, and what the newer ones add is not needed.
 OPSET = 17
 _IR_VERSION = 8
+_INPUT, _OUTPUT = "images", "logits"
 
 # What is known already, or the name of a tensor of the graph.
 Value = np.ndarray | str
@@ -35,36 +36,30 @@ _TO_NCHW = (0, 3, 1, 2)
 _TO_NHWC = (0, 2, 3, 1)
 
 
-def convert(
-  function: Callable[[jax.Array], jax.Array],
-  images: jax.ShapeDtypeStruct,
-  *,
-  input_name: str = "images",
-  output_name: str = "logits",
+def to_onnx(
+  function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStruct
 ) -> onnx.ModelProto:
-  """The ONNX model that computes what `function` does, for any number of images.
+  """The ONNX model, from `images` to `logits`, that computes what `function` does.
 
   Args:
     function: from [N, H, W, C] to [N, K]; the arrays that it closes over become the weights.
     images: shape and dtype of its argument; the first size is one of `jax.export.symbolic_shape`.
-    input_name: of the model's input, which has the shape and dtype of `images`.
-    output_name: of its output.
 
   Raises:
     UsageError: the function has an operation that is not known here.
   """
   closed = jax.make_jaxpr(function)(images)
-  graph = _Graph(images.shape[0], input_name)
-  stored = graph.add("Transpose", input_name, perm=_TO_NCHW)
+  graph = _Graph(images.shape[0])
+  stored = graph.add("Transpose", _INPUT, perm=_TO_NCHW)
   (result,) = _run(graph, closed.jaxpr, closed.consts, [stored])
-  graph.nodes.append(helper.make_node("Identity", [graph.name_of(result)], [output_name]))
+  graph.nodes.append(helper.make_node("Identity", [graph.name_of(result)], [_OUTPUT]))
   (out,) = closed.out_avals
   model = helper.make_model(
     helper.make_graph(
-      graph.needed_nodes(output_name),
+      graph.needed_nodes(_OUTPUT),
       "network",
-      [_tensor_info(input_name, images)],
-      [_tensor_info(output_name, out)],
+      [_tensor_info(_INPUT, images)],
+      [_tensor_info(_OUTPUT, out)],
       graph.needed_constants(),
     ),
     opset_imports=[helper.make_opsetid("", OPSET)],
@@ -76,17 +71,11 @@ def convert(
 
 
 class _Graph:
-  """Nodes and constants so far.
+  """Nodes and constants so far; `batch` is the symbol that stands for the number of images."""
 
-  Args:
-    batch: the symbol that stands for the number of images.
-    input_name: of the images.
-  """
-
-  def __init__(self, batch: Any, input_name: str):
+  def __init__(self, batch: Any):
     self.batch = batch
     self.nodes: list[onnx.NodeProto] = []
-    self._input_name = input_name
     self._constants: dict[tuple[Any, ...], onnx.TensorProto] = {}
     self._numbers = itertools.count()
 
@@ -140,7 +129,7 @@ class _Graph:
 
   @functools.cached_property
   def _batch_size(self) -> str:
-    shape = self.add("Shape", self._input_name)
+    shape = self.add("Shape", _INPUT)
     return self.add("Slice", shape, self.integers([0]), self.integers([1]))
 
 
@@ -302,16 +291,11 @@ def _pad(graph: _Graph, equation: core.JaxprEqn, x: Value, value: Value) -> str:
 def _slice(graph: _Graph, equation: core.JaxprEqn, x: Value) -> Value:
   params, sizes = equation.params, _aval(equation.invars[0]).shape
   rank = len(sizes)
+  steps = params["strides"] or (1,) * rank
+  bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
   parts = [
     (start, stop, _place(rank, axis), step)
-    for axis, (start, stop, step) in enumerate(
-      zip(
-        params["start_indices"],
-        params["limit_indices"],
-        params["strides"] or (1,) * rank,
-        strict=True,
-      )
-    )
+    for axis, (start, stop, step) in enumerate(bounds)
     if (start, stop, step) != (0, sizes[axis], 1)
   ]
   if any(not _is_fixed(part[:2]) for part in parts):
@@ -351,32 +335,14 @@ def _reshape(graph: _Graph, equation: core.JaxprEqn, x: str, *sizes: Value) -> s
   return graph.add("Transpose", x, perm=_TO_NCHW) if len(new) == 4 else x
 
 
+_ELEMENTWISE = {
+  **{name: name.capitalize() for name in ("abs", "add", "and", "div", "exp", "log", "min", "mul")},
+  **{name: name.capitalize() for name in ("neg", "not", "or", "pow", "sqrt", "tanh")},
+  **{"eq": "Equal", "ge": "GreaterOrEqual", "gt": "Greater", "le": "LessOrEqual", "lt": "Less"},
+  "logistic": "Sigmoid",
+}
 _RULES: dict[str, Callable[..., Value]] = {
-  **{
-    primitive: _elementwise(operation)
-    for primitive, operation in {
-      "abs": "Abs",
-      "add": "Add",
-      "and": "And",
-      "div": "Div",
-      "eq": "Equal",
-      "exp": "Exp",
-      "ge": "GreaterOrEqual",
-      "gt": "Greater",
-      "le": "LessOrEqual",
-      "log": "Log",
-      "logistic": "Sigmoid",
-      "lt": "Less",
-      "min": "Min",
-      "mul": "Mul",
-      "neg": "Neg",
-      "not": "Not",
-      "or": "Or",
-      "pow": "Pow",
-      "sqrt": "Sqrt",
-      "tanh": "Tanh",
-    }.items()
-  },
+  **{primitive: _elementwise(operation) for primitive, operation in _ELEMENTWISE.items()},
   "broadcast_in_dim": _broadcast,
   "concatenate": _concatenate,
   "conv_general_dilated": _conv,

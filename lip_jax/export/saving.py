@@ -1,7 +1,5 @@
 """A network from wherever it is kept to a form to share: folder, StableHLO or ONNX."""
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,15 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.export import folders, inference, onnx_model, stablehlo, validation
-from lip_jax.export.loading import RESULTS
+from lip_jax.export import destination, folders, inference, stablehlo_onnx, validation
+from lip_jax.models.description import flat_variables
+from lip_jax.training.json_files import read_json
 
 FORMATS = ("folder", "stablehlo", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 
-_FILE_FORMATS = {"stablehlo": stablehlo, "onnx": onnx_model}
+_SAVE = {"stablehlo": stablehlo_onnx.save_stablehlo, "onnx": stablehlo_onnx.save_onnx}
+_OF_THE_EVALUATION = ("images_per_second", "model", "source")  # beside the network's results
 
 
 def write(
@@ -31,12 +31,10 @@ def write(
   image_size: int | None = None,
   evaluation: str | Path | None = None,
   overwrite: bool = False,
-) -> inference.Report:
-  """Writes the network of `source` to `out`, which appears only when it agrees with the network.
+) -> inference.ExportReport:
+  """Writes what `lip_jax.load(source)` gives to `out`, which appears only when it agrees with that.
 
   Args:
-    source: what `lip_jax.load` takes.
-    out: file or folder.
     form: one of `FORMATS`; None: by the end of `out`'s name, else a folder.
     dtype: of the computation in a file; of the kernels in a folder, which are rounded to it.
     image_size: of the images that are taken, in pixels; None: the network's own.
@@ -61,18 +59,18 @@ def write(
     folders.check_free(out, overwrite=overwrite)
     results = None if evaluation is None else _read_evaluation(Path(evaluation))
     model, config = lip_jax.load(source)
-    return _write_folder(out, model, config, jnp.dtype(dtype), image_size, results, overwrite)
+    return _write_folder(out, model, config, jnp.dtype(dtype), image_size, results)
   if evaluation is not None:
     raise UsageError("an evaluation can be kept in a folder only; leave it out")
-  inference.check_target(out, overwrite=overwrite)
+  destination.check_file(out, overwrite=overwrite)
   model, config = lip_jax.load(source, dtype=jnp.dtype(dtype))
-  config = {**config, "source": _public(config.get("source"))}
-  return _FILE_FORMATS[form].save(out, model, config, image_size=image_size, overwrite=overwrite)
+  config = {**config, "source": folders.public_source(config)}
+  return _SAVE[form](out, model, config, image_size=image_size, overwrite=overwrite)
 
 
 def _form_of(out: Path) -> str:
   form = out.suffix.removeprefix(".")
-  return form if form in _FILE_FORMATS else "folder"
+  return form if form in _SAVE else "folder"
 
 
 def _write_folder(
@@ -82,16 +80,13 @@ def _write_folder(
   dtype: Any,
   image_size: int | None,
   evaluation: Mapping[str, Any] | None,
-  overwrite: bool,
-) -> inference.Report:
+) -> inference.ExportReport:
   if evaluation is not None and evaluation["model"] != config["model"]:
     raise UsageError(
       f"the evaluation is of {evaluation['model']}, the network is {config['model']}; evaluate "
       "this one"
     )
-  for variable in jax.tree.leaves(
-    nnx.state(model, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-  ):
+  for variable in flat_variables(model).values():
     if variable.ndim > 1:  # what is smaller takes no room, and is sensitive
       variable.set_value(jnp.asarray(variable.get_value(), dtype))
   preprocess = inference.resized(config.get("preprocess"), image_size)
@@ -100,66 +95,35 @@ def _write_folder(
   results: Any = evaluation
   if evaluation is None and image_size is None and dtype == jnp.float32:
     results = config.get("evaluation")  # what is known of the network, which is still the same
-  extra = {
-    "preprocess": preprocess,
-    "class_names": config.get("class_names"),
-    "source": _public(config.get("source")),
-    "evaluation": results and {key: results[key] for key in RESULTS},
-  }
-  options = dict(config["model"])
-  with folders.replacing(out) as temporary:
-    folders.save(
-      temporary,
-      model,
-      name=options.pop("name"),
-      options=options,
-      num_classes=config["num_classes"],
-      extra={key: value for key, value in extra.items() if value is not None},
-    )
+  config = {**config, "preprocess": preprocess, "evaluation": results and _results(results)}
+  with destination.replacing(out) as temporary:
+    folders.save(temporary, model, config)
     written, found = folders.load(temporary)
-    difference, tolerance = _compare(model, written, found, image_size)
+    # Any size shows whether the weights are the same, where none is known.
+    size = image_size if found.get("preprocess") else 64
+    ours, theirs = (inference.prepare(network, found, size) for network in (model, written))
+    call = jax.jit(theirs.function)
+    difference, tolerance = inference.check(
+      lambda images: np.asarray(call(jnp.asarray(images))), ours
+    )
     size = sum(file.stat().st_size for file in temporary.iterdir())
-  return inference.Report(
+  return inference.ExportReport(
     out, size, difference, tolerance, f"jax {jax.__version__}", "what lip_jax.load takes"
   )
 
 
-def _compare(
-  model: nnx.Module, written: nnx.Module, config: Mapping[str, Any], image_size: int | None
-) -> tuple[float, float]:
-  # Any size shows whether the weights are the same, where none is known.
-  size = image_size if config.get("preprocess") else 64
-  ours, theirs = (inference.prepare(network, config, size) for network in (model, written))
-  call = jax.jit(theirs.function)
-  return inference.check(
-    lambda images: np.asarray(call(jnp.asarray(images))),
-    ours.function,
-    theirs.config,
-    theirs.image_size,
-  )
-
-
-def _public(source: Any) -> dict[str, Any] | None:
-  """Where a network is from, without the folders of this machine."""
-  if not isinstance(source, Mapping):
-    return None
-  path = str(source.get("path"))
-  return {**source, "path": path if re.match(r"hf://", path) else Path(path).name}
-
-
 def _read_evaluation(path: Path) -> dict[str, Any]:
+  advice = "write it with lip-jax evaluate PATH --json"
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-      raise ValueError(f"a {type(values).__name__}, expected an object")
-  except (OSError, ValueError) as error:
-    raise UsageError(
-      f"cannot read the evaluation {path} ({error}); write it with lip-jax evaluate PATH --json"
-    ) from error
-  missing = [key for key in (*RESULTS, "model") if key not in values]
+    values = read_json(path, advice)
+  except UsageError as error:
+    raise UsageError(f"cannot read the evaluation ({error})") from None
+  missing = [key for key in ("data", "count", "model") if key not in values]
   if missing:
-    raise UsageError(
-      f"{path} lacks {', '.join(missing)}; write it with lip-jax evaluate PATH --json"
-    )
-  validation.check_evaluation(values, str(path))
+    raise UsageError(f"{path} lacks {', '.join(missing)}; {advice}")
+  validation.check_evaluation(_results(values), str(path))
   return values
+
+
+def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: value for key, value in evaluation.items() if key not in _OF_THE_EVALUATION}

@@ -13,9 +13,11 @@ from flax.typing import Dtype
 
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names, folders
+from lip_jax.export.destination import check_file, replacing
 from lip_jax.export.torch_files import read_torch_checkpoint
 from lip_jax.models import list_models
 from lip_jax.models.cost import count_parameters
+from lip_jax.models.description import CLASSIFIERS, build
 from lip_jax.models.torch_names import load_torch_weights, to_torch_state_dict
 
 # How images are prepared for the authors' and torchvision's networks: ImageNet's RGB moments.
@@ -26,12 +28,12 @@ PREPROCESS = {
   "std": [58.395, 57.12, 57.375],
 }
 
-_CLASSIFIERS = ("fc.weight", "classifier.weight")
+_CLASSIFIERS = [f"{name}.weight" for name in CLASSIFIERS]
 _TORCH_SUFFIXES = (".pth", ".pt")
 _SUFFIXES = (".safetensors", ".npz", *_TORCH_SUFFIXES)
 
 
-def convert(
+def convert_weights(
   source: str | Path,
   out: str | Path,
   *,
@@ -98,20 +100,9 @@ def _from_torch(
     )
   folders.check_free(out, overwrite=overwrite)
   network, rounded, config = read(source, name, options, num_classes)
-  classes = config.pop("num_classes")
-  folders.save(
-    out,
-    network,
-    name=name,
-    options=options,
-    num_classes=classes,
-    extra=config,
-    overwrite=overwrite,
-  )
-  return (
-    f"{source} -> {out}: {name}, {classes} classes, {count_parameters(network):,} parameters"
-    f"{' (rounded from float64 to float32)' if rounded else ''}"
-  )
+  folders.save(out, network, config, overwrite=overwrite)
+  note = " (rounded from float64 to float32)" if rounded else ""
+  return f"{_done(source, out, network, config)}{note}"
 
 
 def read(
@@ -123,30 +114,23 @@ def read(
 ) -> tuple[nnx.Module, bool, dict[str, Any]]:
   """The network of a file of PyTorch weights.
 
-  Args:
-    source: the file.
-    name: of the network.
-    options: of the network.
-    num_classes: number of logits; None: what the classifier in the file has.
-    dtype: of the computation.
-
   Returns:
-    The network; whether weights were rounded from float64; and "num_classes", "preprocess" and, of
-    1,000 classes and where TFDS has their names, "class_names".
+    The network; whether weights were rounded from float64; and its config, with the names of 1,000
+    classes where TFDS has them.
 
   Raises:
-    UsageError: as `convert`.
+    UsageError: as `convert_weights`.
   """
   source = Path(source)
   state_dict = read_torch_checkpoint(source)
   classes = _num_classes(state_dict, source) if num_classes is None else num_classes
-  network = folders.abstract_model(name, options, num_classes=classes, dtype=dtype)
+  model = {"name": name, **options}
+  network = build(model, classes, str(source), dtype)
   load_torch_weights(network, state_dict)
-  config = {"num_classes": classes, "preprocess": PREPROCESS}
   names = class_names.of_imagenet() if classes == 1000 else None
-  if names is not None:
-    config["class_names"] = names
-  return network, any(array.dtype == np.float64 for array in state_dict.values()), config
+  config = {"model": model, "num_classes": classes, "preprocess": PREPROCESS}
+  rounded = any(array.dtype == np.float64 for array in state_dict.values())
+  return network, rounded, {**config, "class_names": names}
 
 
 def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
@@ -154,16 +138,13 @@ def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
     raise UsageError(
       f"{source} is a folder, so {out} must be a file that ends in {', '.join(_SUFFIXES)}"
     )
-  if out.is_dir():
-    raise UsageError(f"{out} is a folder; name a file")
-  if out.exists() and not overwrite:
-    raise UsageError(f"{out} exists; choose another file, or say to overwrite it")
+  check_file(out, overwrite=overwrite)
   torch = _import_torch(out) if out.suffix in _TORCH_SUFFIXES else None
   network, config = folders.load(source)
   state_dict: dict[str, Any] = {
     name: np.asarray(array, order="C") for name, array in to_torch_state_dict(network).items()
   }
-  with folders.replacing(out) as temporary:
+  with replacing(out) as temporary:
     if torch is not None:
       tensors = ((name, torch.tensor(array)) for name, array in state_dict.items())
       torch.save(collections.OrderedDict(tensors), temporary)
@@ -171,9 +152,13 @@ def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
       np.savez(temporary, **state_dict)
     else:
       safetensors.numpy.save_file(state_dict, temporary)
+  return f"{_done(source, out, network, config)} under their PyTorch names"
+
+
+def _done(source: Path, out: Path, network: nnx.Module, config: Mapping[str, Any]) -> str:
   return (
     f"{source} -> {out}: {config['model']['name']}, {config['num_classes']} classes, "
-    f"{count_parameters(network):,} parameters under their PyTorch names"
+    f"{count_parameters(network):,} parameters"
   )
 
 

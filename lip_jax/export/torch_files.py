@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, one_line
+from lip_jax.export.validation import unpacks_too_far
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -29,9 +30,6 @@ _LEGACY_PROTOCOL = 1001
 # What training scripts put around the state_dict.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
-# Bytes that any archive may unpack to, and how often its size on top of it.
-_MAX_UNPACKED = 2**26
-_MAX_RATIO = 20
 # Numbers in a tensor that has fewer of its own.
 _MAX_REPEATED = 2**16
 
@@ -56,9 +54,6 @@ def read_torch_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
   1.6), `.safetensors` and `.npz`; the content decides, not the suffix. A state_dict may lie bare or
   under "state_dict", "model_state_dict" or "model"; entries that are no tensors are left out, and
   only the bytes of the state_dict are read, not an optimizer's.
-
-  Args:
-    path: of the file.
 
   Returns:
     Arrays in PyTorch's layouts and in the file's dtypes (bfloat16 is that of ml_dtypes). They may
@@ -86,10 +81,9 @@ def read_torch_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
   except PermissionError:
     raise UsageError(f"no permission to read {path}; change it (chmod) or copy the file") from None
   except Exception as error:  # damaged bytes can raise anything in pickle, zipfile and NumPy
-    reason = " ".join(str(error).split())[:200]
+    reason = f"{type(error).__name__}: {one_line(error, 200)}"
     raise UsageError(
-      f"cannot read {path}: it is damaged or incomplete ({type(error).__name__}: {reason}); "
-      "download or copy it again"
+      f"cannot read {path}: it is damaged or incomplete ({reason}); download or copy it again"
     ) from error
   if not arrays:
     raise UsageError(f"{path} holds no tensors; give a file with the weights of a network")
@@ -268,7 +262,7 @@ def _unpickle(file: BinaryIO, path: Path, storages: dict[str, _Storage] | None =
 def _check_sizes(archive: zipfile.ZipFile, path: Path) -> None:
   """Raises UsageError if an archive would unpack to far more than weights can be packed to."""
   size = sum(info.file_size for info in archive.infolist())
-  if size > _MAX_UNPACKED + _MAX_RATIO * path.stat().st_size:
+  if unpacks_too_far(size, path.stat().st_size):
     raise UsageError(
       f"{path} is refused: it would unpack to {size:,} bytes, {size // path.stat().st_size:,} "
       "times its size; weights can hardly be packed at all"

@@ -1,9 +1,8 @@
-"""What a network costs: its parameters, and the multiply-adds of one image."""
+"""What a network costs: its parameters, and the multiply-adds and FLOPs of one image."""
 
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +10,16 @@ from flax import nnx
 from jax.extend import core
 
 from lip_jax.errors import UsageError
-from lip_jax.models import abstract_model, list_models
-from lip_jax.tools import paper
+from lip_jax.models import layers
 
 RULE = (
-  "one multiply-add = one multiplication and the addition that follows it, of convolutions and "
-  "matrix products; normalizations, activations, additions, poolings, exp are not counted"
+  "FLOPs as the paper's tables count them: one for each multiplication of convolutions and matrix "
+  "products with the addition that follows it, two for each value of a batch norm, one for each "
+  "value of a ReLU, one for each that a max or average pooling takes; none for instance norms, "
+  "gates and LIP"
 )
 
-# Those whose parameters and multiply-adds the paper gives; table 2 has accuracies only.
-_TABLES = (1, 3, 4)
-
-
-class Cost(NamedTuple):
-  """Cost of one network, beside what the paper says of it."""
-
-  name: str  # of a model, or of a row of the paper's tables
-  model: str  # argument of `create_model`
-  options: Mapping[str, Any]  # further arguments
-  parameters: int
-  multiply_adds: int  # of one image
-  row: paper.Row | None  # with the paper's figures
+_Count = Callable[[core.JaxprEqn], int]  # what an equation counts, besides the programs in it
 
 
 def count_parameters(model: nnx.Module) -> int:
@@ -55,12 +43,39 @@ def multiply_adds(model: nnx.Module, image_size: int = 224) -> int:
   Args:
     model: of `create_model`, with arrays or with shapes in their place (`nnx.eval_shape`); it is
       left as it is.
-    image_size: height and width in pixels.
 
   Raises:
     UsageError: an image that is too small for the network.
     ValueError: products in a loop whose number of rounds depends on the image.
   """
+  return _count(_program(model, image_size), _products)
+
+
+def flops(model: nnx.Module, image_size: int = 224) -> int:
+  """FLOPs of one square image in evaluation mode as the paper's tables count them; as `RULE` says.
+
+  They are the multiply-adds, and what common counters for PyTorch add for the modules that they
+  know.
+
+  Args:
+    model: as for `multiply_adds`.
+
+  Raises:
+    UsageError: as `multiply_adds`.
+    ValueError: as `multiply_adds`.
+  """
+  return counts(model, image_size)[1]
+
+
+def counts(model: nnx.Module, image_size: int = 224) -> tuple[int, int]:
+  """(`multiply_adds`, `flops`) of one square image: the network is traced once for both."""
+  program = _program(model, image_size)
+  products = _count(program, _products)
+  return products, products + _count(program, _elements, kernels=False)
+
+
+def _program(model: nnx.Module, image_size: int) -> core.Jaxpr:
+  """What the network computes of one image in evaluation mode."""
   graph, state = nnx.split(model)
 
   def forward(state: Any, image: jax.Array) -> jax.Array:
@@ -76,63 +91,31 @@ def multiply_adds(model: nnx.Module, image_size: int = 224) -> int:
   except (ValueError, TypeError) as error:
     reason = str(error).splitlines()[0]
     raise UsageError(f"the network cannot take images of {image_size} px: {reason}") from error
-  return _count(jaxpr.jaxpr)
+  return jaxpr.jaxpr
 
 
-def costs(names: Sequence[str] = (), image_size: int = 224) -> Iterator[Cost]:
-  """Cost of each network, one by one, for each is built for it (without its weights).
-
-  Args:
-    names: models and rows of the paper's tables; none: all models, and tables 1, 3 and 4.
-    image_size: height and width in pixels.
-
-  Raises:
-    UsageError: an unknown name, before the first result; an image too small for the network.
-  """
-  names = names or default_names()
-  rows = [_row(name) for name in names]
-  return _costs(names, rows, image_size)
+def _count(program: core.Jaxpr, own: _Count, kernels: bool = True) -> int:
+  """What the equations of a program count, and of the programs in them."""
+  return sum(_count_equation(equation, own, kernels) for equation in program.eqns)
 
 
-def default_names() -> list[str]:
-  """What `costs` takes without names: all models, then the rows of tables 1, 3 and 4."""
-  return list_models() + [row.name for row in paper.ROWS if row.table in _TABLES]
-
-
-def _row(name: str) -> paper.Row | None:
-  """The row of that name, or the row of table 4 that shows the model of that name."""
-  for row in paper.ROWS:
-    if name == row.name or (row.table == 4 and (row.model, row.options) == (name, {})):
-      return row
-  if name in list_models():
-    return None
-  raise UsageError(
-    f"unknown network {name!r}; choose some of the models {', '.join(list_models())} or of the "
-    f"paper's rows {', '.join(row.name for row in paper.ROWS)}"
+def _count_equation(equation: core.JaxprEqn, own: _Count, kernels: bool) -> int:
+  kind, params = equation.primitive.name, equation.params
+  if kind == "pallas_call" or (kind == "custom_vjp_call" and not kernels):
+    return 0
+  if kind == "cond":
+    # One branch runs: of `platform_dependent` always the same, which compute alike.
+    return max(_count(branch, own, kernels) for branch in _programs(params["branches"]))
+  inside = sum(
+    _count(program, own, kernels) for value in params.values() for program in _programs(value)
   )
+  if kind == "while" and inside:
+    raise ValueError("a loop without a fixed number of rounds has no number of multiply-adds")
+  return own(equation) + (inside * params["length"] if kind == "scan" else inside)
 
 
-def _costs(
-  names: Sequence[str], rows: Sequence[paper.Row | None], image_size: int
-) -> Iterator[Cost]:
-  for name, row in zip(names, rows, strict=True):
-    model, options = (name, {}) if row is None else (row.model, dict(row.options))
-    counts = _cost(model, tuple(options.items()), image_size)
-    yield Cost(name, model, options, *counts, row)
-
-
-@functools.cache
-def _cost(name: str, options: tuple[tuple[str, Any], ...], image_size: int) -> tuple[int, int]:
-  model = abstract_model(name, **dict(options))
-  return count_parameters(model), multiply_adds(model, image_size)
-
-
-def _count(jaxpr: core.Jaxpr) -> int:
-  """Multiply-adds of a program."""
-  return sum(_count_equation(equation) for equation in jaxpr.eqns)
-
-
-def _count_equation(equation: core.JaxprEqn) -> int:
+def _products(equation: core.JaxprEqn) -> int:
+  """Multiply-adds of a convolution or matrix product."""
   kind, params = equation.primitive.name, equation.params
   if kind == "conv_general_dilated":
     kernel, output = _shape(equation.invars[1]), _shape(equation.outvars[0])
@@ -143,15 +126,23 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     left, output = _shape(equation.invars[0]), _shape(equation.outvars[0])
     (contracted, _), _ = params["dimension_numbers"]
     return math.prod(output) * math.prod(left[axis] for axis in contracted)
-  if kind == "pallas_call":
-    return 0  # a kernel of ours, which pools
-  if kind == "cond":
-    # One branch runs: of `platform_dependent` always the same, which compute alike.
-    return max(_count(branch) for branch in _programs(params["branches"]))
-  inside = sum(_count(program) for value in params.values() for program in _programs(value))
-  if kind == "while" and inside:
-    raise ValueError("a loop without a fixed number of rounds has no number of multiply-adds")
-  return inside * params["length"] if kind == "scan" else inside
+  return 0
+
+
+def _elements(equation: core.JaxprEqn) -> int:
+  """What `RULE` counts besides products."""
+  kind = equation.primitive.name
+  if equation.params.get("name") == "relu":  # `jax.nn.relu` is a compiled function of its own
+    return math.prod(_shape(equation.outvars[0]))
+  if layers.BATCH_NORM in str(equation.source_info.name_stack):
+    output = _shape(equation.outvars[0])
+    return math.prod(output) if kind in ("mul", "add") and len(output) == 4 else 0
+  windows = kind in ("reduce_window_max", "reduce_window_sum")
+  if windows or (kind == "reduce_sum" and equation.params["axes"] == (1, 2)):
+    pooled = _shape(equation.invars[0])
+    one_map = len(pooled) != 4 or pooled[3] == 1  # such as the number of pixels in each window
+    return 0 if one_map else math.prod(pooled)
+  return 0
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

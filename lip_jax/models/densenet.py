@@ -58,11 +58,7 @@ class DenseNet(Network):
     num_classes: as for `Network`, as are in_channels, remat and dtype.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
       `lip_jax.models.downsample.make_downsamples`.
-    block_sizes: layers in each of the four dense blocks.
-    growth: channels that each layer adds.
-    width: channels after the first convolution.
     norm: makes the batch norms: `layers.make_batch_norm`.
-    rngs: source of the initial weights.
   """
 
   stages: ClassVar = {

@@ -174,12 +174,14 @@ class DenseThenPool(Strided):
 
 
 class LIPProjection(Pooled):
-  """LIP at every place, each predicting importance from what it pools through a 1x1 projection.
+  """LIP at every place, with logits by one 1x1 convolution (figure 4d).
 
-  Args:
-    top: of the logit modules.
-    average_steps: training steps that pool by averages first.
+  In a ResNet's transition both branches predict them from the block's input (section 3.3, figure
+  4b); elsewhere what is pooled predicts its own.
   """
+
+  stem_kernel = 1
+  trunk_width: int | None = None  # of what the logit modules of a transition share
 
   def __init__(self, top: Top = "norm_gate", average_steps: int = 0):
     super().__init__(self._lip)
@@ -193,21 +195,7 @@ class LIPProjection(Pooled):
     return LIP(logits, average_steps=self.average_steps, **windows)
 
   def stem(self, features, *, dtype, rngs):
-    return self._lip(features, kernel_size=3, **_WINDOW_3, dtype=dtype, rngs=rngs)
-
-
-class LIPBottleneck(LIPProjection):
-  """LIP at every place; the two of a ResNet's transition share a bottleneck trunk (figure 4).
-
-  Args:
-    width: x in "bottleneck-x".
-    top: of the logit modules.
-    average_steps: training steps that pool by averages first.
-  """
-
-  def __init__(self, width: int = 128, top: Top = "norm_gate", average_steps: int = 0):
-    super().__init__(top, average_steps)
-    self.width = width
+    return self._lip(features, kernel_size=self.stem_kernel, **_WINDOW_3, dtype=dtype, rngs=rngs)
 
   def transition(self, in_features, branch_features, mid_features, out_features, *, dtype, rngs):
     return SharedLIPTransition(
@@ -215,12 +203,28 @@ class LIPBottleneck(LIPProjection):
       branch_features,
       mid_features,
       out_features,
-      width=self.width,
+      width=self.trunk_width,
       top=self.top,
       average_steps=self.average_steps,
       dtype=dtype,
       rngs=rngs,
     )
+
+
+class LIPBottleneck(LIPProjection):
+  """LIP at every place, with logits by a bottleneck (figure 4e); in the stem by a 3x3 convolution.
+
+  The two of a ResNet's transition share its first two convolutions (section 3.3).
+
+  Args:
+    width: x in "Bottleneck-x".
+  """
+
+  stem_kernel = 3
+
+  def __init__(self, width: int = 128, top: Top = "norm_gate", average_steps: int = 0):
+    super().__init__(top, average_steps)
+    self.width = self.trunk_width = width
 
   def between_blocks(self, features, *, dtype, rngs):
     logits = Bottleneck(
@@ -236,17 +240,7 @@ class LIPBottleneck(LIPProjection):
 
 
 class Convolutions(nnx.Module):
-  """3x3 convolution in the residual branch, 1x1 projection of the shortcut where it is needed.
-
-  Args:
-    in_features: channels of the block's input x.
-    branch_features: channels of the residual branch h.
-    mid_features: channels of its next features.
-    out_features: channels of the block's output.
-    stride: of both convolutions, in pixels.
-    dtype: of the computation.
-    rngs: source of the initial weights.
-  """
+  """3x3 convolution in the residual branch, 1x1 projection of the shortcut where it is needed."""
 
   def __init__(
     self,
@@ -273,18 +267,7 @@ class Convolutions(nnx.Module):
 
 
 class PoolTransition(nnx.Module):
-  """Pooling, then a 1x1 convolution, in both branches ("our baseline structure", section 4.1).
-
-  Args:
-    residual_pool: pools h.
-    shortcut_pool: pools x.
-    in_features: channels of the block's input x.
-    branch_features: channels of the residual branch h.
-    mid_features: channels of its next features.
-    out_features: channels of the block's output.
-    dtype: of the computation.
-    rngs: source of the initial weights.
-  """
+  """Pooling, then a 1x1 convolution, in both branches: figure 4c ("our baseline structure")."""
 
   def __init__(
     self,
@@ -308,18 +291,10 @@ class PoolTransition(nnx.Module):
 
 
 class SharedLIPTransition(PoolTransition):
-  """LIP and a 1x1 convolution in both branches; one trunk, fed by the block's input, for both.
+  """LIP and a 1x1 convolution in both branches, importance from the block's input: figure 4b.
 
   Args:
-    in_features: channels of the block's input x.
-    branch_features: channels of the residual branch h.
-    mid_features: channels of its next features.
-    out_features: channels of the block's output.
-    width: of the shared trunk.
-    top: of the logit modules.
-    average_steps: training steps that pool by averages first.
-    dtype: of the computation.
-    rngs: source of the initial weights.
+    width: of the bottleneck trunk that both logit modules share; None: they are projections.
   """
 
   def __init__(
@@ -329,16 +304,18 @@ class SharedLIPTransition(PoolTransition):
     mid_features: int,
     out_features: int,
     *,
-    width: int = 128,
+    width: int | None = 128,
     top: Top = "norm_gate",
     average_steps: int = 0,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.trunk = BottleneckTrunk(in_features, width, dtype=dtype, rngs=rngs)
+    self.trunk = (
+      None if width is None else BottleneckTrunk(in_features, width, dtype=dtype, rngs=rngs)
+    )
 
     def lip(features: int) -> LIP:
-      head = Projection(width, features, top=top, dtype=dtype, rngs=rngs)
+      head = Projection(width or in_features, features, top=top, dtype=dtype, rngs=rngs)
       return LIP(head, average_steps=average_steps)
 
     super().__init__(
@@ -353,7 +330,7 @@ class SharedLIPTransition(PoolTransition):
     )
 
   def __call__(self, x: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    shared = self.trunk(x)
+    shared = x if self.trunk is None else self.trunk(x)
     return (
       self.residual_conv(self.residual_pool(h, shared)),
       self.shortcut_conv(self.shortcut_pool(x, shared)),

@@ -44,7 +44,6 @@ class LocalPool(nnx.Module):
 
   Args:
     window: height and width of the window in pixels, an int or a pair (h, w).
-    stride: distance between windows in pixels.
     padding: in pixels on each side, at most window // 2.
   """
 
@@ -196,9 +195,7 @@ class DetailPreservingPool(LocalPool):
   form starts as the mean of the window, which is the lite form.
 
   Args:
-    features: channels.
     full: learn the linear down-scaling that details are measured against, a kernel per channel.
-    symmetric: whether pixels below it count as details, too.
     dtype: of the computation; parameters are kept in at least float32.
     **windows: window, stride and padding, as for `LocalPool`.
   """
@@ -251,7 +248,6 @@ class LIP(LocalPool):
     logits: module from features [N, H, W, C] to logits [N, H, W, C]; its `logit_range`, if it has
       one, must bound them.
     window: height and width of the window in pixels, an int or a pair (h, w).
-    stride: in pixels.
     padding: in pixels, at most window // 2.
     average_steps: pool by averages in the first so many training steps (table 2, D); the layer
       then counts its training steps among the model's batch statistics.

@@ -27,6 +27,8 @@ kaiming_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 # Uniform in +-1 / sqrt(fan_in): what PyTorch gives a linear layer's weight.
 linear_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+BATCH_NORM = "batch_norm"  # the scope in which one is evaluated, which `lip_jax.models.cost` counts
+
 
 def param_dtype(dtype: Dtype) -> Dtype:
   """Dtype of the parameters and statistics of a model that computes in `dtype`."""
@@ -116,10 +118,6 @@ class BatchNorm(nnx.Module):
       detectors call FrozenBatchNorm. Scale and bias have gradients as ever; whether they are
       trained is up to the optimizer.
     affine: whether scale and bias are parameters; if not, they belong to the statistics.
-    momentum: share of the old running statistics that each training step keeps.
-    epsilon: added to the variance.
-    zero_init: start with the scale at zero instead of one.
-    dtype: of the output.
   """
 
   def __init__(
@@ -155,7 +153,8 @@ class BatchNorm(nnx.Module):
         array[...].reshape(-1, x.shape[3]).mean(axis=0)
         for array in (self.mean, self.var, self.scale, self.bias)
       )
-      y = apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
+      with jax.named_scope(BATCH_NORM):
+        y = apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
       return padding.blank(y)
     n = x.shape[0]
     here = n if self.axis_name or not self.group_size else self.group_size
@@ -194,7 +193,6 @@ def make_batch_norm(
   Args:
     bn_group_size: images per batch-norm group in training; None or 0 for the whole batch.
     bn_axis_name: `BatchNorm`'s axis_name.
-    bn_frozen: keep the running statistics as they are, and normalize by them also in training.
     bn_affine: whether scale and bias are parameters; not so in torchvision's detectors. A network
       without them needs bn_frozen.
     bn_epsilon: added to the variance; 0 in torchvision's detectors.

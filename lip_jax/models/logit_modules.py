@@ -1,9 +1,9 @@
-"""Networks G(x) that predict the logits of local importance (section 3.2 and figure 3).
+"""Networks G(x) that predict the logits of local importance (section 3.3, figures 4d and 4e).
 
 A logit module maps features [N, H, W, in_features] to logits [N, H, W, out_features] and does
 nothing else. Each ends in a convolution that starts at zero, so its logits start constant and the
-pooling that uses them starts as average pooling. `logit_range` is the interval that the logits lie
-in, or None if they are unbounded.
+pooling that uses them starts as average pooling (section 4.1). `logit_range` is the interval that
+the logits lie in, or None if they are unbounded.
 """
 
 from typing import Any, Literal
@@ -25,23 +25,18 @@ TOPS = ("norm_gate", "norm", "gate", "none")
 
 
 def gate(x: jax.Array) -> jax.Array:
-  """12 * sigmoid(x): logits in [0, 12] (section 3.2)."""
+  """12 * sigmoid(x): logits in [0, 12] (section 3.3)."""
   return GATE * jax.nn.sigmoid(x)
 
 
 class Projection(nnx.Module):
-  """Convolution and its top, by default affine instance norm and gate: figure 3(a).
+  """Convolution and its top, by default affine instance norm and gate: figure 4d.
 
   With a 1x1 kernel it is the paper's projection and the last layer of the bottleneck form; with a
   3x3 kernel it is the form that the published networks use for the LIP of the stem.
 
   Args:
-    in_features: channels that the logits are predicted from.
-    out_features: channels that are to be pooled.
-    kernel_size: of the convolution, in pixels.
     top: "norm_gate", "norm", "gate" or "none". Without the gate the logits are unbounded.
-    dtype: of the computation.
-    rngs: source of the initial weights.
   """
 
   def __init__(
@@ -104,16 +99,12 @@ class Projection(nnx.Module):
 
 
 class BottleneckTrunk(nnx.Module):
-  """1x1 convolution to `width`, then 3x3, each with affine instance norm and ReLU (figure 3(b)).
+  """1x1 convolution to `width`, then 3x3, each with affine instance norm and ReLU (figure 4e).
 
-  All of the bottleneck form but its last layer. Two poolings of one block share it (figure 4).
+  All of the bottleneck form but its last layer. Two poolings of one block share it (section 3.3).
 
   Args:
-    in_features: channels of the input.
-    width: x in "bottleneck-x", channels of the output.
-    init: of the convolutions.
-    dtype: of the computation.
-    rngs: source of the initial weights.
+    width: x in "Bottleneck-x", channels of the output.
   """
 
   def __init__(
@@ -137,16 +128,11 @@ class BottleneckTrunk(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-  """The whole bottleneck-x form of figure 3(b): trunk, then projection.
+  """The whole Bottleneck-x form of figure 4e: trunk, then projection.
 
   Args:
-    in_features: channels that the logits are predicted from.
-    out_features: channels that are to be pooled.
-    width: x in "bottleneck-x".
+    width: x in "Bottleneck-x".
     top: as for `Projection`.
-    init: of the trunk's convolutions.
-    dtype: of the computation.
-    rngs: source of the initial weights.
   """
 
   def __init__(

@@ -19,7 +19,6 @@ class Network(nnx.Module):
 
   Args:
     num_classes: number of logits; 0: a backbone, without a classifier.
-    in_channels: of the images.
     remat: in training, keep the activations between blocks (of a DenseNet: layers) only, and
       compute the others again in the backward pass.
     dtype: of the computation: float32, bfloat16, float16, or float64 where JAX has x64 enabled.

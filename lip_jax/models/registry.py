@@ -1,6 +1,7 @@
 """Model names and what they stand for."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -43,6 +44,30 @@ def list_models() -> list[str]:
   return sorted(_MODELS)
 
 
+def check_options(name: str, options: Iterable[str]) -> tuple[set[str], set[str], set[str]]:
+  """(pooling's, normalization's, the network's own) options of a model, if these are among them.
+
+  Raises:
+    UsageError: an unknown model or option, with the valid ones.
+  """
+  if name not in _MODELS:
+    raise UsageError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
+  constructor, _ = _MODELS[name]
+  pooling, norms, own = (
+    set(inspect.signature(function).parameters)
+    for function in (make_downsamples, make_batch_norm, constructor.__init__)
+  )
+  own -= {"self", "downsample", "norm", "num_classes", "dtype", "rngs"}
+  valid = pooling | norms | own
+  unknown = sorted(set(options) - valid)
+  if unknown:
+    raise UsageError(
+      f"unknown option {', '.join(map(repr, unknown))} for model {name!r}; valid options: "
+      + ", ".join(sorted(valid))
+    )
+  return pooling, norms, own
+
+
 def create_model(
   name: str,
   *,
@@ -71,8 +96,7 @@ def create_model(
   Raises:
     UsageError: an unknown name, option, or value of an option, with the valid ones.
   """
-  if name not in _MODELS:
-    raise UsageError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
+  pooling, norms, own = check_options(name, options)
   if jnp.dtype(dtype) != jax.dtypes.canonicalize_dtype(dtype):
     raise UsageError(
       f"dtype {jnp.dtype(dtype)} needs JAX's x64 mode: call "
@@ -80,18 +104,6 @@ def create_model(
     )
   constructor, given = _MODELS[name]
   given = given | options
-  pooling, norms, own = (
-    set(inspect.signature(function).parameters)
-    for function in (make_downsamples, make_batch_norm, constructor.__init__)
-  )
-  own -= {"self", "downsample", "norm", "num_classes", "dtype", "rngs"}
-  valid = pooling | norms | own
-  unknown = sorted(set(options) - valid)
-  if unknown:
-    raise UsageError(
-      f"unknown option {', '.join(unknown)} for model {name!r}; valid options: "
-      + ", ".join(sorted(valid))
-    )
 
   def chosen(names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}

@@ -101,8 +101,6 @@ def replace_downsampling(
       them for several arguments. LIP layers compute in the dtype that their input has with it.
     logit: logit module of each LIP layer: "projection" or "bottleneck".
     logit_width: for "bottleneck", its width; 128 if left out.
-    skip: (path, layer) -> whether to leave the layer alone.
-    rngs: source of the initial weights of the logit modules.
 
   Returns:
     A `Replacement` for each layer found, in the order in which the model calls them.

@@ -45,11 +45,7 @@ class BasicBlock(ResidualBlock):
   is: a transition, here of the block's input itself.
 
   Args:
-    in_features: channels of the input.
-    width: channels inside the block.
     downsample: makes the transition of a block that halves the resolution; None keeps it.
-    make: makes the layers.
-    zero_init_residual: start the last batch norm's scale at zero, so the block starts as identity.
   """
 
   expansion = 1  # output channels / width
@@ -117,14 +113,12 @@ class ResNet(Network):
     num_classes: as for `Network`, as are in_channels, remat and dtype.
     downsample: for each of "stem", "c3", "c4" and "c5", what halves the resolution there:
       `lip_jax.models.downsample.make_downsamples`.
-    stage_sizes: blocks in each of the four stages.
     block: "bottleneck" or "basic".
     width: channels after the stem, and inside the first stage's blocks; doubles at each stage.
     stem: "imagenet" (7x7 convolution, stride 2) or "small" (3x3, stride 1, for images of 32-64 px:
       the strides of `features` are then half of those named).
     zero_init_residual: start every block as identity (Goyal et al. 2017).
     norm: makes the batch norms: `layers.make_batch_norm`.
-    rngs: source of the initial weights.
   """
 
   stages: ClassVar = {

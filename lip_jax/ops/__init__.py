@@ -1,1 +1,1 @@
-"""Pure functions of arrays: poolings, normalization, and their kernels."""
+"""Pure functions of arrays: poolings, normalization, boxes, RoIs, and their kernels."""

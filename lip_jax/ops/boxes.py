@@ -78,7 +78,6 @@ def encode(
   Args:
     boxes: [..., 4], anchors or proposals.
     gts: [..., 4], the ground truth of each.
-    stds: four numbers that the targets are divided by.
     inclusive: whether x2 and y2 are last pixels.
 
   Returns:
@@ -113,7 +112,6 @@ def decode(
   Args:
     boxes: [..., 4], anchors or proposals.
     deltas: [..., 4], (dx, dy, dw, dh) / stds; its leading axes broadcast with those of boxes.
-    stds: four numbers that the deltas are multiplied by.
     inclusive: whether x2 and y2 are last pixels.
     size: height and width of the image to `clip` to; None: boxes may leave it.
 

@@ -29,8 +29,6 @@ def deform_conv(
     x: [N, H, W, C].
     offset: [N, H', W', 2 * kh * kw], in cells: (dy, dx) of each tap, taps in row order.
     kernel: [kh, kw, C, O].
-    stride: in cells.
-    padding: in cells, on each side.
     border_gradient: whether samples exactly one cell outside, at -1, where zero offsets in the
       padding lie, have a gradient by their offset (torchvision) or none (mmdetection 0.6).
 

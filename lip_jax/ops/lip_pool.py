@@ -54,7 +54,6 @@ def lip_pool(
       channels; floating point.
     window: height and width of the window in pixels, an int or a pair (h, w). Meant for small ones:
       the code of a window's pixels is unrolled (see `lip_jax.adaptive_lip_pool` for large ones).
-    stride: distance between windows in pixels, likewise.
     padding: pixels added on each side, likewise; at most window // 2.
     implementation: "auto" (the best for the platform), "xla" (numerically safe, hand-derived
       gradient), "pallas" (the kernels for TPU and NVIDIA GPUs, which "auto" takes there; elsewhere
@@ -107,7 +106,6 @@ def gated_lip_pool(
     features: of the logit module before its instance norm, [N, H, W, C], floating point.
     scale: of the instance norm, [C].
     bias: of the instance norm, [C].
-    epsilon: added to the variance.
   """
   geometry = make_geometry(x, window, stride, padding)
   check_array("features", features)

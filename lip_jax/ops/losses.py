@@ -16,7 +16,6 @@ def sigmoid_focal(
     logits: of any shape.
     targets: of the same shape, 1 for what should be found and 0 for all else.
     alpha: weight of targets that are 1; all others weigh 1 - alpha.
-    gamma: how much well classified elements are discounted.
 
   Returns:
     Of the shape of logits, in at least float32.

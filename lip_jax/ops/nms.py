@@ -33,7 +33,6 @@ def nms(
     scores: [N]. Boxes whose score is NaN are left out.
     labels: [N] integers, the classes, compared as they are; None: all are of one class.
     threshold: the largest IoU that two kept boxes of one class may have.
-    limit: how many are kept at most.
     valid: [N] bool, False for padding, which is neither kept nor suppresses; None: all count.
     inclusive: whether x2 and y2 are last pixels.
 

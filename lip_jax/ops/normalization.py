@@ -25,7 +25,6 @@ def moments(
 
   Args:
     x: of any shape.
-    axes: to average over.
     axis_name: mesh axes to average over as well, inside `jax.shard_map`.
     mask: bool, broadcasts with x: what to average; None: everything.
   """

@@ -145,7 +145,6 @@ def detail_preserving_pool(
     lam: exponent lambda, >= 0: a number, or one per channel, [C].
     kernel: for the full form, [window_h, window_w, C].
     symmetric: whether pixels below d[p] count as details, too.
-    epsilon: keeps rho differentiable.
   """
   geometry = make_geometry(x, window, stride, padding)
   importance = detail_importance(x, alpha, lam, geometry, kernel, symmetric, epsilon)
@@ -176,7 +175,7 @@ def detail_importance(
   if kernel is None:
     down = functools.reduce(jnp.add, pixels) / functools.reduce(jnp.add, inside)
   else:
-    check_shape("kernel", kernel, (*geometry.window, x.shape[3]), x)
+    check_shape("kernel [window_h, window_w, C]", kernel, (*geometry.window, x.shape[3]), x)
     factors = kernel.astype(dtype).reshape(-1, 1, 1, 1, x.shape[3])
     down = functools.reduce(jnp.add, [f * t for f, t in zip(factors, pixels, strict=True)])
   exponent = _per_channel("lam", lam, x, dtype) / 2

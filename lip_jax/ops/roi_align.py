@@ -50,10 +50,7 @@ def roi_align(
   Args:
     features: [H, W, C], of one image.
     rois: [R, 4], x1, y1, x2, y2 in pixels of the image. A region of NaN gives 0.
-    stride: pixels of the image that a cell of the map stands for.
     size: bins, an int or a pair (h, w).
-    samples: in each direction of a bin.
-    mode: the convention, see the module.
     implementation: "gather"; "one_hot", products with matrices of weights, whose gradient is
       deterministic everywhere, and which needs finite features; or "auto", the latter on TPU.
 
@@ -94,10 +91,7 @@ def multilevel_roi_align(
     features: of L levels, [H_l, W_l, C] each, of one dtype.
     rois: [R, 4].
     levels: [R] integers from 0 to L - 1, see `roi_levels`.
-    strides: of the L levels.
     size: as for `roi_align`, and so are all others.
-    samples: in each direction of a bin.
-    mode: the convention.
     implementation: "gather", "one_hot" or "auto".
 
   Returns:

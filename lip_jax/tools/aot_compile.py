@@ -159,8 +159,6 @@ def train_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> F
   """Figures of the training step of a run; minutes for a large network.
 
   Args:
-    config: of the run.
-    classes: of its data.
     devices: to compile for, of a `Topology` or of this machine.
 
   Raises:
@@ -234,11 +232,7 @@ def _compile(lower: Callable[[], jax.stages.Lowered]) -> Figures:
 
 
 def out_of_memory(message: str) -> str:
-  """What to do when the compiler says that a program does not fit.
-
-  Args:
-    message: of the compiler.
-  """
+  """What to do when the compiler says that a program does not fit."""
   sizes = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message)
   if sizes:
     needs, has = (

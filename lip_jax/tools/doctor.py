@@ -4,13 +4,16 @@ No check can end the others: what one of them raises is its own verdict.
 """
 
 import dataclasses
+import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lip_jax.distributed import hosts
-from lip_jax.distributed.roll import MissingProcessError
+from lip_jax.distributed import service_log, startup
 from lip_jax.errors import UsageError
 from lip_jax.tools import machine
 from lip_jax.tools.machine import Status, Verdict
@@ -63,7 +66,7 @@ class Subject:
   data_dir: str | None = None
   dataset: str | None = None
   config: Config | None = None
-  processes: hosts.Options = dataclasses.field(default_factory=hosts.Options)
+  processes: startup.Options = dataclasses.field(default_factory=startup.Options)
   bench_seconds: float = 5.0
   device_timeout: float = 120.0
   bench: bool = True
@@ -75,7 +78,6 @@ def examine(
   """Runs all checks that apply; gives each verdict as soon as it is there, and never raises.
 
   Args:
-    subject: what to examine.
     progress: is told what is being done, and finally "".
   """
   subject, faults = _with_config(subject)
@@ -104,9 +106,6 @@ def examine(
     except UsageError as error:
       progress("")
       yield Finding(name, "problem", str(error))
-    except MissingProcessError as error:
-      progress("")
-      yield Finding(name, "problem", str(error), "--distributed=off checks this host alone")
     except (Exception, SystemExit) as error:  # whatever the libraries raise on a broken machine
       progress("")
       said = (str(error).strip() or "no message").splitlines()[0][:300]
@@ -129,16 +128,42 @@ def _with_config(subject: Subject) -> tuple[Subject, list[Finding]]:
     return subject, [Finding("config", "problem", f"that of {subject.workdir}: {error}")]
 
 
+# In a process of its own, which ends when others do not come. Prints the names in its last line.
+_JOIN = """
+import json, sys
+from lip_jax.distributed import startup
+from lip_jax.errors import UsageError
+try:
+  with startup.join(startup.Options(**json.loads(sys.argv[1]))) as names:
+    print(json.dumps(names))
+except UsageError as error:
+  sys.exit(f"error: {error}")
+"""
+
+
 def _hosts(subject: Subject, company: _Company) -> Iterator[Verdict]:
   """Connects with the others as a run does."""
-  found = hosts.plan(subject.processes)
-  if found is None:
+  place = startup.locate(subject.processes)
+  if place is None:
     yield "ok", "one process; see --coordinator_address for several"
     return
-  company.hosts = found.num_processes
-  names = hosts.meet(found, subject.processes)
-  company.hosts, company.processes_here = len(set(names)), names.count(names[found.process_id])
-  where = f"process 0 at {found.coordinator_address}, {found.origin}"
+  company.hosts = place.num_processes or 1
+  options = json.dumps(dataclasses.asdict(subject.processes))
+  joined = subprocess.run(
+    [sys.executable, "-c", _JOIN, options],
+    env={**os.environ, **service_log.ENVIRONMENT},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  if joined.returncode:
+    said = (joined.stderr.strip() or f"exit status {joined.returncode}").splitlines()[-1]
+    remedy = "--distributed=off checks this host alone"
+    yield "problem", said.removeprefix("error: "), remedy
+    return
+  names = json.loads(joined.stdout.splitlines()[-1])
+  company.hosts, company.processes_here = len(set(names)), names.count(socket.gethostname())
+  where = f"process 0 at {place.coordinator_address or names[0]}"
   yield "ok", f"all {len(names)} processes have connected ({where}): {', '.join(names)}"
 
 
@@ -152,6 +177,7 @@ def _workdir(subject: Subject) -> Iterator[Verdict]:
   if subject.config is not None:
     from lip_jax.tools import step_bench
     from lip_jax.training import config as config_lib
+    from lip_jax.training.checkpoint.checkpoints import most_at_a_time
 
     if workdir_lib.read_text(path / "config.json") is not None:
       different = config_lib.differences(subject.config, config_lib.load(path))
@@ -162,8 +188,7 @@ def _workdir(subject: Subject) -> Iterator[Verdict]:
           "take another --workdir",
         )
     one = step_bench.state_bytes(subject.config)
-    # The latest ones, the best, and the one that is being written.
-    need = one * (subject.config.keep_checkpoints + 2)
+    need = one * most_at_a_time(subject.config.keep_checkpoints)
     room += f"; checkpoints take {need / _GIB:.2g} GiB ({one / _GIB:.2g} each)"
   if free is not None and free < max(need, 1):
     yield "problem", f"{path}: {room}", "make room, or take another --workdir"
@@ -205,7 +230,7 @@ def _data_dir(subject: Subject) -> Iterator[Verdict]:
 
 
 def _dataset(subject: Subject) -> Iterator[Verdict]:
-  from lip_jax.data.cluttered_digits import ClutteredDigits
+  from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
   from lip_jax.data.source import open_split
 
   data = subject.config.data if subject.config else None

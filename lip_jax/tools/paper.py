@@ -1,307 +1,237 @@
-"""Tables 1 to 4 of the paper, row by row: the network, the paper's figures, and our results.
+"""Tables 1 to 6 of the paper as printed, and the network of each row.
 
-The bodies of the paper's tables could not be read where this was written. The figures come from the
-authors' published README and the few other places that each row's `source` names; those that are in
-neither are None. That table 3's letters stand for these places, in this order, is our reading.
+Gao, Wang and Wu, "LIP: Local Importance-based Pooling", ICCV 2019, sections 4.2 to 4.4.
 """
 
 import dataclasses
-import inspect
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
-
-from lip_jax.errors import UsageError
+from typing import Any
 
 TITLES = {
-  1: "pooling layers and logit modules, ResNet-50",
-  2: "top layers of the logit module, LIP-ResNet-50 (Bottleneck-128)",
-  3: "places of LIP, LIP-ResNet-50 (Bottleneck-128)",
+  1: "down-sampling methods, ResNet-50",
+  2: "top layers of the logit modules, LIP-ResNet-50 (Bottleneck-128)",
+  3: "places of LIP, ResNet-50 (Bottleneck-128)",
   4: "architectures",
+  5: "detectors, COCO 2017 val",
+  6: "detectors, COCO test-dev",
+}
+
+# What the paper says beside the numbers.
+NOTES = {
+  2: "B failed to train, whatever was tried against numerical problems. D pools by averages for "
+  "the first 2,000 iterations, so that noisy early gradients do not make exp overflow.",
+  3: "C is recommended for practice: fewer parameters than ResNet-50, and 3 % more FLOPs.",
+  4: "ResNet-152 was not trained for the paper: it is tensorpack's result with a similar recipe.",
+  5: "With ResNets and ResNeXt-101 (64x4d): detectors that mmdetection released, evaluated for the "
+  "paper. Two-fold training schedule, one scale in testing.",
+  6: "The first seven are others' detectors. MD: with more deformable convolutions. One scale in "
+  "testing.",
+}
+
+# Accuracies of one central crop of the ImageNet validation split, average precisions: percent.
+# Parameters in millions, FLOPs in thousands of millions by the rule of `lip_jax.models.cost`.
+_CLASSIFICATION = ("top1", "top5", "parameters_m", "flops_g")
+_DETECTION = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
+COLUMNS: dict[int, tuple[str, ...]] = {
+  1: _CLASSIFICATION,
+  2: ("top1", "top5"),
+  3: _CLASSIFICATION,
+  4: _CLASSIFICATION,
+  5: _DETECTION,
+  6: _DETECTION,
 }
 
 DATASET = "imagenet2012"
 
-_README = "authors' README"
-_SAME_NETWORK = "authors' README, which lists this network; the row itself could not be read"
-_UNREAD = "could not be read"
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One row: a network and what the paper says of it, None where that could not be obtained.
-
-  Top-1 and top-5 are accuracies on the ImageNet validation split in percent, one crop of 224 px.
-  """
+  """One row: what the paper prints of it, and the network that it is here."""
 
   name: str  # such as "table1_average": argument of configs/imagenet.py
-  table: int
+  table: int | None  # None: not the paper's
   label: str  # what the row is about, in words
-  model: str  # argument of `create_model`
+  printed: Mapping[str, float | None] = dataclasses.field(default_factory=dict, hash=False)
+  model: str | None = None  # argument of `create_model`; None: not built here
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # further ones
-  top1: float | None = None
-  top5: float | None = None
-  parameters_m: float | None = None  # millions
-  multiply_adds_g: float | None = None  # thousands of millions
-  source: str = _UNREAD  # of the figures
 
 
-_RESNET50: dict[str, Any] = {
-  "top1": 76.40,
-  "top5": 93.15,
-  "parameters_m": 25.6,
-  "multiply_adds_g": 4.12,
-}
-_LIP_RESNET50: dict[str, Any] = {
-  "top1": 78.19,
-  "top5": 93.96,
-  "parameters_m": 23.9,
-  "multiply_adds_g": 5.33,
-}
+def _row(
+  table: int,
+  name: str,
+  label: str,
+  printed: tuple[float | None, ...],
+  model: str | None = None,
+  options: Mapping[str, Any] | None = None,
+) -> Row:
+  """A row of the paper, with its printed figures in the order of the table's columns."""
+  figures = dict(zip(COLUMNS[table], printed, strict=True))
+  return Row(f"table{table}_{name}", table, label, figures, model, options or {})
+
 
 ROWS: tuple[Row, ...] = (
-  Row(
-    "table1_strided", 1, "strided convolution", "resnet50", {}, **_RESNET50, source=_SAME_NETWORK
+  _row(1, "strided", "strided convolution", (76.40, 93.15, 25.6, 4.12), "resnet50"),
+  _row(
+    1, "average", "average pooling", (76.96, 93.35, 22.8, 3.82), "resnet50", {"pool": "average"}
   ),
-  Row("table1_average", 1, "average pooling", "resnet50", {"pool": "average"}),
-  Row("table1_max", 1, "max pooling", "resnet50", {"pool": "max"}),
-  Row("table1_dpp_full_sym", 1, "DPP, full, symmetric", "resnet50", {"pool": "dpp_full_sym"}),
-  Row("table1_dpp_full_asym", 1, "DPP, full, asymmetric", "resnet50", {"pool": "dpp_full_asym"}),
-  Row("table1_dpp_lite_sym", 1, "DPP, lite, symmetric", "resnet50", {"pool": "dpp_lite_sym"}),
-  Row("table1_dpp_lite_asym", 1, "DPP, lite, asymmetric", "resnet50", {"pool": "dpp_lite_asym"}),
-  Row(
-    "table1_dpp_original",
+  _row(
     1,
-    "DPP, lite, symmetric, in its original structure",
+    "dpp",
+    "DPP, our baseline structure",
+    (76.87, 93.30, 22.8, 3.83),
+    "resnet50",
+    {"pool": "dpp_lite_sym"},
+  ),
+  _row(
+    1,
+    "dpp_original",
+    "DPP, original structure",
+    (77.22, 93.64, 25.6, 6.59),
     "resnet50",
     {"pool": "dpp_lite_sym", "structure": "dense"},
-    multiply_adds_g=6.59,
-    source="the LIP author's count in a discussion of the DPP repository, by a rule that gives the "
-    "plain ResNet-50 4.14 G; the row itself could not be read",
   ),
-  Row("table1_lip_projection", 1, "LIP, Projection", "lip_resnet50", {"logit": "projection"}),
-  Row("table1_lip_bottleneck64", 1, "LIP, Bottleneck-64", "lip_resnet50", {"logit_width": 64}),
-  Row(
-    "table1_lip_bottleneck128",
+  _row(
     1,
-    "LIP, Bottleneck-128",
+    "lip_projection",
+    "LIP w Projection",
+    (77.49, 93.86, 24.7, 4.78),
+    "lip_resnet50",
+    {"logit": "projection"},
+  ),
+  _row(
+    1,
+    "lip_bottleneck64",
+    "LIP w Bottleneck-64",
+    (77.92, 93.97, 23.2, 4.65),
+    "lip_resnet50",
+    {"logit_width": 64},
+  ),
+  _row(
+    1,
+    "lip_bottleneck128",
+    "LIP w Bottleneck-128",
+    (78.19, 93.96, 23.9, 5.33),
     "lip_resnet50",
     {"logit_width": 128},
-    **_LIP_RESNET50,
-    source=_SAME_NETWORK,
   ),
-  Row(
-    "table1_lip_bottleneck256",
+  _row(
     1,
-    "LIP, Bottleneck-256",
+    "lip_bottleneck256",
+    "LIP w Bottleneck-256",
+    (78.15, 94.02, 25.8, 7.61),
     "lip_resnet50",
     {"logit_width": 256},
-    top1=78.15,
-    source="a public listing of the paper's results; the row itself could not be read",
   ),
-  Row(
-    "table2_a",
+  _row(
     2,
-    "A: instance norm and gate",
+    "a",
+    "A: affine instance norm and amplified sigmoid",
+    (78.19, 93.96),
     "lip_resnet50",
     {"logit_top": "norm_gate"},
-    **_LIP_RESNET50,
-    source=_SAME_NETWORK,
   ),
-  Row("table2_b", 2, "B: instance norm only", "lip_resnet50", {"logit_top": "norm"}),
-  Row("table2_c", 2, "C: gate only", "lip_resnet50", {"logit_top": "gate"}),
-  Row(
-    "table2_d",
+  _row(2, "b", "B: affine instance norm", (None, None), "lip_resnet50", {"logit_top": "norm"}),
+  _row(2, "c", "C: amplified sigmoid", (77.81, 93.86), "lip_resnet50", {"logit_top": "gate"}),
+  _row(
     2,
-    "D: neither, average pooling for the first 2,000 steps",
+    "d",
+    "D: neither",
+    (77.89, 93.86),
     "lip_resnet50",
     {"logit_top": "none", "average_steps": 2000},
   ),
-  Row("table3_a", 3, "A: stem only", "lip_resnet50", {"lip_stages": ("stem",)}),
-  Row("table3_b", 3, "B: c3 only, to stride 8", "lip_resnet50", {"lip_stages": ("c3",)}),
-  Row("table3_c", 3, "C: c4 only, to stride 16", "lip_resnet50", {"lip_stages": ("c4",)}),
-  Row("table3_d", 3, "D: c5 only, to stride 32", "lip_resnet50", {"lip_stages": ("c5",)}),
-  Row(
-    "table3_e",
+  _row(3, "a", "A: max pooling, Res3, Res4, Res5", (78.19, 93.96, 23.9, 5.33), "lip_resnet50"),
+  _row(
     3,
-    "E: all four places",
+    "b",
+    "B: Res3, Res4, Res5",
+    (77.87, 93.94, 23.8, 4.87),
     "lip_resnet50",
-    {"lip_stages": ("stem", "c3", "c4", "c5")},
-    **_LIP_RESNET50,
-    source=_SAME_NETWORK,
+    {"lip_stages": ("c3", "c4", "c5")},
   ),
-  Row("table4_resnet50", 4, "ResNet-50", "resnet50", {}, **_RESNET50, source=_README),
-  Row(
-    "table4_lip_resnet50", 4, "LIP-ResNet-50", "lip_resnet50", {}, **_LIP_RESNET50, source=_README
+  _row(
+    3,
+    "c",
+    "C: Res4, Res5",
+    (77.78, 93.81, 23.7, 4.26),
+    "lip_resnet50",
+    {"lip_stages": ("c4", "c5")},
   ),
-  Row(
-    "table4_resnet101",
-    4,
-    "ResNet-101",
-    "resnet101",
-    {},
-    top1=77.98,
-    top5=93.98,
-    parameters_m=44.5,
-    multiply_adds_g=7.85,
-    source=_README,
+  _row(3, "d", "D: Res5", (76.92, 93.37, 23.9, 4.11), "lip_resnet50", {"lip_stages": ("c5",)}),
+  _row(3, "e", "E: nowhere, the plain ResNet-50", (76.40, 93.15, 25.6, 4.12), "resnet50"),
+  _row(4, "resnet50", "ResNet-50", (76.40, 93.15, 25.6, 4.12), "resnet50"),
+  _row(4, "lip_resnet50", "LIP-ResNet-50", (78.19, 93.96, 23.9, 5.33), "lip_resnet50"),
+  _row(4, "resnet101", "ResNet-101", (77.98, 93.98, 44.5, 7.85), "resnet101"),
+  _row(4, "lip_resnet101", "LIP-ResNet-101", (79.33, 94.60, 42.9, 9.06), "lip_resnet101"),
+  _row(4, "resnet152", "ResNet-152", (78.49, 94.22, 60.2, 11.58), "resnet152"),
+  _row(4, "densenet121", "DenseNet-BC-121", (75.62, 92.56, 8.0, 2.88), "densenet121"),
+  _row(4, "lip_densenet121", "LIP-DenseNet-BC-121", (76.64, 93.16, 8.7, 4.13), "lip_densenet121"),
+  _row(
+    5, "faster_rcnn_resnet50", "Faster R-CNN w FPN, ResNet-50", (37.7, 59.3, 41.1, 21.9, 41.5, 48.7)
   ),
-  Row(
-    "table4_lip_resnet101",
-    4,
-    "LIP-ResNet-101",
+  _row(
+    5,
+    "faster_rcnn_lip_resnet50",
+    "Faster R-CNN w FPN, LIP-ResNet-50",
+    (39.2, 61.2, 42.5, 24.0, 43.1, 50.3),
+  ),
+  _row(
+    5,
+    "faster_rcnn_resnet101",
+    "Faster R-CNN w FPN, ResNet-101",
+    (39.4, 60.7, 43.0, 22.1, 43.6, 52.1),
+  ),
+  _row(
+    5,
+    "faster_rcnn_lip_resnet101",
+    "Faster R-CNN w FPN, LIP-ResNet-101",
+    (41.7, 63.6, 45.6, 25.2, 45.8, 54.0),
+  ),
+  _row(
+    5,
+    "faster_rcnn_resnext101",
+    "Faster R-CNN w FPN, ResNeXt-101",
+    (40.7, 62.1, 44.5, 23.0, 44.5, 53.6),
+  ),
+  _row(5, "retinanet_resnet50", "RetinaNet, ResNet-50", (36.6, 56.6, 38.9, 19.6, 40.3, 48.9)),
+  _row(
+    5, "retinanet_lip_resnet50", "RetinaNet, LIP-ResNet-50", (38.0, 58.8, 40.5, 22.6, 41.5, 49.9)
+  ),
+  _row(5, "retinanet_resnet101", "RetinaNet, ResNet-101", (38.1, 58.1, 40.6, 20.2, 41.8, 50.8)),
+  _row(6, "faster_rcnn", "Faster R-CNN w FPN, ResNet-101", (36.2, 59.1, 39.0, 18.2, 39.0, 48.2)),
+  _row(6, "mask_rcnn", "Mask R-CNN, ResNet-101 w FPN", (38.2, 60.3, 41.7, 20.1, 41.1, 50.2)),
+  _row(6, "sod_mtgan", "SOD-MTGAN, ResNet-101 w FPN", (41.4, 63.2, 45.4, 24.7, 44.2, 52.6)),
+  _row(6, "grid_rcnn", "Grid R-CNN, ResNet-101 w FPN", (41.5, 60.9, 44.5, 23.3, 44.9, 53.1)),
+  _row(6, "dcr", "DCR, ResNet-101-Deformable w FPN", (41.7, 64.0, 45.9, 23.7, 44.7, 53.4)),
+  _row(6, "tridentnet", "TridentNet, ResNet-101", (42.7, 63.6, 46.5, 23.9, 46.6, 56.6)),
+  _row(6, "cascade_rcnn", "Cascade R-CNN, ResNet-101", (42.8, 62.1, 46.3, 23.7, 45.5, 55.2)),
+  _row(
+    6,
     "lip_resnet101",
-    {},
-    top1=79.33,
-    top5=94.60,
-    parameters_m=42.9,
-    multiply_adds_g=9.06,
-    source=_README,
+    "Faster R-CNN w FPN & LIP, LIP-ResNet-101",
+    (42.0, 64.3, 45.8, 24.7, 45.2, 52.3),
   ),
-  Row(
-    "table4_densenet121",
-    4,
-    "DenseNet-121",
-    "densenet121",
-    {},
-    top1=75.62,
-    top5=92.56,
-    parameters_m=8.0,
-    multiply_adds_g=2.88,
-    source=_README,
-  ),
-  Row(
-    "table4_lip_densenet121",
-    4,
-    "LIP-DenseNet-121",
-    "lip_densenet121",
-    {},
-    top1=76.64,
-    top5=93.16,
-    parameters_m=8.7,
-    multiply_adds_g=4.13,
-    source=_README,
+  _row(
+    6,
+    "lip_resnet101_md",
+    "Faster R-CNN w FPN & LIP, LIP-ResNet-101-MD",
+    (43.9, 65.7, 48.1, 25.4, 46.7, 56.3),
   ),
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """What a run of a row has come to.
-
-  status: "not yet run"; "running", which is also said of a run that has been interrupted; "other":
-  a run that is not this row's; or "finished", and only then there are top-1 and top-5.
-  """
-
-  status: Literal["not yet run", "running", "other", "finished"]
-  step: int | None = None
-  epochs: float | None = None  # that the run was to take
-  top1: float | None = None  # percent
-  top5: float | None = None
-  why: str | None = None  # a run that does not count
-
-  def __str__(self) -> str:
-    if self.status == "finished":
-      return f"{self.top1:.2f} / {self.top5:.2f} ({self.epochs:g} epochs)"
-    if self.status == "running":
-      return f"running, step {self.step}"
-    return f"not counted: {self.why}" if self.status == "other" else self.status
-
-
-def command(row: Row, runs: str | Path = "runs") -> str:
-  """What trains a row's network into `<runs>/<row>`."""
-  return (
-    f"python train.py --config=configs/imagenet.py:{row.name} --workdir={Path(runs) / row.name}"
+# Our other poolings in the place of table 1's: no rows of the paper.
+FURTHER: tuple[Row, ...] = tuple(
+  Row(f"further_{name}", None, label, model="resnet50", options={"pool": pool})
+  for name, label, pool in (
+    ("max", "max pooling", "max"),
+    ("dpp_lite_asym", "DPP, lite, asymmetric", "dpp_lite_asym"),
+    ("dpp_full_sym", "DPP, full, symmetric", "dpp_full_sym"),
+    ("dpp_full_asym", "DPP, full, asymmetric", "dpp_full_asym"),
+    ("soft", "SoftPool", "soft"),
+    ("lp", "power mean, p = 2", "lp"),
+    ("exp", "exp(beta x) with a learned beta", "exp"),
   )
+)
 
-
-def result(row: Row, runs: str | Path) -> Result:
-  """What the run in `<runs>/<row>` has come to: the last evaluation of a finished run.
-
-  Only the network and the data set must be the row's; the recipe is the run's own, which the
-  number of epochs hints at.
-
-  Args:
-    row: one of `ROWS`.
-    runs: directory of the runs.
-  """
-  from lip_jax.training import config as config_lib
-
-  directory = Path(runs) / row.name
-  if not (directory / "config.json").exists():
-    return Result("not yet run")
-  try:
-    run = config_lib.load(directory)
-  except UsageError as error:
-    return Result("other", why=str(error))
-  if run.data.dataset.partition(":")[0] != DATASET:
-    return Result("other", why=f"a run on {run.data.dataset}, not on {DATASET}")
-  if not _same_network(row, run.model):
-    return Result("other", why=f"a run of another model: {_describe(run.model)}")
-  lines = _read_lines(directory / "metrics.jsonl")
-  step = max((line["step"] for line in lines), default=0)
-  last = _last_step(lines, run.num_epochs)
-  for line in reversed(lines):
-    if line["step"] == last and "validation/top1" in line:
-      top1, top5 = (100 * line[f"validation/{name}"] for name in ("top1", "top5"))
-      return Result("finished", step, run.num_epochs, top1, top5)
-  return Result("running", step, run.num_epochs)
-
-
-# Part of the recipe: they change no function that the network can compute.
-_RECIPE = ("bn_group_size", "zero_init_residual")
-
-
-def _same_network(row: Row, model: Mapping[str, Any]) -> bool:
-  """Whether a configuration's model section builds the row's network, however it is spelt."""
-  given = {key: value for key, value in model.items() if key not in ("name", *_RECIPE)}
-  try:
-    return model["name"] == row.model and (
-      _structure(row.model, given) == _structure(row.model, row.options)
-    )
-  except (UsageError, TypeError):  # options of another version
-    return False
-
-
-def _structure(name: str, options: Mapping[str, Any]) -> Any:
-  from flax import nnx
-
-  from lip_jax.models import abstract_model
-
-  graph, state = nnx.split(abstract_model(name, **options))
-  return graph, {path: leaf.shape for path, leaf in nnx.to_flat_state(state)}
-
-
-def _describe(model: Mapping[str, Any]) -> str:
-  """The name and what is not as it usually is."""
-  from lip_jax.models.downsample import make_downsamples
-
-  usual = {name: p.default for name, p in inspect.signature(make_downsamples).parameters.items()}
-  shown = [
-    f"{key}={value}"
-    for key, value in model.items()
-    if key not in ("name", *_RECIPE) and value != usual.get(key)
-  ]
-  return ", ".join([model["name"], *shown])
-
-
-def _last_step(lines: list[dict[str, Any]], num_epochs: float) -> int | None:
-  """The step that a run ends with, from a logged step and its epoch; None if none is logged."""
-  for line in lines:
-    if line.get("train/epoch"):
-      return max(1, round(num_epochs * line["step"] / line["train/epoch"]))
-  return None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-  """The numbers of a run, but for a line that is being written."""
-  if not path.exists():
-    return []
-  lines = []
-  for text in path.read_text(encoding="utf-8").splitlines():
-    try:
-      lines.append(json.loads(text))
-    except json.JSONDecodeError:
-      continue
-  return lines
+# Those that are networks of ours, by name.
+NETWORKS: dict[str, Row] = {row.name: row for row in (*ROWS, *FURTHER) if row.model}

@@ -58,10 +58,7 @@ def measure(
   On CPUs with a small batch, so that it ends within about a minute.
 
   Args:
-    config: of the training.
     num_hosts: that share a batch; this one makes its part.
-    seconds: to measure for, after the compilation.
-    progress: is told what is being done.
   """
   devices = jax.local_devices()
   # The hosts of a TPU slice know of each other without being told.

@@ -1,17 +1,19 @@
 """Compiled programs, kept in the workdir for restarts."""
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Iterator
 
 import jax
 from etils import epath
-from jax._src import compilation_cache as entries  # how they are compressed has no public name
 from jax.experimental.compilation_cache import compilation_cache
 
-from lip_jax.training import workdir as workdir_lib
+from lip_jax.training.workdir import in_bucket
 
 log = logging.getLogger("lip_jax")
+
+_ZSTD, _ZLIB = b"\x28\xb5\x2f\xfd", b"\x78"  # how begins what is compressed by them
 
 
 @contextlib.contextmanager
@@ -22,7 +24,7 @@ def kept_in(workdir: epath.Path) -> Iterator[None]:
     return
   directory = workdir / "compilation_cache"
   # JAX writes from the first process, and in place; objects of a bucket are whole or not there.
-  if jax.process_index() == 0 and not workdir_lib.in_bucket(directory):
+  if jax.process_index() == 0 and not in_bucket(directory):
     _delete_cut_off(directory)
   jax.config.update("jax_compilation_cache_dir", str(directory))
   compilation_cache.reset_cache()
@@ -35,22 +37,27 @@ def kept_in(workdir: epath.Path) -> Iterator[None]:
 
 def _delete_cut_off(directory: epath.Path) -> None:
   """Deletes programs that a process was killed while writing: JAX would never replace them."""
-  magic = entries.compress_executable(b"")[:2]
   for path in directory.glob("*-cache"):
     try:
-      content = path.read_bytes()
-      # Another Python's programs may be compressed in another way.
-      whole = content[:2] not in (b"", magic) or _can_be_read(content)
-      if not whole:
+      if _is_cut_off(path.read_bytes()):
         log.warning("%s was cut off; what it held is compiled again", path)
         path.unlink()
     except OSError as error:  # which leaves it as slow as it is
       log.warning("%s: %s", path, error.strerror)
 
 
-def _can_be_read(content: bytes) -> bool:
-  try:
-    entries.decompress_executable(content)
-  except Exception:  # whatever the compression at hand raises
+def _is_cut_off(content: bytes) -> bool:
+  """Whether a program is known not to be whole; of other compressions than these nothing is."""
+  # JAX takes what there is: zstd of Python 3.14 or of the package zstandard, or zlib.
+  modules = ("compression.zstd", "zstandard") if content.startswith(_ZSTD) else ("zlib",)
+  if content and not content.startswith((_ZSTD, _ZLIB)):
     return False
-  return True
+  for module in modules:
+    try:
+      importlib.import_module(module).decompress(content)
+    except ImportError:
+      continue
+    except Exception:  # each has an error of its own
+      return True
+    return False
+  return False

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lip_jax.errors import UsageError
-from lip_jax.export import validation
+from lip_jax.models.description import check_model
 from lip_jax.training import workdir as workdir_lib
+from lip_jax.training.json_files import parse_json
 
 
 class TaskPlace(typing.NamedTuple):
@@ -184,7 +185,7 @@ def config_class(values: Mapping[str, Any]) -> type[Config]:
     UsageError: there is no such task.
   """
   task = values.get("task", "classification")
-  if task not in TASKS:
+  if not isinstance(task, str) or task not in TASKS:
     raise UsageError(f"config.task must be one of {', '.join(TASKS)}, got {str(task)[:80]!r}")
   return find(TASKS[task].config)
 
@@ -215,11 +216,8 @@ def load(workdir: str | os.PathLike[str]) -> Config:
   text = workdir_lib.read_text(path)
   if text is None:
     raise UsageError(f"no run in {workdir}: {path} does not exist; give a run's --workdir")
-  try:
-    values = validation.parse_json(text, str(path))
-  except UsageError as error:
-    raise UsageError(f"{error}, or take another --workdir") from None
-  validation.check_model(values.get("model"), str(path))
+  values = parse_json(text, str(path), "copy the folder again, or take another --workdir")
+  check_model(values.get("model"), str(path))
   return from_dict(values)
 
 
@@ -291,13 +289,14 @@ def _fits(value: Any, kind: Any) -> bool:
   """Whether a value is of a field's type. Numbers of a tuple are counted by `check`, not here."""
   if isinstance(kind, types.UnionType):
     return any(_fits(value, one) for one in typing.get_args(kind))
+  number, *_ = typing.get_args(kind) or (None,)
   kind = typing.get_origin(kind) or kind
   if kind in (int, float):
     return isinstance(value, kind | int) and not isinstance(value, bool)
   if kind is tuple:
     # One number where several belong has a better error in `check`.
     values = value if isinstance(value, tuple) else (value,)
-    return all(_fits(v, float) and abs(v) < math.inf for v in values)
+    return all(_fits(v, number) and abs(v) < math.inf for v in values)
   return isinstance(value, kind)
 
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from lip_jax.errors import UsageError
 from lip_jax.training import workdir as workdir_lib
-from lip_jax.training.bucket_sync import Mirror
+from lip_jax.training.bucket_sync import BucketSync
 
 log = logging.getLogger("lip_jax")
 
@@ -46,9 +46,6 @@ class MetricsWriter:
   Args:
     workdir: the run's directory, which exists, or one in a bucket.
     total_steps: where the progress bar ends.
-    start_step: step to go on from.
-    active: False on all processes but one: writes nothing.
-    shown: training metrics on the progress bar, beside the loss and the speed.
   """
 
   def __init__(
@@ -65,14 +62,14 @@ class MetricsWriter:
     self._total = total_steps
     if not active:
       return
-    self._mirror: Mirror | None = None
+    self._bucket: BucketSync | None = None
     self._workdir = workdir
     directory = Path(workdir)
     if workdir_lib.in_bucket(workdir):
       remote = workdir_lib.absolute(workdir)
       before = workdir_lib.read_text(remote / _FILE)
-      self._mirror = Mirror(remote)
-      directory = self._mirror.local
+      self._bucket = BucketSync(remote)
+      directory = self._bucket.local
       (directory / _FILE).write_text(before or "", encoding="utf-8")
     _truncate(directory / _FILE, start_step)
     # Without a buffer, which would be left with what the disk has no room for.
@@ -105,8 +102,8 @@ class MetricsWriter:
       if error is None:
         raise self._cannot_write(fault) from fault
     finally:
-      if self._mirror:
-        self._mirror.close()
+      if self._bucket:
+        self._bucket.close()
 
   def _board_writes(self) -> bool:
     """Whether TensorBoard's file is written to: its thread ends with an error of the disk."""
@@ -129,8 +126,8 @@ class MetricsWriter:
         self._board.flush()
       except OSError as fault:
         raise self._cannot_write(fault) from fault
-      if self._mirror:
-        self._mirror.flush()
+      if self._bucket:
+        self._bucket.flush()
 
   def advance(self, step: int) -> None:
     """Moves the progress bar to `step`."""
@@ -158,9 +155,9 @@ class MetricsWriter:
       self._bar.set_postfix_str("  ".join(shown))
     else:
       self._bar.write(f"step {step}/{self._total}  {prefix}  {text}", file=sys.stderr)
-    if self._mirror and (prefix == "validation" or self._mirror.due()):
+    if self._bucket and (prefix == "validation" or self._bucket.due()):
       self._board.flush()
-      self._mirror.start()
+      self._bucket.start()
 
   def write_image(self, step: int, name: str, image: np.ndarray) -> None:
     """Records a picture of one step, uint8 [H, W, 3], for TensorBoard alone."""

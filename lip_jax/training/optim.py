@@ -35,10 +35,12 @@ def optimizer(
 ) -> optax.GradientTransformation:
   """The optimizer of that name, with weight decay on all parameters that are trained.
 
+  Section 4.1 makes two changes to the recipe of Goyal et al. 2017, which "sgd" has: plain instead
+  of Nesterov momentum, and weight decay of batch norms, too.
+
   Args:
     config: "sgd" is PyTorch's, in its order of operations and with plain momentum:
       v <- momentum * v + (gradient + weight_decay * p);  p <- p - lr * v.
-    schedule: learning rate of a step.
     trained: whether each parameter is; None: all are. The others are left as they are, and have no
       state.
   """

@@ -93,7 +93,6 @@ class Task(abc.ABC):
 
     Args:
       batch: of `train_loader`, all processes' rows together.
-      key: depends on the run's seed and the step alone.
 
     Returns:
       A pytree of arrays whose first axis is that of the batch's examples.
@@ -106,9 +105,7 @@ class Task(abc.ABC):
     divides, once. So a loss per positive is right wherever the positives are.
 
     Args:
-      model: in training mode.
       batch: some rows of what `prepare` gives.
-      key: the same for all devices and parts of a step.
     """
 
   def trainable(self, path: tuple[str, ...]) -> bool:

@@ -38,15 +38,7 @@ def init(
   create: Callable[[nnx.Rngs], nnx.Module],
   ema: bool = False,
 ) -> TrainState:
-  """State before the first step. Meant for `jax.jit`.
-
-  Args:
-    optimizer: whose state is part of it.
-    seed: of the weights.
-    num_groups: groups of batch norm in a step.
-    create: builds the network.
-    ema: whether it has an average of the parameters.
-  """
+  """State before the first step. Meant for `jax.jit`."""
   params, batch_stats = split(create(nnx.Rngs(seed)))
   batch_stats = jax.tree.map(
     lambda stat: jnp.broadcast_to(stat, (num_groups, *stat.shape)), batch_stats

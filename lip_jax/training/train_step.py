@@ -42,7 +42,6 @@ class Program:
       the average where the run has one.
 
   Args:
-    task: what is trained.
     steps_per_epoch: may be a fraction.
     devices: default: all, of all processes.
 
@@ -151,12 +150,8 @@ def train_step(
   """One update.
 
   Args:
-    state: before the update.
-    batch: of the task's loader, whole.
     stop: int [devices], from `sharding.StopFlags`; passed through as the greatest of them.
-    graph: of the model in training.
     optimizer: whose state `state.opt_state` is.
-    mesh: that all of it lies on.
     group_span: devices over which a batch-norm group is spread.
     task: what is trained; its randomness depends on the run's seed and the step alone.
 

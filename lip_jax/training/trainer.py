@@ -71,7 +71,6 @@ def train(
   after any crash, the same call continues with the batch that would have come next.
 
   Args:
-    config: what to train.
     workdir: directory of the run, created if need be.
     start_from: directory of another run's checkpoint, `<its workdir>/checkpoints/<step>`. A run
       that has none of its own yet goes on from there, for example with a lower learning rate.
@@ -104,7 +103,6 @@ class Trainer:
   Use: `with trainer.open(): trainer.restore(); trainer.run()`.
 
   Args:
-    task: what is trained.
     workdir: directory of the run; exists.
 
   Raises:

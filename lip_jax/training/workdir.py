@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -191,5 +192,4 @@ def free_space(directory: Path | epath.Path) -> int | None:
   place = Path(directory)
   while not place.exists():
     place = place.parent
-  status = os.statvfs(place)
-  return status.f_bavail * status.f_frsize
+  return shutil.disk_usage(place).free

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from lip_jax.errors import UsageError
+from lip_jax.models.description import CLASSIFIERS
 
 
 class ClassActivation(NamedTuple):
@@ -110,12 +111,9 @@ def attend(
   classes: jax.Array | int | None = None,
   locations: np.ndarray | None = None,
 ) -> Regions:
-  """Class activation maps, and the effective receptive fields of places in them (figure 5).
+  """`class_activation_maps`, and the effective receptive fields of places in them (figure 5).
 
   Args:
-    model: as for `class_activation_maps`.
-    images: [N, H, W, 3], normalized.
-    classes: as there.
     locations: [L, 2] or [N, L, 2], (row, column) in the map; None: where each map is largest.
 
   Raises:
@@ -162,7 +160,7 @@ def _functional(model: nnx.Module) -> tuple[Callable[..., ClassActivation], Any]
 
 
 def _classifier(model: Any) -> nnx.Linear:
-  for name in ("fc", "classifier"):
+  for name in CLASSIFIERS:
     layer = getattr(model, name, None)
     if isinstance(layer, nnx.Linear) and hasattr(model, "features"):
       return layer

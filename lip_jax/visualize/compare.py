@@ -18,7 +18,7 @@ from lip_jax.ops.images import normalize
 from lip_jax.visualize import robustness
 from lip_jax.visualize.attribution import attend, class_activation_maps
 from lip_jax.visualize.figures import Column
-from lip_jax.visualize.grids import even_grid, feature_grids, to_input
+from lip_jax.visualize.grids import Grid, even_grid, feature_grids, to_input
 from lip_jax.visualize.importance import importance_maps, pixel_importance
 from lip_jax.visualize.robustness import DeletionCurve, Predict
 
@@ -76,9 +76,7 @@ class Data(NamedTuple):
 def load_networks(paths: Sequence[str], names: Sequence[str] | None = None) -> list[Network]:
   """Networks of `lip_jax.load`, which prepare their images alike.
 
-  Args:
-    paths: of each.
-    names: of each, for figures and tables; None: the last parts of the paths.
+  Their names, in figures and tables, are the last parts of the paths if none are given.
 
   Raises:
     UsageError: as `lip_jax.load`; networks that take images of different sizes, or do not say how
@@ -110,12 +108,7 @@ def load_networks(paths: Sequence[str], names: Sequence[str] | None = None) -> l
 
 
 def read_images(networks: Sequence[Network], paths: Sequence[str], margin: int = 0) -> Images:
-  """Image files, prepared for the networks.
-
-  Args:
-    networks: that they are for.
-    paths: of the files.
-    margin: pixels that are left around the square that the networks take.
+  """Image files, prepared for the networks, with `margin` pixels left around the square they take.
 
   Raises:
     UsageError: a file that cannot be read.
@@ -135,25 +128,21 @@ def read_images(networks: Sequence[Network], paths: Sequence[str], margin: int =
 def first_images(
   networks: Sequence[Network], data: Data | None, count: int, margin: int = 0
 ) -> Images:
-  """The first images of a split of a data set, prepared for the networks.
+  """The first `count` images of a split, or all if there are fewer, as `read_images` gives them.
 
-  Args:
-    networks: that they are for.
-    data: the split; None: the validation split that the first network's configuration names.
-    count: number of images, or all if there are fewer.
-    margin: as for `read_images`.
+  Without `data` it is the validation split that the first network's configuration names.
 
   Raises:
     UsageError: as `open_split`; no data set is named.
   """
-  from lip_jax.data import pipeline
+  from lip_jax.data import pipeline, transforms
   from lip_jax.data.source import open_split
 
   data = data or _own_data(networks)
   source = open_split(data.dataset, data.split, data.data_dir)
   size, resize = _sizes(networks, margin)
   batches = pipeline.eval_batches(
-    source, image_size=size, resize=resize, global_batch_size=min(count, _BATCH), num_threads=2
+    source, transforms.EvalCrop(size, resize), global_batch_size=min(count, _BATCH), num_threads=2
   )
   pixels, labels = [], []
   with contextlib.closing(batches):
@@ -183,7 +172,6 @@ def column(
   """Importance, class activation map and effective receptive fields, for `comparison_figure`.
 
   Args:
-    network: to look into.
     pixels: [N, H, W, 3] uint8.
     label: class of the activation maps; None: what the network predicts.
     locations: (row, column) in the class activation map, for all images, of which receptive fields
@@ -197,7 +185,7 @@ def column(
   chosen = None if locations is None else np.asarray(locations)
   regions = attend(network.model, images, label, chosen)
   maps = regions.activation.maps
-  grid = feature_grids(network.model).get("c5") or even_grid(maps.shape[1:], size)
+  grid = _activation_grid(network, maps, size)
   points = [[grid.centre(tuple(place)) for place in places] for places in regions.locations]
   return Column(
     name=network.name,
@@ -212,7 +200,7 @@ def column(
 def shift_consistency(
   network: Network, images: Images, border: robustness.Border, watch: Watch
 ) -> dict[int, float]:
-  """`robustness.shift_consistency` of a network, by shifts of 1 to 8 pixels."""
+  """`robustness.shift_consistency` of a network, by `SHIFTS`."""
   batches = (1 + 8 * len(SHIFTS)) * len(images.pixels)
   predict = watch(robustness.predictor(network.model, _BATCH), f"{network.name}: shifts", batches)
   return robustness.shift_consistency(predict, network.normalize(images.pixels), SHIFTS, border)
@@ -229,12 +217,9 @@ def deletion_curves(
   """`deletion_curve` of a network, in each of three orders.
 
   Args:
-    network: to measure.
     images: to occlude; without labels, what the network predicts for them stands in their place.
     scores: what says how important a pixel is: "importance", of LIP, or "cam", the class activation
       map of the predicted class. None: importance if the network has LIP, else the latter.
-    fill: what takes the place of pixels: the data set's mean colour, or the image's own.
-    watch: wraps the predictor.
 
   Returns:
     The scores that were used, and a curve for each of `ORDERS`.
@@ -306,15 +291,16 @@ def _scores(
     if scores == "importance":
       raise UsageError(f"{network.path} has no LIP layer and so no importance; take --by=cam")
   maps = class_activation_maps(network.model, images).maps
-  grid = feature_grids(network.model).get("c5") or even_grid(maps.shape[1:], size)
-  return "cam", to_input(maps, grid, size)
+  return "cam", to_input(maps, _activation_grid(network, maps, size), size)
+
+
+def _activation_grid(network: Network, maps: Any, size: tuple[int, ...]) -> Grid:
+  return feature_grids(network.model).get("c5") or even_grid(maps.shape[1:], size)
 
 
 def _titles(network: Network, logits: Any, classes: Any) -> list[str]:
   """The class that each image was taken for, or that was asked for, and its probability."""
-  logits, classes = np.asarray(logits, np.float64), np.asarray(classes)
-  powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-  shares = powers[np.arange(len(classes)), classes] / powers.sum(axis=1)
+  shares = robustness.probabilities(np.asarray(logits), np.asarray(classes))
   return [
     f"{network.class_name(int(label))} ({share:.0%})"
     for label, share in zip(classes, shares, strict=True)

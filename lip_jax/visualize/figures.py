@@ -25,6 +25,12 @@ FORMATS = (".png", ".svg", ".pdf")
 
 _DPI = 110
 _IMPORTANCE, _ACTIVATION, _FIELD = "cividis", "viridis", "magma"
+_TICKS: dict[str, dict[float, str]] = {
+  _IMPORTANCE: {-2: "1/4", -1: "1/2", 0: "mean", 1: "2", 2: "4"},
+  _ACTIVATION: {0: "0", 1: "largest"},
+  _FIELD: {0: "0", 0.5: "1/4", 1: "largest"},
+}
+_TITLE: dict[str, Any] = {"fontsize": 9, "parse_math": False}  # a dollar sign is no formula
 _MARKER: dict[str, Any] = {
   "marker": "o",
   "markersize": 5,
@@ -75,18 +81,13 @@ class Plot(NamedTuple):
 def importance_figure(
   model: nnx.Module, images: np.ndarray, normalize: Callable[[np.ndarray], Any]
 ) -> "Figure | None":
-  """Each image above the importance maps of the network's LIP layers, laid over it.
+  """Each image above the importance maps of the network's LIP layers; None if it has none.
 
   Of the two layers in a transition the one in the residual branch is shown; the other's maps look
   alike where both share a trunk.
 
   Args:
-    model: a network in eval mode.
     images: [N, H, W, 3] uint8.
-    normalize: from these to what the model takes.
-
-  Returns:
-    None if the model has no LIP layer.
   """
   maps = main_layers(importance_maps(model, normalize(images)))
   if not maps:
@@ -106,8 +107,8 @@ def importance_figure(
     for axis, image, one in zip(axes[row], images, placed, strict=True):
       _draw_importance(axis, image, one)
   _bare(axes)
-  label = "importance, relative to the image's mean"
-  _importance_bar(figure, label, ax=axes[1:], shrink=0.6 if rows > 3 else 0.9)
+  bar = _colour_bar(figure, _IMPORTANCE, ax=axes[1:], shrink=0.6 if rows > 3 else 0.9)
+  bar.set_label("importance, relative to the image's mean")
   return figure
 
 
@@ -117,17 +118,7 @@ def draw_importance(
   normalize: Callable[[np.ndarray], Any],
   path: str | os.PathLike[str],
 ) -> bool:
-  """Writes `importance_figure` to a file.
-
-  Args:
-    model: a network in eval mode.
-    images: [N, H, W, 3] uint8.
-    normalize: from these to what the model takes.
-    path: file to write; its suffix says the format.
-
-  Returns:
-    False if the model has no LIP layer, and nothing was drawn.
-  """
+  """Writes `importance_figure` to a file; False if there is nothing to draw, as it has no LIP."""
   figure = importance_figure(model, images, normalize)
   if figure is not None:
     save_figure(figure, path)
@@ -137,24 +128,17 @@ def draw_importance(
 def comparison_figure(
   images: np.ndarray, columns: Sequence[Column], image_titles: Sequence[str]
 ) -> "Figure":
-  """Figure 5 of the paper: networks side by side, for each image.
+  """Figure 5 of the paper: networks side by side, for each of the images [N, H, W, 3] uint8.
 
   A column for each network; rows: the image with the places that the receptive fields are of, the
   importance over all LIP layers (where a network has any), the class activation map, and the
   effective receptive field of each place.
-
-  Args:
-    images: [N, H, W, 3] uint8.
-    columns: what each network makes of them.
-    image_titles: [N].
   """
   has_importance = any(column.importance is not None for column in columns)
   fields = columns[0].fields.shape[1]
-  labels = ["image", *(["importance"] if has_importance else []), "class\nactivation"]
-  first_field = len(labels)
+  labels = ["image", *["importance"] * has_importance, "class\nactivation"]
   labels += ["receptive\nfield" + (f" {n + 1}" if fields > 1 else "") for n in range(fields)]
-  bars: list[Callable[..., None]] = [_importance_bar] if has_importance else []
-  bars += [_activation_bar] + [_field_bar] * fields
+  bars = [_IMPORTANCE] * has_importance + [_ACTIVATION] + [_FIELD] * fields
   across = max(1, min(len(images), 6 // len(columns)))
   down = -(-len(images) // across)
   figure = _figure(
@@ -166,47 +150,51 @@ def comparison_figure(
     across * (len(columns) + 1),
     width_ratios=([1.0] * len(columns) + [0.12]) * (across - 1) + [1.0] * len(columns) + [0.07],
   )
-  for number, image in enumerate(images):
+  for number, (image, title) in enumerate(zip(images, image_titles, strict=True)):
     top, left = number // across * len(labels), number % across * (len(columns) + 1)
-    axes = np.array(
-      [
-        [figure.add_subplot(grid[top + row, left + n]) for n in range(len(columns))]
-        for row in range(len(labels))
-      ]
-    )
+    rows, places = range(top, top + len(labels)), range(left, left + len(columns))
+    axes = np.array([[figure.add_subplot(grid[row, place]) for place in places] for row in rows])
     for index, column in enumerate(columns):
-      here, points = axes[:, index], column.points[number]
-      here[0].set_title(
-        f"{column.name}\n{column.titles[number]}", fontsize=9, parse_math=False
-      )  # a dollar sign in a name is no formula
-      here[0].imshow(image)
-      _mark(here[0], points)
-      if column.importance is not None:
-        _draw_importance(here[1], image, column.importance[number])
-      elif has_importance:
-        _nothing(here[1], image, "no LIP\nlayer")
-      _draw_activation(here[first_field - 1], image, column.activation[number])
-      _mark(here[first_field - 1], points)
-      for axis, field, point in zip(here[first_field:], column.fields[number], points, strict=True):
-        _draw_field(axis, field)
-        _mark(axis, point[None])
+      _draw_column(axes[:, index], column, number, image)
     if number % across == 0:
       for axis, label in zip(axes[:, 0], labels, strict=True):
         _label(axis, label)
-      for row, bar in enumerate(bars, start=1):
-        bar(figure, cax=figure.add_subplot(grid[top + row, -1]))
+      for row, bar in zip(rows[1:], bars, strict=True):
+        _colour_bar(figure, bar, cax=figure.add_subplot(grid[row, -1]))
     axes[0, 0].annotate(
-      image_titles[number],
+      title,
       (0, 1),
       (0, 30),
       xycoords="axes fraction",
       textcoords="offset points",
-      fontsize=9,
       fontweight="bold",
-      parse_math=False,
+      **_TITLE,
     )
     _bare(axes)
   return figure
+
+
+def _draw_column(axes: np.ndarray, column: Column, number: int, image: np.ndarray) -> None:
+  """What one network makes of an image, from top to bottom."""
+  points, fields = column.points[number], column.fields[number]
+  first, *importance, activation = axes[: len(axes) - len(fields)]
+  first.set_title(f"{column.name}\n{column.titles[number]}", **_TITLE)
+  first.imshow(image)
+  for axis in importance:  # none, or one
+    if column.importance is None:
+      axis.imshow(np.full((*image.shape[:2], 3), 0.94))
+      middle = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+      axis.text(0.5, 0.5, "no LIP\nlayer", fontsize=9, **middle)
+    else:
+      _draw_importance(axis, image, column.importance[number])
+  maps = np.maximum(column.activation[number], 0)
+  _overlay(activation, image, maps / max(maps.max(), 1e-30), _ACTIVATION)
+  for axis in (first, activation):
+    _mark(axis, points)
+  for axis, field, point in zip(axes[len(axes) - len(fields) :], fields, points, strict=True):
+    # The root, so that more than the few largest gradients is seen.
+    axis.imshow(np.sqrt(field / max(field.max(), 1e-30)), cmap=_FIELD, vmin=0, vmax=1)
+    _mark(axis, point[None])
 
 
 def curves_figure(plots: Sequence[Plot]) -> "Figure":
@@ -218,21 +206,21 @@ def curves_figure(plots: Sequence[Plot]) -> "Figure":
   for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
     kinds = list(dict.fromkeys(curve.kind for curve in plot.curves))
     present = list(dict.fromkeys(curve.network for curve in plot.curves))
-    lines = {name: _LINES[networks.index(name) % len(_LINES)] for name in present}
-    if len(lines) == 1:  # nothing to tell it from
-      lines = {name: (colour, "-") for name, (colour, _) in lines.items()}
+
+    def line(name: str, kind: str, present=present, kinds=kinds) -> dict[str, Any]:
+      # Styles tell kinds apart, where there are several, else networks.
+      own = networks.index(name)
+      style = kinds.index(kind) if len(kinds) > 1 else own if len(present) > 1 else 0
+      colour = _LINES[own % len(_LINES)][0]
+      return {"color": colour, "linestyle": _LINES[style % len(_LINES)][1], "linewidth": 1.8}
+
     for curve in plot.curves:
-      colour, own_style = lines[curve.network]
-      style = own_style if len(kinds) == 1 else _LINES[kinds.index(curve.kind) % len(_LINES)][1]
-      axis.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.8)
-    handles = []
-    for name, (colour, own_style) in lines.items():
-      style = own_style if len(kinds) == 1 else _LINES[0][1]
-      handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=name))
+      axis.plot(curve.x, curve.y, **line(curve.network, curve.kind))
+    handles = [Line2D([], [], label=name, **line(name, kinds[0])) for name in present]
     if len(kinds) > 1:
+      grey = {"color": "0.3", "linewidth": 1.4}
       handles += [
-        Line2D([], [], color="0.3", linestyle=_LINES[n % len(_LINES)][1], linewidth=1.4, label=kind)
-        for n, kind in enumerate(kinds)
+        Line2D([], [], label=kind, **{**line(present[0], kind), **grey}) for kind in kinds
       ]
     axis.set_title(plot.title, fontsize=11)
     axis.set(xlabel=plot.x_label, ylabel=plot.y_label)
@@ -308,34 +296,15 @@ def _draw_importance(axis: "Axes", image: np.ndarray, importance: np.ndarray) ->
   _overlay(axis, image, np.log2(np.maximum(importance, 1e-30)) / 4 + 0.5, _IMPORTANCE)
 
 
-def _draw_activation(axis: "Axes", image: np.ndarray, activation: np.ndarray) -> None:
-  largest = activation.max()
-  _overlay(axis, image, activation / largest if largest > 0 else 0 * activation, _ACTIVATION)
-
-
-def _draw_field(axis: "Axes", field: np.ndarray) -> None:
-  # The root, so that more than the few largest gradients is seen.
-  axis.imshow(np.sqrt(field / max(field.max(), 1e-30)), cmap=_FIELD, vmin=0, vmax=1)
-
-
 def _overlay(axis: "Axes", image: np.ndarray, values: np.ndarray, colours: str) -> None:
   """Values, 0 to 1, in colours over the image in grey."""
   from matplotlib import colormaps
 
   colour = colormaps[colours](np.clip(values, 0, 1))[..., :3]
-  axis.imshow(0.65 * colour + 0.35 * _grey(image), interpolation="nearest")
-
-
-def _nothing(axis: "Axes", image: np.ndarray, reason: str) -> None:
-  axis.imshow(np.full((*image.shape[:2], 3), 0.94))
-  axis.text(0.5, 0.5, reason, transform=axis.transAxes, ha="center", va="center", fontsize=9)
-
-
-def _grey(image: np.ndarray) -> np.ndarray:
-  """Luminance [H, W, 1] of an RGB image, stretched to 0 to 1."""
   luminance = image @ np.array([0.299, 0.587, 0.114])
   low, high = luminance.min(), luminance.max()
-  return ((luminance - low) / max(high - low, 1))[..., None]
+  grey = ((luminance - low) / max(high - low, 1))[..., None]  # stretched to 0 to 1
+  axis.imshow(0.65 * colour + 0.35 * grey, interpolation="nearest")
 
 
 def _mark(axis: "Axes", points: np.ndarray) -> None:
@@ -354,26 +323,15 @@ def _bare(axes: np.ndarray) -> None:
     axis.set(xticks=[], yticks=[])
 
 
-def _importance_bar(figure: Any, label: str = "", **where: Any) -> None:
-  _bar(figure, _IMPORTANCE, {-2: "1/4", -1: "1/2", 0: "mean", 1: "2", 2: "4"}, label, **where)
-
-
-def _activation_bar(figure: Any, **where: Any) -> None:
-  _bar(figure, _ACTIVATION, {0: "0", 1: "largest"}, **where)
-
-
-def _field_bar(figure: Any, **where: Any) -> None:
-  _bar(figure, _FIELD, {0: "0", 0.5: "1/4", 1: "largest"}, **where)
-
-
-def _bar(figure: Any, colours: str, ticks: dict[float, str], label: str = "", **where: Any) -> None:
+def _colour_bar(figure: Any, colours: str, **where: Any) -> Any:
   from matplotlib.cm import ScalarMappable
   from matplotlib.colors import Normalize
 
+  ticks = _TICKS[colours]
   shades = ScalarMappable(Normalize(min(ticks), max(ticks)), colours)
   bar = figure.colorbar(shades, ticks=list(ticks), **where)
   bar.ax.set_yticklabels(ticks.values(), fontsize=8)
-  bar.set_label(label)
+  return bar
 
 
 def _short(path: str) -> str:

@@ -66,13 +66,8 @@ def to_input(
   """Maps at the resolution of the image, each value at the place that it belongs to.
 
   Args:
-    maps: [..., H', W'].
-    grid: of the maps.
-    size: (H, W) of the image, in pixels.
+    maps: [..., H', W'] -> [..., H, W] of the same dtype.
     method: between the centres; beyond the outermost ones the map goes on as it ends.
-
-  Returns:
-    [..., H, W] in the maps' dtype.
   """
   values = np.asarray(maps)
   rows, columns = (
@@ -93,11 +88,8 @@ def _weights(count: int, size: int, stride: float, offset: float, method: str) -
 def _windows(layer: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
   """Window, stride and padding of a pooling or convolution of ours."""
   if isinstance(layer, LocalPool):
-    return (
-      pair("window", layer.window),
-      pair("stride", layer.stride),
-      pair("padding", layer.padding),
-    )
+    window, stride, padding = layer.window, layer.stride, layer.padding
+    return pair("window", window), pair("stride", stride), pair("padding", padding)
   (top, _), (left, _) = layer.padding
   return pair("kernel_size", layer.kernel_size), pair("strides", layer.strides), (top, left)
 

@@ -30,9 +30,7 @@ def importance_maps(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array
 def window_importance(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
   """What each LIP layer multiplies the pixels of each window by: F / sum(F), equation 2.
 
-  Args:
-    model: a network of `create_model`, in eval mode.
-    images: [N, H, W, 3], normalized.
+  The arguments are those of `importance_maps`.
 
   Returns:
     From the layer's path to [N, H', W', window_h * window_w, C], the window row by row: it sums to
@@ -56,9 +54,7 @@ def pixel_importance(
   scale of a single map. Of the two layers of a transition the one in the residual branch counts.
 
   Args:
-    maps: `importance_maps` of the images.
-    model: whose maps they are.
-    image_size: (H, W) in pixels.
+    maps: `importance_maps` of the images, by the model.
 
   Returns:
     [N, H, W] float32; None where there are no maps.

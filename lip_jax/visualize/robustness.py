@@ -26,20 +26,18 @@ class DeletionCurve(NamedTuple):
   @property
   def area(self) -> float:
     """Under the curve of the probability, over the range of the fractions."""
-    return _area(self.fractions, self.probability)
+    return float(np.trapezoid(self.probability, self.fractions))
 
   @property
   def accuracy_area(self) -> float:
     """Under the curve of the accuracy, over the range of the fractions."""
-    return _area(self.fractions, self.accuracy)
+    return float(np.trapezoid(self.accuracy, self.fractions))
 
 
 def predictor(model: nnx.Module, batch_size: int = 100) -> Predict:
   """Compiled function from any number of normalized images [N, H, W, 3] to logits [N, K].
 
-  Args:
-    model: in eval mode.
-    batch_size: images that are computed at once.
+  The model is in eval mode; `batch_size` images are computed at once.
   """
   graph, state = nnx.split(model)
 
@@ -107,14 +105,12 @@ def shift_consistency(
     return predict(images[:, top : top + height, left : left + width]).argmax(axis=1)
 
   unshifted = predictions(0, 0)
-  return {
-    shift: float(
-      np.mean(
-        [predictions(shift * down, shift * right) == unshifted for down, right in _DIRECTIONS]
-      )
-    )
-    for shift in shifts
-  }
+
+  def consistency(shift: int) -> float:
+    moved = [predictions(shift * down, shift * right) for down, right in _DIRECTIONS]
+    return float(np.mean(np.stack(moved) == unshifted[None]))
+
+  return {shift: consistency(shift) for shift in shifts}
 
 
 def deletion_curve(
@@ -133,13 +129,10 @@ def deletion_curve(
   first row by row goes first.
 
   Args:
-    predict: from normalized images to logits.
     images: [N, H, W, 3], normalized.
     scores: [N, H, W], for example `pixel_importance`.
     labels: [N]; None: what the network predicts for the whole images.
     fractions: increasing, 0 to 1, of the pixels to occlude, rounded to whole pixels.
-    fill: what takes the pixels' place: broadcasts against the images.
-    most_first: from the highest score on, or from the lowest.
 
   Raises:
     ValueError: scores of another shape than the images.
@@ -153,26 +146,24 @@ def deletion_curve(
   rank = rank.reshape(scores.shape)
   if labels is None:
     labels = predict(images).argmax(axis=1)
-  rows = np.arange(len(images))
 
   def points() -> Iterator[tuple[float, float]]:
     for fraction in fractions:
       occluded = (rank < round(fraction * order.shape[1]))[..., None]
       logits = predict(np.where(occluded, fill, images).astype(images.dtype))
-      powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-      yield (
-        float((powers[rows, labels] / powers.sum(axis=1)).mean()),
-        float((logits.argmax(axis=1) == labels).mean()),
-      )
+      accuracy = float((logits.argmax(axis=1) == labels).mean())
+      yield float(probabilities(logits, labels).mean()), accuracy
 
   probability, accuracy = zip(*points(), strict=True)
   return DeletionCurve(np.asarray(fractions), np.asarray(probability), np.asarray(accuracy))
 
 
+def probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Softmax of logits [N, K] at labels [N], float64 [N]."""
+  powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+  return powers[np.arange(len(labels)), labels] / powers.sum(axis=1)
+
+
 def random_scores(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
   """Scores [N, H, W] that put the pixels into random order: what importance is to be held to."""
   return np.random.default_rng(seed).random(shape)
-
-
-def _area(x: np.ndarray, y: np.ndarray) -> float:
-  return float(np.trapezoid(y, x))

@@ -12,6 +12,7 @@ from lip_jax.classification import fine_tuning
 from lip_jax.classification.task import Classification
 from lip_jax.errors import UsageError
 from lip_jax.export import folders
+from lip_jax.models.description import flat_variables
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
 from lip_jax.training.train_step import Program
@@ -23,13 +24,15 @@ CONFIG = Path(__file__).parents[2] / "configs" / "cluttered_digits.py"
 def network(tmp_path_factory):
   """An exported network of three classes: (folder, its arrays)."""
   folder = tmp_path_factory.mktemp("network") / "exported"
-  extra = {
+  config = {
+    "model": {"name": NAME, **OPTIONS},
+    "num_classes": 3,
     "class_names": CLASSES,
     "preprocess": {"image_size": SIZE, "resize": SIZE, "mean": [0.0] * 3, "std": [64.0] * 3},
   }
   model = make_model()
-  folders.save(folder, model, name=NAME, options=OPTIONS, num_classes=3, extra=extra)
-  return folder, {key: np.asarray(v[...]) for key, v in folders.flat_variables(model).items()}
+  folders.save(folder, model, config)
+  return folder, {key: np.asarray(v[...]) for key, v in flat_variables(model).items()}
 
 
 @pytest.fixture(scope="module")

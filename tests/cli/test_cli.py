@@ -11,8 +11,8 @@ import pytest
 import lip_jax
 from lip_jax import cli
 from lip_jax.errors import UsageError
-from lip_jax.models import cost
-from lip_jax.tools import paper
+from lip_jax.models.cost import RULE
+from lip_jax.tools import cost, paper
 from lip_jax.training import config as config_lib
 from lip_jax.training.metrics import MetricsWriter
 
@@ -59,6 +59,8 @@ def test_help_and_version(capsys):
     (["model"], "invalid choice: 'model'"),
     (["models", "--size=3"], "--size"),
     (["models", "--image-size=big"], "'big'"),
+    (["tables", "7"], "the paper has tables 1 to 6, got '7'"),
+    (["tables", "--json", "--markdown"], "not allowed with"),
     (["convert", "weights.pth"], "OUT"),
     (["convert", "a.pth", "b", "--option=logit_width"], "'logit_width' is not of the form KEY=VAL"),
     (["convert", "a.pth", "b", "--option=logit-width=3"], "'logit-width=3' is not of the form"),
@@ -75,14 +77,14 @@ def test_models(capsys):
   assert status == 0
   lines = out.split("\n\n")[0].splitlines()
   assert [" ".join(line.split()) for line in lines] == [
-    "network parameters paper difference multiply-adds paper difference",
-    "resnet50 25,557,032 25.6 M -0.04 M -0.2 % 4.089 G 4.12 G -0.03 G -0.7 %",
-    "table1_average 22,804,520 n/a 3.781 G n/a",
-    "resnet18 11,689,512 1.814 G",
+    "network parameters paper difference FLOPs paper difference",
+    "resnet50 25,557,032 25.6 M -0.04 M -0.2 % 4.122 G 4.12 G +0.00 G +0.0 %",
+    "table1_average 22,804,520 22.8 M +0.00 M +0.0 % 3.816 G 3.82 G -0.00 G -0.1 %",
+    "resnet18 11,689,512 1.822 G",
   ]
   # Aligned: each column of numbers ends at the same place.
   assert len({line.index(" G") for line in lines[1:]}) == 1
-  assert cost.RULE in out
+  assert RULE in out
   assert "One image of 224 px" in out
 
 
@@ -90,7 +92,7 @@ def test_models_of_another_size_are_not_compared(capsys):
   status, out, _ = run(capsys, "models", "resnet50", "--image-size=64")
   assert status == 0
   row = " ".join(out.splitlines()[1].split())
-  assert row == "resnet50 25,557,032 25.6 M -0.04 M -0.2 % 0.336 G"
+  assert row == "resnet50 25,557,032 25.6 M -0.04 M -0.2 % 0.338 G"
   assert "One image of 64 px" in out
 
 
@@ -98,15 +100,15 @@ def test_models_json(capsys):
   status, out, _ = run(capsys, "models", "--json", "table4_resnet50", "resnet18")
   assert status == 0
   values = json.loads(out)
-  assert values["rule"] == cost.RULE
+  assert values["rule"] == RULE
   row, model = values["networks"]
   assert row["name"] == row["row"] == "table4_resnet50"
   assert (row["model"], row["options"], row["image_size"]) == ("resnet50", {}, 224)
   assert (row["parameters"], row["multiply_adds"]) == (25_557_032, 4_089_184_256)
-  assert (row["paper_parameters_m"], row["paper_multiply_adds_g"]) == (25.6, 4.12)
-  assert row["difference_multiply_adds_g"] == pytest.approx(4.089184256 - 4.12)
-  assert row["difference_multiply_adds_percent"] == pytest.approx(-0.74795, abs=1e-4)
-  assert row["source"] == "authors' README"
+  assert row["flops"] == 4_121_924_096
+  assert (row["paper_parameters_m"], row["paper_flops_g"]) == (25.6, 4.12)
+  assert row["difference_flops_g"] == pytest.approx(4.121924096 - 4.12)
+  assert row["difference_flops_percent"] == pytest.approx(0.04670, abs=1e-4)
   assert model["row"] is None
   assert model["paper_parameters_m"] is None
 
@@ -115,7 +117,7 @@ def test_everything_is_listed_by_default():
   names = cost.default_names()
   assert set(lip_jax.list_models()) < set(names)
   assert [name for name in names if name.startswith("table")] == [
-    row.name for row in paper.ROWS if row.table != 2
+    row.name for row in paper.ROWS if row.table in (1, 3, 4)
   ]
 
 
@@ -134,38 +136,71 @@ def write_run(directory, arg, *, top1=None, finish=True, **changes):
       writer.write(8, "validation", {"top1": top1, "top5": 0.9, "count": 50000})
 
 
-def results(capsys, runs):
-  status, out, _ = run(capsys, "tables", "--json", f"--runs={runs}")
+def results(capsys, runs, table):
+  status, out, _ = run(capsys, "tables", str(table), "--json", f"--runs={runs}")
   assert status == 0
   return {row["name"]: row for row in json.loads(out)["rows"]}
 
 
-def test_tables_without_a_run(capsys, tmp_path):
-  status, out, _ = run(capsys, "tables", f"--runs={tmp_path}")
+def test_tables_without_a_run(capsys, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  status, out, _ = run(capsys, "tables", "1", "2", "6")
   assert status == 0
   lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("table")}
-  assert list(lines) == [row.name for row in paper.ROWS]
-  for name, line in lines.items():
-    assert f"--config=configs/imagenet.py:{name} --workdir={tmp_path}/{name}" in line
-    assert "not yet run" in line
-  assert "78.19 / 93.96" in lines["table4_lip_resnet50"]
-  assert "78.15 / n/a" in lines["table1_lip_bottleneck256"]
-  assert "  n/a  " in lines["table1_average"]
-  for number in range(1, 5):
-    assert f"Table {number}: " in out
+  assert list(lines) == [row.name for row in paper.ROWS if row.table in (1, 2, 6)]
+  line = " ".join(lines["table1_dpp_original"].split())
+  assert line.endswith("77.22 93.64 not yet run 25.6 25.56 6.59 6.562")
+  assert lines["table2_b"].split()[-5:] == ["N/A", "N/A", "not", "yet", "run"]
+  assert lines["table6_lip_resnet101_md"].endswith("43.9  65.7  48.1  25.4  46.7  56.3")
+  assert "Table 2: " in out
+  assert "B failed to train" in out
+  assert "--config=configs/imagenet.py:ROW --workdir=runs/ROW" in out
+
+
+@pytest.mark.parametrize("number", [1, 6])
+def test_a_table_is_one_screen(capsys, monkeypatch, tmp_path, number):
+  monkeypatch.chdir(tmp_path)
+  status, out, _ = run(capsys, "tables", str(number))
+  assert status == 0
+  assert out.startswith(f"Table {number}: ")
+  lines = out.splitlines()
+  assert len(lines) <= 24
+  assert max(map(len, lines)) <= 120
+
+
+def test_tables_json_has_what_is_printed_and_ours(capsys, tmp_path):
+  row = results(capsys, tmp_path, 3)["table3_c"]
+  assert row["printed"] == {"top1": 77.78, "top5": 93.81, "parameters_m": 23.7, "flops_g": 4.26}
+  assert (row["parameters"], round(row["flops"] / 1e9, 3)) == (23_727_656, 4.254)
+  assert row["options"] == {"lip_stages": ["c4", "c5"]}
+  assert row["command"] == (
+    f"python train.py --config=configs/imagenet.py:table3_c --workdir={tmp_path}/table3_c"
+  )
+  detector = results(capsys, tmp_path, 5)["table5_retinanet_resnet50"]
+  assert detector["printed"]["ap_s"] == 19.6
+  assert detector["command"] is detector["parameters"] is detector["result"] is None
+
+
+def test_tables_as_markdown(capsys, tmp_path):
+  status, out, _ = run(capsys, "tables", "--markdown", "2", f"--runs={tmp_path}")
+  assert status == 0
+  title, _, heading, _, first, *_ = out.splitlines()
+  assert title.startswith("## Table 2: ")
+  assert heading == "| row |  | top-1 | top-5 | here |"
+  assert first.startswith("| `table2_a` | A: affine instance norm and amplified sigmoid | 78.19 |")
 
 
 def test_tables_of_finished_runs(capsys, tmp_path):
   write_run(tmp_path / "table1_average", "table1_average", top1=0.76543)
   # The same network under the name of its model, with a recipe of its own.
   write_run(
-    tmp_path / "table4_lip_resnet50",
+    tmp_path / "table1_lip_bottleneck128",
     "lip_resnet50",
     top1=0.7812,
     model={"bn_group_size": 64, "zero_init_residual": False},
     data={"dataset": "imagenet2012:5.1.0"},
   )
-  rows = results(capsys, tmp_path)
+  rows = results(capsys, tmp_path, 1)
   assert rows["table1_average"]["result"] == {
     "status": "finished",
     "step": 8,
@@ -174,64 +209,61 @@ def test_tables_of_finished_runs(capsys, tmp_path):
     "top5": pytest.approx(90.0),
     "why": None,
   }
-  assert rows["table1_average"]["paper_top1"] is None
-  assert rows["table4_lip_resnet50"]["result"]["top1"] == pytest.approx(78.12)
-  assert rows["table1_max"]["result"]["status"] == "not yet run"
-  _, out, _ = run(capsys, "tables", f"--runs={tmp_path}")
+  assert rows["table1_average"]["printed"]["top1"] == 76.96
+  assert rows["table1_lip_bottleneck128"]["result"]["top1"] == pytest.approx(78.12)
+  assert rows["table1_dpp"]["result"]["status"] == "not yet run"
+  _, out, _ = run(capsys, "tables", "1", f"--runs={tmp_path}")
   assert "76.54 / 90.00 (2 epochs)" in out
 
 
 def test_tables_of_runs_that_do_not_count(capsys, tmp_path):
   write_run(tmp_path / "table1_average", "table1_average", finish=False)
-  write_run(tmp_path / "table1_max", "table1_average", top1=0.7)
+  write_run(tmp_path / "table1_dpp", "table1_average", top1=0.7)
   write_run(tmp_path / "table1_strided", "table1_strided,tiny", top1=0.7)
-  write_run(tmp_path / "table2_a", "table2_a", top1=0.7, model={"stage_sizes": (1, 1, 1, 1)})
-  write_run(tmp_path / "table2_b", "table2_b", top1=0.7, model={"an_option_of_the_future": 1})
-  write_run(tmp_path / "table3_a", "table3_b", top1=0.7)
-  write_run(tmp_path / "table4_resnet101", "resnet50", top1=0.7)
-  (tmp_path / "table2_c").mkdir()
-  (tmp_path / "table2_c" / "config.json").write_text("{")
-  found = results(capsys, tmp_path)
+  for name, changes in (
+    ("table1_lip_bottleneck128", {"stage_sizes": (1, 1, 1, 1)}),
+    ("table1_lip_bottleneck256", {"an_option_of_the_future": 1}),
+    ("table1_lip_projection", {"lip_stages": ("c3",)}),
+  ):
+    write_run(tmp_path / name, name, top1=0.7, model=changes)
+  write_run(tmp_path / "table1_dpp_original", "resnet101", top1=0.7)
+  (tmp_path / "table1_lip_bottleneck64").mkdir()
+  (tmp_path / "table1_lip_bottleneck64" / "config.json").write_text("{")
+  found = results(capsys, tmp_path, 1)
   assert found["table1_average"]["result"]["status"] == "running"
   assert found["table1_average"]["result"]["step"] == 4
   for name, why in {
-    "table1_max": "another model: resnet50, pool=average",
+    "table1_dpp": "another model: resnet50, pool=average",
     "table1_strided": "on cluttered_digits/classify, not on imagenet2012",
-    "table2_a": "another model: lip_resnet50, pool=lip, stage_sizes=(1, 1, 1, 1)",
-    "table2_b": "another model",
-    "table2_c": "is damaged",
-    "table3_a": "another model: lip_resnet50, lip_stages=('c3',), pool=lip",
-    "table4_resnet101": "another model",
+    "table1_lip_bottleneck128": "another model: lip_resnet50, stage_sizes=(1, 1, 1, 1)",
+    "table1_lip_bottleneck256": "another model",
+    "table1_lip_bottleneck64": "is damaged",
+    "table1_lip_projection": "lip_stages=('c3',)",
+    "table1_dpp_original": "another model",
   }.items():
     assert found[name]["result"]["status"] == "other"
     assert found[name]["result"]["top1"] is None
     assert why in found[name]["result"]["why"]
-  _, out, _ = run(capsys, "tables", f"--runs={tmp_path}")
+  _, out, _ = run(capsys, "tables", "1", f"--runs={tmp_path}")
   assert "running, step 4" in out
-  assert "not counted: a run of another model: resnet50, pool=average" in out
+  assert "table1_dpp: not counted: a run of another model: resnet50, pool=average." in out
 
 
 def test_a_run_that_is_being_written(capsys, tmp_path):
   write_run(tmp_path / "table2_d", "table2_d", finish=False)
   with (tmp_path / "table2_d" / "metrics.jsonl").open("a") as lines:
     lines.write('{"step": 8, "validat')
-  (tmp_path / "table3_e").mkdir()
-  config = config_lib.from_dict(GET_CONFIG("table3_e").to_dict())
-  (tmp_path / "table3_e" / "config.json").write_text(config_lib.to_json(config))
-  found = results(capsys, tmp_path)
-  assert (found["table2_d"]["result"]["status"], found["table2_d"]["result"]["step"]) == (
-    "running",
-    4,
-  )
-  assert (found["table3_e"]["result"]["status"], found["table3_e"]["result"]["step"]) == (
-    "running",
-    0,
-  )
+  (tmp_path / "table2_a").mkdir()
+  config = config_lib.from_dict(GET_CONFIG("table2_a").to_dict())
+  (tmp_path / "table2_a" / "config.json").write_text(config_lib.to_json(config))
+  found = results(capsys, tmp_path, 2)
+  for name, step in (("table2_d", 4), ("table2_a", 0)):
+    assert (found[name]["result"]["status"], found[name]["result"]["step"]) == ("running", step)
 
 
 @pytest.fixture
 def converted(monkeypatch):
-  """Calls of `lip_jax.export.torch_convert.convert`, which does nothing."""
+  """Calls of `lip_jax.export.torch_convert.convert_weights`, which does nothing."""
   from lip_jax.export import torch_convert
 
   calls = []
@@ -242,7 +274,7 @@ def converted(monkeypatch):
       raise UsageError("there is no none.pth")
     return f"{source} -> {out}"
 
-  monkeypatch.setattr(torch_convert, "convert", fake)
+  monkeypatch.setattr(torch_convert, "convert_weights", fake)
   return calls
 
 
@@ -305,7 +337,9 @@ def test_progress_on_a_terminal(capsys, monkeypatch):
 
 
 def test_a_reader_that_has_enough_is_no_error():
-  command = f"{sys.executable} -m lip_jax.cli tables | head -1; exit ${{PIPESTATUS[0]}}"
+  more_than_a_pipe_holds = f"models --json --image-size=32 {'resnet_small ' * 300}"
+  command = (
+    f"{sys.executable} -m lip_jax.cli {more_than_a_pipe_holds} | head -1; exit ${{PIPESTATUS[0]}}"
+  )
   done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (0, "")
-  assert done.stdout.startswith("Table 1")
+  assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")

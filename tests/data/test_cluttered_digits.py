@@ -8,8 +8,9 @@ import pytest
 import tensorflow_datasets as tfds
 from sklearn import datasets as sklearn_datasets
 
-from lip_jax.data import cluttered_digits
-from lip_jax.data.cluttered_digits import SOURCES, Box, ClutteredDigits, draw_scene
+from lip_jax.data.prepare import cluttered_digits
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.cluttered_scene import SOURCES, Box, cut_piece, draw_scene, load_digits
 from lip_jax.data.preprocess import decode_jpeg
 
 CLASSIFY, DETECT, SIZES, SIZES_LARGE = ClutteredDigits.BUILDER_CONFIGS
@@ -133,9 +134,9 @@ def test_boxes_are_tight_around_the_ink():
 
 def test_clutter_is_small_pieces_of_digits():
   rng = np.random.default_rng(0)
-  masks = cluttered_digits._load_digits().masks
+  masks = load_digits().masks
   for mask in masks[::20]:
-    piece = cluttered_digits._cut_piece(rng, mask)
+    piece = cut_piece(rng, mask)
     assert piece.sum() < 0.5 * mask.sum()
     assert len(piece) <= 0.55 * len(mask)
 

@@ -20,9 +20,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lip_jax.data import pipeline
-from lip_jax.data.cluttered_digits import ClutteredDigits
 from lip_jax.data.pipeline import eval_batches, train_loader
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
+from lip_jax.data.records import ImageLabelParser, ParsedRecords
 from lip_jax.data.source import Source, open_split
+from lip_jax.data.transforms import EvalCrop, TrainCrop
 from lip_jax.errors import UsageError
 
 COUNT = 37
@@ -99,9 +101,7 @@ def broken(data_dir):
 
 def take(source, count, *, start=0, **options):
   """Batches start to start + count of a training stream."""
-  options = {
-    "image_size": 16, "crop_scale": (0.3, 1.0), "global_batch_size": 8, "seed": 0, **options
-  }  # fmt: skip
+  options = {"transform": TrainCrop(16, (0.3, 1.0)), "global_batch_size": 8, "seed": 0, **options}
   with train_loader(source, **options) as loader:
     for _ in range(start):
       next(loader)
@@ -163,7 +163,7 @@ def test_source_of_part_of_a_split(data_dir):
 
 def test_train_batches_have_the_promised_types(whole):
   for crop_scale in (None, (0.3, 1.0)):
-    (batch,) = take(whole, 1, crop_scale=crop_scale)
+    (batch,) = take(whole, 1, transform=TrainCrop(16, crop_scale))
     assert batch["image"].shape == (8, 16, 16, 3)
     assert batch["image"].dtype == np.uint8
     assert batch["label"].shape == (8,)
@@ -216,9 +216,11 @@ def test_crops_do_not_depend_on_the_size_of_batches(whole):
 def test_every_position_has_crops_of_its_own(data_dir):
   # One image over and over: what differs is the crop.
   one = open_split("numbered_images/whole", "train[:1]", data_dir)
-  images = np.concatenate([batch["image"] for batch in take(one, 8, crop_scale=(0.1, 0.5))])
+  images = np.concatenate(
+    [batch["image"] for batch in take(one, 8, transform=TrainCrop(16, (0.1, 0.5)))]
+  )
   assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
-  (other,) = take(one, 1, crop_scale=(0.1, 0.5), seed=1)
+  (other,) = take(one, 1, transform=TrainCrop(16, (0.1, 0.5)), seed=1)
   assert not (other["image"][:, None] == images).all(axis=(2, 3, 4)).any()
 
 
@@ -249,7 +251,7 @@ def test_batch_larger_than_the_data_set(data_dir):
 
 @pytest.mark.parametrize("step", [0, 1, 4, 7, 12])
 def test_resumes_with_the_batch_that_would_have_come(whole, step):
-  options = {"image_size": 16, "crop_scale": (0.3, 1.0), "global_batch_size": 8, "seed": 0}
+  options = {"transform": TrainCrop(16, (0.3, 1.0)), "global_batch_size": 8, "seed": 0}
   with train_loader(whole, **options, num_threads=3, prefetch=5) as loader:
     for _ in range(step):
       next(loader)
@@ -277,7 +279,7 @@ def test_resumes_with_the_batch_that_would_have_come(whole, step):
   ],
 )
 def test_state_of_another_stream_is_refused(whole, change, message):
-  options = {"image_size": 16, "global_batch_size": 8, "seed": 0}
+  options = {"transform": TrainCrop(16), "global_batch_size": 8, "seed": 0}
   with train_loader(whole, **options) as loader:
     state = loader.get_state()
   with (
@@ -288,7 +290,7 @@ def test_state_of_another_stream_is_refused(whole, change, message):
 
 
 def test_memory_is_used_again_but_never_while_somebody_has_it(whole):
-  options = {"image_size": 16, "crop_scale": (0.3, 1.0), "global_batch_size": 8, "seed": 0}
+  options = {"transform": TrainCrop(16, (0.3, 1.0)), "global_batch_size": 8, "seed": 0}
   with train_loader(whole, **options, num_threads=2, prefetch=2) as loader:
     # Of some batches all is kept, of some a view of a view, of some nothing.
     whole_batches = [next(loader)["image"] for _ in range(3)]
@@ -305,7 +307,7 @@ def test_memory_is_used_again_but_never_while_somebody_has_it(whole):
 
 
 def test_closing_ends_the_threads(whole):
-  with train_loader(whole, image_size=16, global_batch_size=8, seed=0, num_threads=2) as loader:
+  with train_loader(whole, TrainCrop(16), global_batch_size=8, seed=0, num_threads=2) as loader:
     next(loader)
     assert grain_threads()
   wait_for_threads_to_end()
@@ -318,7 +320,7 @@ def test_unreadable_images_are_replaced_by_the_next_ones(broken, caplog):
   names = [f"numbered_images/broken train image {k} ({k}.JPEG)" for k in BROKEN]
   with (
     caplog.at_level(logging.WARNING),
-    train_loader(broken, image_size=16, global_batch_size=COUNT, seed=0) as loader,
+    train_loader(broken, TrainCrop(16), global_batch_size=COUNT, seed=0) as loader,
   ):
     assert loader.skipped == ()
     epochs = [next(loader) for _ in range(2)]
@@ -335,7 +337,13 @@ def test_unreadable_images_are_replaced_by_the_next_ones(broken, caplog):
 def test_the_number_of_skipped_images_belongs_to_the_batches_that_were_seen(
   broken, caplog, messages
 ):
-  options = {"image_size": 16, "global_batch_size": 2, "seed": 0, "num_threads": 3, "prefetch": 30}
+  options = {
+    "transform": TrainCrop(16),
+    "global_batch_size": 2,
+    "seed": 0,
+    "num_threads": 3,
+    "prefetch": 30,
+  }
   positions, counts = [], []
   with train_loader(broken, **options) as loader:
     for _ in range(20):
@@ -360,7 +368,7 @@ def test_the_number_of_skipped_images_belongs_to_the_batches_that_were_seen(
 
 
 def test_processes_join_what_they_skipped(broken):
-  options = {"image_size": 16, "global_batch_size": 40, "seed": 0}
+  options = {"transform": TrainCrop(16), "global_batch_size": 40, "seed": 0}
   loaders = [train_loader(broken, **options, process_index=p, process_count=4) for p in range(4)]
   for loader in loaders:
     next(loader)
@@ -376,7 +384,7 @@ def test_processes_join_what_they_skipped(broken):
 
 
 def test_a_state_names_a_bounded_number_of_skipped_images(whole):
-  options = {"image_size": 16, "global_batch_size": 8, "seed": 0}
+  options = {"transform": TrainCrop(16), "global_batch_size": 8, "seed": 0}
   with train_loader(whole, **options) as loader:
     state = {**loader.get_state(), "num_skipped": 7000, "skipped": list(range(1500))}
     loader.set_state(state)
@@ -394,7 +402,7 @@ def test_skipping_is_deterministic(broken):
 
 def test_a_replacement_shows_the_image_of_its_label(broken, whole):
   # Without crops an image is a function of its label.
-  options = {"crop_scale": None, "global_batch_size": COUNT}
+  options = {"transform": TrainCrop(16), "global_batch_size": COUNT}
   (reference,), (batch,) = take(whole, 1, **options), take(broken, 1, **options)
   images = dict(zip(reference["label"], reference["image"], strict=True))
   for label, image in zip(batch["label"], batch["image"], strict=True):
@@ -403,7 +411,7 @@ def test_a_replacement_shows_the_image_of_its_label(broken, whole):
 
 def test_a_data_set_without_readable_images_is_an_error(data_dir):
   ruined = open_split("numbered_images/ruined", "train", data_dir)
-  loader = train_loader(ruined, image_size=16, global_batch_size=8, seed=0)
+  loader = train_loader(ruined, TrainCrop(16), global_batch_size=8, seed=0)
   with pytest.raises(
     UsageError, match=r"9 images in a row are unreadable.* in .*/ruined/1\.0\.0 are"
   ):
@@ -433,12 +441,13 @@ def test_errors_of_the_threads_reach_the_consumer(data_dir):
   records = builder.as_data_source(
     "train", deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES
   )
-  features = dict(builder.info.features)
-  source = Source("unplugged", data_dir, UnpluggedDisk(records), features)
+  parse = ImageLabelParser(dict(builder.info.features), "unplugged")
+  examples = ParsedRecords(UnpluggedDisk(records), parse, data_dir)
+  source = Source("unplugged", data_dir, examples, parse.class_names)
   with pytest.raises(OSError, match="disk unplugged"):
     take(source, 10)
   with pytest.raises(OSError, match="disk unplugged"):
-    list(eval_batches(source, image_size=16, global_batch_size=8))
+    list(eval_batches(source, EvalCrop(16), global_batch_size=8))
 
 
 def strange_images():
@@ -468,16 +477,16 @@ def strange_images():
   return readable, unreadable
 
 
-@pytest.mark.parametrize("kind", ["source", "stream"])
+@pytest.mark.parametrize("kind", ["memory", "tfrecord"])
 def test_strange_images(tmp_path, caplog, kind):
   """Training goes on, and names and counts what it skipped; evaluation stops with the ids."""
   readable, unreadable = strange_images()
   fixture_numbered.write(tmp_path, (20, 20), {**readable, **unreadable})
   source = getattr(fixture_numbered, f"open_{kind}")(tmp_path)
   for crop_scale in (None, (0.08, 1.0)):
-    options = {"image_size": 16, "crop_scale": crop_scale, "global_batch_size": 40, "seed": 0}
     caplog.clear()
-    with train_loader(source, **options, shuffle_window=40) as loader:
+    transform = TrainCrop(16, crop_scale)
+    with train_loader(source, transform, global_batch_size=40, seed=0) as loader:
       seen = {int(label) for _ in range(2) for label in next(loader)["label"]}
       assert seen == set(range(40)) - set(unreadable)
       assert loader.num_skipped() == len(unreadable)
@@ -485,7 +494,7 @@ def test_strange_images(tmp_path, caplog, kind):
     for name in loader.skipped:
       assert sum(name in record.getMessage() for record in caplog.records) == 1
   with pytest.raises(UsageError, match="5 of 40 images") as caught:
-    list(eval_batches(source, image_size=16, resize=18, global_batch_size=8))
+    list(eval_batches(source, EvalCrop(16, 18), global_batch_size=8))
   for k in range(40):
     assert (f"({k}.JPEG)" in str(caught.value)) == (k in unreadable)
 
@@ -500,7 +509,7 @@ def test_evaluation_counts_every_image_once(whole, global_batch_size, process_co
     list(
       eval_batches(
         whole,
-        image_size=16,
+        EvalCrop(16),
         global_batch_size=global_batch_size,
         process_index=p,
         process_count=process_count,
@@ -522,13 +531,13 @@ def test_evaluation_counts_every_image_once(whole, global_batch_size, process_co
 
 
 def test_evaluation_images_do_not_depend_on_the_number_of_processes(whole):
-  options = {"image_size": 16, "resize": 18, "global_batch_size": 8}
+  options = {"transform": EvalCrop(16, 18), "global_batch_size": 8}
   parts = [list(eval_batches(whole, **options, process_index=p, process_count=4)) for p in range(4)]
   assert digest(join(parts)) == digest(eval_batches(whole, **options))
 
 
 def test_evaluation_names_all_unreadable_images_and_stops(broken):
-  batches = eval_batches(broken, image_size=16, global_batch_size=4)
+  batches = eval_batches(broken, EvalCrop(16), global_batch_size=4)
   seen = [next(batches) for _ in range(10)]
   counted = labels(seen)[np.concatenate([batch["mask"] for batch in seen]) > 0]
   assert list(counted) == [k for k in range(COUNT) if k not in BROKEN]
@@ -546,9 +555,10 @@ def test_the_list_of_unreadable_images_is_bounded(whole):
 
 
 def test_five_crops_are_the_centre_and_the_corners(whole):
-  options = {"image_size": 12, "resize": 16, "global_batch_size": 40}
-  (one,), (five,) = (list(eval_batches(whole, **options, crops=crops)) for crops in (1, 5))
-  (square,) = eval_batches(whole, image_size=16, global_batch_size=40)
+  (one,), (five,), (square,) = (
+    list(eval_batches(whole, transform, global_batch_size=40))
+    for transform in (EvalCrop(12, 16), EvalCrop(12, 16, crops=5), EvalCrop(16))
+  )
   assert five["image"].shape == (40, 5, 12, 12, 3)
   np.testing.assert_array_equal(five["image"][:, 0], one["image"])
   for crop, (top, left) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)], 1):
@@ -558,8 +568,35 @@ def test_five_crops_are_the_centre_and_the_corners(whole):
   assert five["mask"].sum() == COUNT
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_may_be_of_any_shape_and_grey(whole, channels):
+  transform = TrainCrop((12, 20), (0.3, 1.0), channels=channels)
+  (train,) = take(whole, 1, transform=transform)
+  assert train["image"].shape == (8, 12, 20, channels)
+  for crops in (1, 5):
+    transform = EvalCrop((12, 20), (16, 24), crops=crops, channels=channels)
+    (batch,) = eval_batches(whole, transform, global_batch_size=40)
+    assert batch["image"].shape == (40, *(5,) * (crops == 5), 12, 20, channels)
+  if channels == 1:
+    (colours,) = take(whole, 1, transform=TrainCrop((12, 20), (0.3, 1.0)))
+    luma = colours["image"] @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(luma - train["image"][..., 0]).max() <= 1
+
+
+def test_parts_have_about_the_shape_of_the_result(tmp_path):
+  """A circle stays one, more or less, however wide the result is."""
+  grid = np.hypot(*np.mgrid[-100:100, -200:200])
+  circles = np.repeat(((grid < 60) * 255).astype(np.uint8)[..., None], 3, -1)
+  fixture_numbered.write(tmp_path, (1,), {0: simplejpeg.encode_jpeg(circles)})
+  (batch,) = take(
+    fixture_numbered.open_memory(tmp_path), 1, transform=TrainCrop((40, 80), (0.9, 1.0))
+  )
+  for image in batch["image"][..., 0] > 127:
+    assert 0.7 < image.any(0).sum() / image.any(1).sum() < 1.4
+
+
 def test_evaluation_can_be_left_early(whole):
-  batches = eval_batches(whole, image_size=16, global_batch_size=4)
+  batches = eval_batches(whole, EvalCrop(16), global_batch_size=4)
   next(batches)
   batches.close()
   wait_for_threads_to_end()
@@ -577,16 +614,25 @@ def test_evaluation_can_be_left_early(whole):
   ],
 )
 def test_batch_sizes_that_cannot_be(whole, options, message):
-  options = {"image_size": 16, "global_batch_size": 8, **options}
+  options = {"global_batch_size": 8, **options}
   with pytest.raises(UsageError, match=message):
-    train_loader(whole, seed=0, **options)
+    train_loader(whole, TrainCrop(16), seed=0, **options)
   with pytest.raises(UsageError, match=message):
-    eval_batches(whole, **options)
+    eval_batches(whole, EvalCrop(16), **options)
 
 
-def test_evaluation_crop_larger_than_the_image(whole):
-  with pytest.raises(UsageError, match="resize=12 is below image_size=16"):
-    eval_batches(whole, image_size=16, resize=12, global_batch_size=8)
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: EvalCrop(16, 12), "resize=12 is below image_size=16"),
+    (lambda: EvalCrop((16, 8), (20, 4)), r"resize=\(20, 4\) is below image_size=\(16, 8\)"),
+    (lambda: EvalCrop(16, crops=4), "crops=4; expected 1 or 5"),
+    (lambda: TrainCrop(16, channels=2), "channels=2; expected 3, or 1"),
+  ],
+)
+def test_transforms_that_cannot_be(make, message):
+  with pytest.raises(UsageError, match=message):
+    make()
 
 
 @pytest.mark.parametrize(
@@ -638,7 +684,7 @@ def test_embedded_data_set_of_which_only_part_is_there(tmp_path):
 
 OPEN_EMBEDDED = """
 import hashlib, pathlib, sys, time
-from lip_jax.data.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.data.source import open_split
 ClutteredDigits.BUILDER_CONFIGS[0].num_train = 300
 ClutteredDigits.BUILDER_CONFIGS[0].num_validation = 10
@@ -683,7 +729,7 @@ def test_embedded_data_set_is_made_on_first_use(tmp_path, monkeypatch, capsys):
   assert len(source) == 4
   assert source.num_classes == 10
   assert source[2]["id"] == "validation/000002"
-  (batch,) = eval_batches(source, image_size=128, global_batch_size=4)
+  (batch,) = eval_batches(source, EvalCrop(128), global_batch_size=4)
   assert batch["image"].shape == (4, 128, 128, 3)
   # The second time nothing is said, for nothing is done.
   capsys.readouterr()

@@ -26,7 +26,10 @@ from fixture_data import (
 )
 
 from lip_jax.data import imagenet, preprocess
-from lip_jax.data.prepare.datasets import _shard_numbers, convert, prepare_folder, prepare_imagenet
+from lip_jax.data.prepare.convert import convert_to_array_record
+from lip_jax.data.prepare.folder import prepare_folder
+from lip_jax.data.prepare.imagenet import prepare_imagenet
+from lip_jax.data.prepare.labelled_images import shard_numbers
 from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 
@@ -156,8 +159,8 @@ def test_as_many_files_as_tfds_makes():
       self.sizes = np.full(count, mean)
 
   splits = {"train": Split(1_281_167, 114_000), "validation": Split(50_000, 133_000)}
-  assert _shard_numbers(splits, None) == {"train": 1024, "validation": 64}
-  assert _shard_numbers(splits, 256) == {"train": 256, "validation": 9}
+  assert shard_numbers(splits, None) == {"train": 1024, "validation": 64}
+  assert shard_numbers(splits, 256) == {"train": 256, "validation": 9}
 
 
 def test_prepared_already(tars, tmp_path):
@@ -270,7 +273,7 @@ def test_whole_imagenet_is_counted(tmp_path, monkeypatch):
 
 PREPARE = """
 import sys
-from lip_jax.data.prepare import prepare_imagenet
+from lip_jax.data.prepare.imagenet import prepare_imagenet
 from fixture_data import SYNSETS, VALIDATION_LABELS
 train, val, root = sys.argv[1:]
 prepare_imagenet(
@@ -334,7 +337,7 @@ def test_a_run_that_was_begun_otherwise(tmp_path):
   damaged /= "imagenet2012-train.tfrecord-00001-of-00004"
   damaged.write_bytes(damaged.read_bytes()[:-1])
   with pytest.raises(UsageError, match="ends within it"):
-    convert("imagenet2012", tmp_path / "tfrecord", tmp_path / "data")
+    convert_to_array_record("imagenet2012", tmp_path / "tfrecord", tmp_path / "data")
   assert (tmp_path / "data" / "imagenet2012" / "incomplete.lip_5.1.0").is_dir()
   with pytest.raises(UsageError, match="begun otherwise: made_from='tfrecord files' there"):
     prepare_imagenet(*tars, tmp_path / "data", **LISTS)
@@ -397,7 +400,7 @@ def test_convert_keeps_every_byte(prepared, tmp_path):
   directory, root, _ = prepared
   shutil.copytree(root, tmp_path / "tfrecord")
   to_tfrecord(tmp_path / "tfrecord" / "imagenet2012" / "5.1.0")
-  summary = convert("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
+  summary = convert_to_array_record("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
   assert "imagenet2012/5.1.0: train 30, validation 5 images in 5 files" in summary
   found = contents(tmp_path / "out" / "imagenet2012" / "5.1.0")
   expected = contents(directory)
@@ -409,7 +412,9 @@ def test_convert_keeps_every_byte(prepared, tmp_path):
     assert examples("imagenet2012", split, tmp_path / "out") == examples(
       "imagenet2012", split, root
     )
-  assert "prepared already" in convert("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
+  assert "prepared already" in convert_to_array_record(
+    "imagenet2012", tmp_path / "tfrecord", tmp_path / "out"
+  )
   assert tfds.builder_from_directory(
     tmp_path / "out" / "imagenet2012" / "5.1.0"
   ).info.features.keys() == {"image", "label", "file_name"}
@@ -418,14 +423,14 @@ def test_convert_keeps_every_byte(prepared, tmp_path):
 def test_what_cannot_be_converted(prepared, tmp_path):
   _, root, _ = prepared
   with pytest.raises(UsageError, match="in ArrayRecord format already"):
-    convert("imagenet2012", root, tmp_path / "out")
+    convert_to_array_record("imagenet2012", root, tmp_path / "out")
   with pytest.raises(UsageError, match="copy the data set to a disk"):
-    convert("imagenet2012", "gs://bucket/data", tmp_path / "out")
+    convert_to_array_record("imagenet2012", "gs://bucket/data", tmp_path / "out")
   shutil.copytree(root, tmp_path / "tfrecord")
   directory = tmp_path / "tfrecord" / "imagenet2012" / "5.1.0"
   to_tfrecord(directory)
   with pytest.raises(UsageError, match="is the directory of the TFRecord files"):
-    convert("imagenet2012", tmp_path / "tfrecord", tmp_path / "tfrecord")
+    convert_to_array_record("imagenet2012", tmp_path / "tfrecord", tmp_path / "tfrecord")
   path = directory / "imagenet2012-train.tfrecord-00001-of-00004"
   data = path.read_bytes()
   for damage, message in (
@@ -436,11 +441,11 @@ def test_what_cannot_be_converted(prepared, tmp_path):
   ):
     path.write_bytes(damage)
     with pytest.raises(UsageError, match=message):
-      convert("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
+      convert_to_array_record("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*/*/*.part"))
     assert not (tmp_path / "out" / "imagenet2012" / "5.1.0").exists()
   path.unlink()
   with pytest.raises(UsageError, match="tfrecord-00001-of-00004 is missing"):
-    convert("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
+    convert_to_array_record("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
   path.write_bytes(data)
-  convert("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")
+  convert_to_array_record("imagenet2012", tmp_path / "tfrecord", tmp_path / "out")

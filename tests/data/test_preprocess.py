@@ -417,5 +417,40 @@ def test_center_crop_of_odd_shapes(shape):
 
 
 def test_center_crop_larger_than_the_side_is_refused():
-  with pytest.raises(ValueError, match="224 pixels from a side of 200"):
+  with pytest.raises(ValueError, match=r"224.* pixels from .*200"):
     preprocess.resize_and_center_crop(IMAGE, 224, 200)
+
+
+# Images that are not square.
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (80, 60), (33, 120), (427, 640)])
+@pytest.mark.parametrize(
+  ("size", "resize"), [((24, 40), (30, 50)), ((40, 24), (40, 24)), ((30, 30), (30, 60))]
+)
+def test_center_crop_of_another_shape_covers_and_takes_the_middle(shape, size, resize):
+  image = smooth_image(*shape)
+  found = preprocess.resize_and_center_crop(image, size, resize)
+  assert found.shape == (*size, 3)
+  scale = max(resize[0] / shape[0], resize[1] / shape[1])
+  height, width = int(shape[0] * scale + 1e-6), int(shape[1] * scale + 1e-6)
+  whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+  top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+  np.testing.assert_array_equal(found, whole[top : top + size[0], left : left + size[1]])
+
+
+@pytest.mark.parametrize("size", [(48, 96), (96, 48), (160, 40)])
+def test_random_crops_of_another_shape(photographs, size):
+  data = simplejpeg.encode_jpeg(photographs[0], quality=95)
+  whole = preprocess.decode_jpeg(data)
+  first, second, third = (np.random.default_rng(0) for _ in range(3))
+  for _ in range(8):
+    crop = preprocess.decode_random_resized_crop(data, first, size, (0.08, 1.0))
+    assert crop.shape == (*size, 3)
+    again = preprocess.random_resized_crop(whole, second, size, (0.08, 1.0))
+    assert psnr(crop, again) > 35
+    # The same part as of a square of any size, squeezed.
+    square = preprocess.random_resized_crop(whole, third, 128, (0.08, 1.0))
+    squeezed = Image.fromarray(square).resize(size[::-1], Image.Resampling.BILINEAR)
+    small = Image.fromarray(crop).resize((12, 12), Image.Resampling.BOX)
+    assert psnr(np.asarray(small), np.asarray(squeezed.resize((12, 12), Image.Resampling.BOX))) > 28

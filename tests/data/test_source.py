@@ -1,18 +1,24 @@
 """Where images come from: TFRecord files, folders, fake data; splits of them; errors."""
 
 import importlib.util
+import pathlib
 import subprocess
 import sys
+from typing import ClassVar
 
 import grain
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from fixture_data import SYNSETS, VALIDATION_LABELS, jpeg, to_tfrecord, write_folder, write_tars
+from tensorflow_datasets.proto import tf_example_pb2
 
 from lip_jax.data import preprocess, tfrecord
 from lip_jax.data.pipeline import eval_batches, train_loader
-from lip_jax.data.prepare.datasets import prepare_imagenet
-from lip_jax.data.source import RecordStream, Source, open_split
+from lip_jax.data.prepare.imagenet import prepare_imagenet
+from lip_jax.data.records import ImageLabelParser
+from lip_jax.data.source import open_split
+from lip_jax.data.transforms import EvalCrop, TrainCrop
 from lip_jax.errors import UsageError
 
 
@@ -39,12 +45,9 @@ def folder(tmp_path_factory):
   return write_folder(tmp_path_factory.mktemp("folder"), splits=("train", "val"))
 
 
-def read_stream(stream):
-  return [
-    stream.parse(record)
-    for shard in stream.shards()
-    for record in tfrecord.read_records(shard.path, skip=shard.skip, take=shard.take)
-  ]
+def tfrecord_files(roots):
+  directory = pathlib.Path(roots["tfrecord"]) / "imagenet2012" / "5.1.0"
+  return sorted(str(path) for path in directory.glob("*-train.tfrecord-*"))
 
 
 # TFRecord.
@@ -54,26 +57,39 @@ def read_stream(stream):
   "split", ["train", "validation", "train[:99%]", "train[9:22]", "train[20:]+validation[:2]"]
 )
 def test_tfrecord_gives_the_same_examples_as_array_record(roots, split):
-  source = open_split("imagenet2012", split, roots["array_record"])
-  stream = open_split("imagenet2012", split, roots["tfrecord"])
-  assert isinstance(source, Source)
-  assert isinstance(stream, RecordStream)
-  assert source.random_access
-  assert not stream.random_access
-  assert stream.name == source.name == f"imagenet2012 {split}"
-  assert stream.class_names == source.class_names == SYNSETS
-  assert stream.num_classes == 3
-  assert len(stream) == len(source) == sum(stream.shard_lengths)
-  assert stream.files == tuple(shard.path for shard in stream.shards())
-  assert read_stream(stream) == [source[k] for k in range(len(source))]
+  array_record = open_split("imagenet2012", split, roots["array_record"])
+  tfrecords = open_split("imagenet2012", split, roots["tfrecord"])
+  assert tfrecords.name == array_record.name == f"imagenet2012 {split}"
+  assert tfrecords.class_names == array_record.class_names == SYNSETS
+  assert tfrecords.num_classes == 3
+  assert len(tfrecords) == len(array_record)
+  assert list(tfrecords) == list(array_record)
+  count = len(tfrecords)
+  for index in (-1, count):
+    with pytest.raises(IndexError, match=f"has {count} images, not an image {index}"):
+      tfrecords[index]
+
+
+def test_both_formats_train_on_the_same_batches(roots):
+  transform = TrainCrop((12, 16), (0.3, 1.0))
+  batches = []
+  for root in roots.values():
+    source = open_split("imagenet2012", "train", root)
+    with train_loader(source, transform, global_batch_size=8, seed=0) as loader:
+      batches.append([next(loader) for _ in range(6)])
+  for one, other in zip(*batches, strict=True):
+    for key in ("image", "label"):
+      np.testing.assert_array_equal(one[key], other[key])
 
 
 def test_grain_reads_the_same_records(roots):
-  stream = open_split("imagenet2012", "train", roots["tfrecord"])
-  for path, length in zip(stream.files, stream.shard_lengths, strict=True):
+  for path in tfrecord_files(roots):
     records = list(grain.experimental.TFRecordIterDataset(path))
     assert records == list(tfrecord.read_records(path))
-    assert len(records) == length
+    offsets = tfrecord.record_offsets(path)
+    assert records == [
+      tfrecord.read_record(path, offsets, number) for number in range(len(offsets) - 1)
+    ]
 
 
 def test_nothing_imports_tensorflow(roots, folder):
@@ -83,9 +99,7 @@ from lip_jax.data.source import open_split
 for dataset, root in (("imagenet2012", {roots["tfrecord"]!r}),
                       ("imagenet2012", {roots["array_record"]!r}),
                       ("folder:{folder}", None), ("fake:10", None)):
-  source = open_split(dataset, "train[:99%]", root)
-  if source.random_access:
-    source[0]
+  open_split(dataset, "train[:99%]", root)[0]
 assert "tensorflow" not in sys.modules
 """
   done = subprocess.run(
@@ -95,11 +109,55 @@ assert "tensorflow" not in sys.modules
 
 
 def test_a_record_that_is_no_example(roots):
-  stream = open_split("imagenet2012", "train", roots["tfrecord"])
-  record = next(tfrecord.read_records(stream.files[0]))
+  record = next(tfrecord.read_records(tfrecord_files(roots)[0]))
+  features = tfds.builder_from_directory(f"{roots['tfrecord']}/imagenet2012/5.1.0").info.features
+  parse = ImageLabelParser(dict(features), "imagenet2012")
+  assert parse(record)["id"].endswith(".JPEG")
   for damaged in (b"", b"\xff" * 40, record[:100], b"\0" * len(record)):
     with pytest.raises(preprocess.CorruptImage, match="the record is no example"):
-      stream.parse(damaged)
+      parse(damaged)
+
+
+class Names:
+  """A parser of another task, which wants no labels."""
+
+  class_names: ClassVar[list[str]] = []
+
+  def __init__(self, features, dataset):
+    assert {"image", "file_name"} <= set(features)
+    assert dataset == "imagenet2012"
+
+  def __call__(self, record):
+    features = tf_example_pb2.Example.FromString(record).features.feature
+    return {"name": features["file_name"].bytes_list.value[0]}
+
+
+class NameAndNoise:
+  """A transform of another task: arrays of other names, shapes and types."""
+
+  shapes: ClassVar = {"name": ((2, 8), np.uint8), "noise": ((3,), np.float64)}
+
+  def __call__(self, example, rng, out):
+    out["name"][...] = np.frombuffer(example["name"][:8], np.uint8)
+    out["noise"][...] = rng.random(3)
+
+
+def test_another_task_brings_a_parser_and_a_transform(roots):
+  source = open_split("imagenet2012", "train", roots["tfrecord"], parser=Names)
+  assert set(source[0]) == {"name"}
+  with train_loader(source, NameAndNoise(), global_batch_size=6, seed=0) as loader:
+    batches = [next(loader) for _ in range(3)]
+  for batch in batches:
+    assert {key: (a.shape, a.dtype) for key, a in batch.items()} == {
+      "name": ((6, 2, 8), np.uint8),
+      "noise": ((6, 3), np.float64),
+    }
+  noise = np.concatenate([batch["noise"] for batch in batches])
+  assert len(np.unique(noise)) == noise.size  # each position has a generator of its own
+  (batch,) = eval_batches(source, NameAndNoise(), global_batch_size=32)
+  assert [name[0].tobytes() for name in batch["name"][:30]] == [e["name"][:8] for e in source]
+  assert batch["mask"].sum() == 30
+  assert not batch["noise"][30:].any()
 
 
 @pytest.mark.parametrize(
@@ -107,21 +165,16 @@ def test_a_record_that_is_no_example(roots):
   [
     (lambda data: data[:-5], "record 7: the file ends within it"),
     (lambda data: data[:5], "record 0: the file ends before it"),
-    (lambda data: b"", "record 0: the file ends before it"),
     (lambda data: data[:3000] + bytes(len(data) - 3000), "its bytes have a wrong checksum"),
     (lambda data: bytes(len(data)), "record 0: its length has a wrong checksum"),
     (lambda data: data + bytes(512), "record 8: its length has a wrong checksum"),
   ],
 )
 def test_damaged_tfrecord_files(roots, tmp_path, damage, message):
-  stream = open_split("imagenet2012", "train", roots["tfrecord"])
   path = tmp_path / "file"
-  with open(stream.files[0], "rb") as file:
-    data = file.read()
-  path.write_bytes(damage(data))
-  take = None if len(path.read_bytes()) > len(data) else 8
+  path.write_bytes(damage(pathlib.Path(tfrecord_files(roots)[0]).read_bytes()))
   with pytest.raises(tfrecord.CorruptFile, match=message):
-    list(tfrecord.read_records(str(path), take=take))
+    list(tfrecord.read_records(str(path)))
 
 
 # Folders.
@@ -129,7 +182,6 @@ def test_damaged_tfrecord_files(roots, tmp_path, damage, message):
 
 def test_folder(folder):
   source = open_split(f"folder:{folder}", "train", None)
-  assert source.random_access
   assert source.class_names == ["bird", "cat", "dog"]
   assert source.num_classes == 3
   assert source.directory == str(folder)
@@ -164,9 +216,9 @@ def test_splits_of_a_folder(folder):
 
 def test_a_folder_feeds_training_and_evaluation(folder):
   source = open_split(f"folder:{folder}", "train", None)
-  with train_loader(source, image_size=16, global_batch_size=12, seed=0) as loader:
+  with train_loader(source, TrainCrop(16), global_batch_size=12, seed=0) as loader:
     assert sorted(next(loader)["label"]) == sorted([0, 1, 2] * 4)
-  (batch,) = eval_batches(source, image_size=16, global_batch_size=12)
+  (batch,) = eval_batches(source, EvalCrop(16), global_batch_size=12)
   np.testing.assert_array_equal(batch["label"], [source[k]["label"] for k in range(12)])
 
 

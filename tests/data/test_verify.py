@@ -16,8 +16,9 @@ from fixture_data import (
 )
 
 from lip_jax.data import imagenet
-from lip_jax.data.prepare.datasets import prepare_folder, prepare_imagenet
-from lip_jax.data.verify import SAMPLE_EVERY, verify
+from lip_jax.data.prepare.folder import prepare_folder
+from lip_jax.data.prepare.imagenet import prepare_imagenet
+from lip_jax.data.prepare.verify import SAMPLE_EVERY, verify
 from lip_jax.errors import UsageError
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from lip_jax.data.cluttered_digits import SOURCES, ClutteredDigits, draw_scene
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.cluttered_scene import SOURCES, draw_scene
 from lip_jax.data.preprocess import decode_jpeg
 from lip_jax.data.source import open_split
 

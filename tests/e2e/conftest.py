@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fixture_digits import prepare_digits
 
-from lip_jax.data.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,7 +2,7 @@
 
   python evaluate_numbered.py PORT PROCESS_INDEX PROCESS_COUNT FOLDER...
 
-Prints what the evaluation of each folder, with random access and in order, returned, or its error.
+Prints what the evaluation of each folder, out of memory and out of its files, returned or said.
 """
 
 import json
@@ -42,7 +42,7 @@ def main(port, index, count, *folders):
   results = [
     evaluate(getattr(fixture_numbered, f"open_{kind}")(folder))
     for folder in folders
-    for kind in ("source", "stream")
+    for kind in ("memory", "tfrecord")
   ]
   print(json.dumps(results))
 

@@ -17,10 +17,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import lip_jax.trainer  # noqa: F401
 import ml_collections.config_flags  # noqa: F401
 import tensorflow_datasets  # noqa: F401
 from absl import app  # noqa: F401
+
+import lip_jax.training.trainer  # noqa: F401
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 

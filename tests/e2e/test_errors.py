@@ -3,7 +3,7 @@
 import pytest
 import tensorflow_datasets as tfds
 
-from lip_jax.data.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 
 
 def assert_one_line(done, *parts):

@@ -11,7 +11,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from fixture_weights import image, weight
 import lip_jax
-from lip_jax.export.torch_convert import convert
+from lip_jax.export.torch_convert import convert_weights
 
 spec = json.load(open({str(TESTS / "data" / "reference.json")!r}))["models"]["lip_resnet50"]
 weights = {{k: weight(k, tuple(s)) for k, s in spec["state_dict"].items()}}
@@ -24,7 +24,7 @@ with tempfile.TemporaryDirectory() as folder:
   except ImportError:
     file = folder + "/lip_resnet50.npz"
     np.savez(file, **weights)
-  convert(file, folder + "/out", model="lip_resnet50")
+  convert_weights(file, folder + "/out", model="lip_resnet50")
   model, config = lip_jax.load(folder + "/out")
 assert config["class_names"][0] == "tench, Tinca tinca"
 graph, state = nnx.split(model)

@@ -1,6 +1,8 @@
 """Exported folders, with the small networks."""
 
 import json
+import math
+import os
 import shutil
 
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from flax import nnx
 import lip_jax
 from lip_jax.errors import UsageError
 from lip_jax.export import folders
+from lip_jax.models import abstract_model
 
 NAME = "lip_resnet_small"
 OPTIONS = {"width": 2, "logit_width": 4, "bn_group_size": None}
@@ -25,7 +28,7 @@ def variables(model):
 
 def make_model(num_classes=3, **options):
   """A network with arbitrary weights, without the time that initialisation takes."""
-  model = folders.abstract_model(NAME, {**OPTIONS, **options}, num_classes=num_classes)
+  model = abstract_model(NAME, num_classes=num_classes, **{**OPTIONS, **options})
   for path, variable in variables(model):
     key = ".".join(map(str, path)).replace("var", "running_var")
     variable.set_value(jnp.asarray(weight(key, variable.shape), variable.dtype))
@@ -37,9 +40,9 @@ def model():
   return make_model()
 
 
-def save(path, model, **arguments):
-  arguments = {"name": NAME, "options": OPTIONS, "num_classes": 3, **arguments}
-  folders.save(path, model, **arguments)
+def save(path, model, *, options=OPTIONS, num_classes=3, overwrite=False, **entries):
+  config = {"model": {"name": NAME, **options}, "num_classes": num_classes, **entries}
+  folders.save(path, model, config, overwrite=overwrite)
   return path
 
 
@@ -56,7 +59,7 @@ def names(path):
 
 
 def test_there_and_back(model, tmp_path):
-  path = save(tmp_path / "new" / "out", model, extra={"preprocess": PREPROCESS})
+  path = save(tmp_path / "new" / "out", model, preprocess=PREPROCESS)
   assert names(path) == ["config.json", "model.safetensors"]
   assert names(path.parent) == ["out"]
   loaded, config = folders.load(path)
@@ -106,6 +109,19 @@ def test_options_must_be_those_of_the_model(model, tmp_path):
   with pytest.raises(UsageError, match="dtype is not among the options"):
     save(tmp_path / "out", model, options={**OPTIONS, "dtype": "float32"})
   assert names(tmp_path) == []
+
+
+def test_what_is_true_of_one_machine_only_is_left_out(model, tmp_path):
+  source = {"kind": "training run", "path": "/home/me/run", "step": 3, "revision": None}
+  evaluation = {"data": "coco validation", "count": 5000, "AP": 0.365}  # of another task
+  entries = {"source": source, "evaluation": evaluation}
+  path = save(tmp_path / "out", model, data={"data_dir": "/home/me/data"}, **entries)
+  assert "/home" not in (path / "config.json").read_text()
+  config = lip_jax.load(path)[1]
+  assert (config["evaluation"], config["source"]["step"]) == (evaluation, 3)
+  with pytest.raises(UsageError, match=r"evaluation.AP is nan, expected a number"):
+    save(tmp_path / "new", model, evaluation={**evaluation, "AP": math.nan})
+  assert names(tmp_path) == ["out"]
 
 
 def test_only_an_exported_folder_is_overwritten(model, tmp_path):
@@ -158,7 +174,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
   def fail(source, target):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(folders.os, "replace", fail)
+  monkeypatch.setattr(os, "replace", fail)
   with pytest.raises(UsageError, match=r"cannot write .*Permission denied"):
     save(path, model, overwrite=True)
   monkeypatch.undo()

@@ -25,7 +25,9 @@ from lip_jax import cli
 from lip_jax.data import imagenet
 from lip_jax.errors import UsageError
 from lip_jax.export import folders, validation
-from lip_jax.export.torch_convert import PREPROCESS, convert
+from lip_jax.export.torch_convert import PREPROCESS, convert_weights
+from lip_jax.models import abstract_model
+from lip_jax.models.description import flat_variables
 from lip_jax.models.torch_names import to_torch_state_dict
 from lip_jax.training import config as config_lib
 
@@ -41,19 +43,14 @@ def place(tmp_path_factory):
   folder = tmp_path_factory.mktemp("place")
   write_images(folder / "images")
   write_run(folder / "run", folder / "images", {4: {"top1": 0.5}, 8: {"top1": 0.25}})
-  folders.save(
-    folder / "exported",
-    make_model("4"),
-    name=NAME,
-    options=OPTIONS,
-    num_classes=3,
-    extra={"preprocess": SMALL, "class_names": CLASSES, "source": {"step": 4}},
-  )
+  network = {"model": {"name": NAME, **OPTIONS}, "num_classes": 3, "source": {"step": 4}}
+  config = {**network, "preprocess": SMALL, "class_names": CLASSES}
+  folders.save(folder / "exported", make_model("4"), config)
   return folder
 
 
 def assert_same_weights(left, right):
-  left, right = folders.flat_variables(left), folders.flat_variables(right)
+  left, right = flat_variables(left), flat_variables(right)
   assert list(left) == list(right)
   for name, variable in left.items():
     np.testing.assert_array_equal(variable[...], right[name][...], err_msg=name)
@@ -528,6 +525,7 @@ def test_hostile_runs(place, tmp_path):
 
 def test_hostile_checkpoints(place, tmp_path, monkeypatch):
   step = Path("checkpoints/4/state")
+  metadata_file = "checkpoints/4/metadata/data.json"
 
   def check(spoil, message):
     run = tmp_path / "run"
@@ -538,10 +536,6 @@ def test_hostile_checkpoints(place, tmp_path, monkeypatch):
       lip_jax.load(run / "checkpoints/4")
     assert len(str(caught.value).splitlines()) == 1
 
-  def rename_parameter(run):
-    path = run / step / "_METADATA"
-    path.write_text(path.read_text().replace('"bn1"', '"../../../../x"').replace("'bn1'", "'x'"))
-
   def truncate(run):
     for path in (run / step).rglob("d/*"):
       os.truncate(path, path.stat().st_size // 10)
@@ -551,15 +545,15 @@ def test_hostile_checkpoints(place, tmp_path, monkeypatch):
     (run / step / "d").symlink_to(tmp_path / "elsewhere")
 
   def pickled(run):
-    (run / step / "_METADATA").write_bytes(b"\x80\x04cos\nsystem\n(S'touch x'\ntR.")
+    (run / metadata_file).write_bytes(b"\x80\x04cos\nsystem\n(S'touch x'\ntR.")
 
   def deep(run):
-    (run / step / "_METADATA").write_text("[" * 10**5)
+    (run / metadata_file).write_text("[" * 10**5)
 
-  def record(**change):
+  def metadata(rename=str, **change):
     def spoil(run):
-      path = run / "checkpoints/4/record/record.json"
-      values = {**json.loads(json.loads(path.read_text())["text"]), **change}
+      path = run / metadata_file
+      values = {**json.loads(rename(json.loads(path.read_text())["text"])), **change}
       text = json.dumps(values)  # with a digest that is right
       digest = hashlib.sha256(text.encode()).hexdigest()
       path.write_text(json.dumps({"text": text, "sha256": digest}))
@@ -570,17 +564,17 @@ def test_hostile_checkpoints(place, tmp_path, monkeypatch):
     path = run / "config.json"
     path.write_text(path.read_text().replace('"width": 2', '"width": 4'))
 
-  check(rename_parameter, "4 does not fit|cannot load the weights")
-  check(truncate, "cannot load the weights in .*checkpoints/4/?")
+  check(metadata(lambda text: text.replace("params.bn1.", "params.../../../x.")), "4 does not fit")
+  check(truncate, r"checkpoints/4 is damaged \(ValueError: ")
   check(link, "is a link that leads out of")
-  check(pickled, "cannot load the weights in")
-  check(deep, "cannot load the weights in")
-  huge = {part: [[["a"], "float32", [10**12]]] for part in ("params", "batch_stats")}
-  prints = {part: "x" for part in huge}
-  check(record(metrics=[1]), "holds other things than a record")
-  check(record(metrics={"top1": "x"}), "holds other things than a record")
-  check(record(fingerprints=None), "holds other things than a record")
-  check(record(leaves=huge, fingerprints=prints), "its record is of other params")
+  check(pickled, "does not have the digest")
+  check(deep, "does not have the digest")
+  huge = {f"{part}.a": ["float32", [10**12]] for part in ("params", "batch_stats")}
+  check(metadata(metrics=[1]), "is not that of a checkpoint of step 4")
+  check(metadata(metrics={"top1": "x"}), "is not that of a checkpoint of step 4")
+  check(metadata(fingerprints=None), "is not that of a checkpoint of step 4")
+  check(metadata(arrays=huge), "it announces arrays of [\\d,]+ bytes")
+  check(metadata(lambda text: text.replace('"float32"', '"float16"')), "is float32.*not float16")
   with monkeypatch.context() as patch:
     patch.setattr(validation, "_MAX_UNPACKED", 0)
     patch.setattr(validation, "_MAX_RATIO", 1e-3)
@@ -593,20 +587,20 @@ def test_a_pth_that_packs_or_announces_too_much(tmp_path):
   with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
     archive.writestr("w.npy", bytes(2**27))
   with pytest.raises(UsageError, match="is refused: it would unpack to 134,217,728 bytes"):
-    convert(bomb, tmp_path / "out", model=NAME)
+    convert_weights(bomb, tmp_path / "out", model=NAME)
   legacy = tmp_path / "memo.pth"
   legacy.write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")  # LONG_BINPUT 2**32 - 1
   with pytest.raises(UsageError, match="object number 4294967295 in a pickle of fewer bytes"):
-    convert(legacy, tmp_path / "out", model=NAME)
+    convert_weights(legacy, tmp_path / "out", model=NAME)
   assert not (tmp_path / "out").exists()
 
 
 def test_convert_names_imagenets_classes(tmp_path):
-  model = folders.abstract_model(NAME, OPTIONS, num_classes=1000)
-  for variable in folders.flat_variables(model).values():
+  model = abstract_model(NAME, num_classes=1000, **OPTIONS)
+  for variable in flat_variables(model).values():
     variable.set_value(np.zeros(variable.shape, variable.dtype))
   np.savez(tmp_path / "w.npz", **to_torch_state_dict(model))
-  convert(tmp_path / "w.npz", tmp_path / "out", model=NAME, **OPTIONS)
+  convert_weights(tmp_path / "w.npz", tmp_path / "out", model=NAME, **OPTIONS)
   config = lip_jax.load(tmp_path / "out")[1]
   assert config["class_names"] == imagenet.class_names()
   assert config["preprocess"] == PREPROCESS

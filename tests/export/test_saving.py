@@ -19,17 +19,17 @@ from fixture_weights import normal
 from flax import nnx
 
 from lip_jax import cli
-from lip_jax.data import cluttered_digits
+from lip_jax.data.prepare import cluttered_digits
 from lip_jax.errors import UsageError
-from lip_jax.export import folders, hub, onnx_model, saving, stablehlo
-from lip_jax.models import lan
+from lip_jax.export import folders, hub, saving, stablehlo_onnx
+from lip_jax.models import abstract_model, lan
 
 NAME = "lip_resnet_small"
 OPTIONS = {"width": 8, "logit_width": 4}
 SIZE = 48
 PREPROCESS = {"image_size": SIZE, "resize": SIZE, "mean": [90.0, 100, 110], "std": [60.0, 65, 70]}
 CLASSES = [f"digit {k}" for k in range(10)]
-RUNTIMES = {"stablehlo": stablehlo, "onnx": onnx_model}
+LOAD = {"stablehlo": stablehlo_onnx.load_stablehlo, "onnx": stablehlo_onnx.load_onnx}
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def reference(model, images):
 
 def make_model(name, options, num_classes):
   """A network with arbitrary weights, in evaluation mode."""
-  model = folders.abstract_model(name, options, num_classes=num_classes)
+  model = abstract_model(name, num_classes=num_classes, **options)
   for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     noise = normal(".".join(map(str, path)), variable.shape)
     if len(variable.shape) > 1:  # a kernel: variance 2 / fan_in
@@ -70,8 +70,8 @@ def folder(tmp_path_factory):
   model.fc.kernel.set_value(model.fc.kernel[...] * gain[None])
   model.fc.bias.set_value((model.fc.bias[...] - logits.mean(axis=0)) * gain)
   path = tmp_path_factory.mktemp("networks") / "folder"
-  extra = {"preprocess": PREPROCESS, "class_names": CLASSES}
-  folders.save(path, model, name=NAME, options=OPTIONS, num_classes=10, extra=extra)
+  network = {"model": {"name": NAME, **OPTIONS}, "num_classes": 10}
+  folders.save(path, model, {**network, "preprocess": PREPROCESS, "class_names": CLASSES})
   return path
 
 
@@ -101,7 +101,7 @@ def test_files_evaluate_as_the_model_does(form, folder, expected, tmp_path, caps
   assert "takes uint8 RGB images [N, 48, 48, 3]; read back and run by" in printed
   assert names(tmp_path) == [path.name]
 
-  call, config = RUNTIMES[form].load(path)
+  call, config = LOAD[form](path)
   images, labels = validation()
   logits = np.concatenate([call(images[:50]), call(images[50:])])
   assert logits.dtype == np.float32
@@ -170,11 +170,12 @@ def test_what_does_not_agree_is_not_kept(folder, tmp_path, monkeypatch):
 def test_without_preprocessing_files_take_normalized_images(tmp_path):
   options = {"width": 2, "stage_sizes": (1, 1, 1, 1)}
   model = make_model("resnet_small", options, num_classes=3)
-  folders.save(tmp_path / "f", model, name="resnet_small", options=options, num_classes=3)
+  config = {"model": {"name": "resnet_small", **options}, "num_classes": 3}
+  folders.save(tmp_path / "f", model, config)
   with pytest.raises(UsageError, match=r"does not say how .* give the image size"):
     saving.write(tmp_path / "f", tmp_path / "n.stablehlo")
   saving.write(tmp_path / "f", tmp_path / "n.stablehlo", image_size=32)
-  call, config = stablehlo.load(tmp_path / "n.stablehlo")
+  call, config = stablehlo_onnx.load_stablehlo(tmp_path / "n.stablehlo")
   assert config["input"]["dtype"] == "float32"
   images = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
   expected = jax.jit(lambda x: model(x))(images)
@@ -198,13 +199,13 @@ def test_errors_leave_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=message):
       saving.write(folder, tmp_path / out, **options)
   with pytest.raises(UsageError, match=r"cannot read .*taken.stablehlo: it is damaged"):
-    stablehlo.load(tmp_path / "taken.stablehlo")
+    stablehlo_onnx.load_stablehlo(tmp_path / "taken.stablehlo")
   for content, config in ((b"", "{}"), (b"x" * 99, "{}"), (b"", "[1]")):
     with zipfile.ZipFile(tmp_path / "other.stablehlo", "w") as archive:
       archive.writestr("network.bin", content)
       archive.writestr("config.json", config)
     with pytest.raises(UsageError, match=r"other.stablehlo.* is damaged"):
-      stablehlo.load(tmp_path / "other.stablehlo")
+      stablehlo_onnx.load_stablehlo(tmp_path / "other.stablehlo")
   (tmp_path / "other.stablehlo").unlink()
   monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
   with pytest.raises(UsageError, match=r"needs the packages of lip-jax\[onnx\]"):
@@ -237,7 +238,7 @@ def test_every_pooling_as_onnx(name):
     return POOLS[name](x).sum(axis=(1, 2))
 
   (batch,) = jax.export.symbolic_shape("batch")
-  model = onnx_graph.convert(network, jax.ShapeDtypeStruct((batch, 7, 8, 3), jnp.float32))
+  model = onnx_graph.to_onnx(network, jax.ShapeDtypeStruct((batch, 7, 8, 3), jnp.float32))
   session = onnxruntime.InferenceSession(model.SerializeToString())
   images = np.random.default_rng(0).standard_normal((3, 7, 8, 3)).astype(np.float32)
   images[1, :4] = 0
@@ -339,7 +340,7 @@ def test_the_card_says_what_the_network_is(folder, tmp_path):
   (out / "config.json").write_text(json.dumps(config))
   model, _ = folders.load(out)
   parameters = sum(math.prod(v.shape) for v in jax.tree.leaves(nnx.state(model, nnx.Param)))
-  card = hub.plan(out, "me/net").card
+  card = hub.preview(out, "me/net").card
   for part in (
     'lip_jax.load("hf://me/net")',
     f"| parameters | {parameters:,} |",
@@ -353,4 +354,4 @@ def test_the_card_says_what_the_network_is(folder, tmp_path):
   ):
     assert part in card
   with pytest.raises(UsageError, match="'net' is not of the form ORGANISATION/NAME"):
-    hub.plan(out, "net")
+    hub.preview(out, "net")

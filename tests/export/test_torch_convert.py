@@ -14,8 +14,9 @@ from flax import nnx
 import lip_jax
 from lip_jax.errors import UsageError
 from lip_jax.export import folders
-from lip_jax.export.torch_convert import convert
+from lip_jax.export.torch_convert import convert_weights
 from lip_jax.export.torch_files import read_torch_checkpoint
+from lip_jax.models import abstract_model
 from lip_jax.models.torch_names import to_torch_state_dict
 
 OPTIONS = {"resnet_small": {"width": 2}, "lip_resnet_small": {"width": 2, "logit_width": 4}}
@@ -24,7 +25,7 @@ NAMES = sorted(OPTIONS)
 
 def state_dict_of(name):
   """Arbitrary weights under PyTorch names."""
-  model = folders.abstract_model(name, OPTIONS[name], num_classes=3)
+  model = abstract_model(name, num_classes=3, **OPTIONS[name])
   for _, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     variable.set_value(np.zeros(variable.shape, variable.dtype))
   return {key: weight(key, array.shape) for key, array in to_torch_state_dict(model).items()}
@@ -39,7 +40,7 @@ def state_dicts():
 def original(state_dicts, tmp_path_factory):
   folder = tmp_path_factory.mktemp("exported")
   source = write(folder / "w.npz", state_dicts["resnet_small"])
-  convert(source, folder / "out", model="resnet_small", width=2)
+  convert_weights(source, folder / "out", model="resnet_small", width=2)
   return folder
 
 
@@ -87,25 +88,25 @@ def assert_same(arrays, expected):
 )
 def test_there_and_back_is_exact(name, suffix, state_dicts, tmp_path):
   source = write(tmp_path / f"weights{suffix}", state_dicts[name])
-  done = convert(source, tmp_path / "out", model=name, **OPTIONS[name])
+  done = convert_weights(source, tmp_path / "out", model=name, **OPTIONS[name])
   assert done.startswith(f"{source} -> {tmp_path}/out: {name}, 3 classes, ")
   assert done.endswith(" parameters")
   back = tmp_path / f"back{suffix}"
-  assert str(back) in convert(tmp_path / "out", back)
+  assert str(back) in convert_weights(tmp_path / "out", back)
   assert_same(read_torch_checkpoint(back), state_dicts[name])
   assert len(list(tmp_path.iterdir())) == 3  # nothing is left beside them
 
 
 def test_back_and_there_is_exact(exported, tmp_path):
-  convert(exported, tmp_path / "weights.npz")
-  convert(tmp_path / "weights.npz", tmp_path / "again", model="resnet_small", width=2)
+  convert_weights(exported, tmp_path / "weights.npz")
+  convert_weights(tmp_path / "weights.npz", tmp_path / "again", model="resnet_small", width=2)
   for file in ("model.safetensors", "config.json"):
     assert (tmp_path / "again" / file).read_bytes() == (exported / file).read_bytes()
 
 
 def test_pytorch_reads_what_is_written_for_it(exported, state_dicts, tmp_path):
   torch = pytest.importorskip("torch")
-  convert(exported, tmp_path / "back.pt")
+  convert_weights(exported, tmp_path / "back.pt")
   loaded = torch.load(tmp_path / "back.pt", weights_only=True)
   assert isinstance(loaded, collections.OrderedDict)
   arrays = {key: tensor.numpy() for key, tensor in loaded.items()}
@@ -121,7 +122,7 @@ def test_prefixes_and_wrappers(kind, prefix, wrap, state_dicts, tmp_path):
   source = save_torch(
     tmp_path / "model_best.pth.tar", state_dicts[name], kind=kind, prefix=prefix, wrap=wrap
   )
-  convert(source, tmp_path / "out", model=name, **OPTIONS[name])
+  convert_weights(source, tmp_path / "out", model=name, **OPTIONS[name])
   model, config = folders.load(tmp_path / "out")
   assert_same(to_torch_state_dict(model), state_dicts[name])
   assert config["num_classes"] == 3
@@ -140,7 +141,7 @@ def test_other_dtypes_become_float32(dtype, state_dicts, tmp_path):
     for key, array in state_dicts[name].items()
   }
   torch.save(tensors, tmp_path / "w.pth")
-  done = convert(tmp_path / "w.pth", tmp_path / "out", model=name, width=2)
+  done = convert_weights(tmp_path / "w.pth", tmp_path / "out", model=name, width=2)
   assert ("rounded from float64" in done) == (dtype == "float64")
   weights = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
   for ours, theirs in (("fc.kernel", "fc.weight"), ("bn1.var", "bn1.running_var")):
@@ -150,23 +151,25 @@ def test_other_dtypes_become_float32(dtype, state_dicts, tmp_path):
 def test_the_model_must_be_named(state_dicts, tmp_path):
   source = write(tmp_path / "w.npz", state_dicts["resnet_small"])
   with pytest.raises(UsageError) as caught:
-    convert(source, tmp_path / "out")
+    convert_weights(source, tmp_path / "out")
   assert all(name in str(caught.value) for name in lip_jax.list_models())
   with pytest.raises(UsageError, match="unknown model 'resnet49'"):
-    convert(source, tmp_path / "out", model="resnet49")
+    convert_weights(source, tmp_path / "out", model="resnet49")
   with pytest.raises(UsageError, match="unknown option wide for model 'resnet_small'"):
-    convert(source, tmp_path / "out", model="resnet_small", wide=2)
+    convert_weights(source, tmp_path / "out", model="resnet_small", wide=2)
   with pytest.raises(UsageError, match="dtype is not among the options"):
-    convert(source, tmp_path / "out", model="resnet_small", dtype="float32")
+    convert_weights(source, tmp_path / "out", model="resnet_small", dtype="float32")
   assert not (tmp_path / "out").exists()
 
 
 def test_weights_of_another_network_are_listed(state_dicts, tmp_path):
   source = write(tmp_path / "w.npz", state_dicts["resnet_small"])
   with pytest.raises(UsageError, match=r"missing maxpool\.logit.*unexpected layer2\.0"):
-    convert(source, tmp_path / "out", model="lip_resnet_small", **OPTIONS["lip_resnet_small"])
+    convert_weights(
+      source, tmp_path / "out", model="lip_resnet_small", **OPTIONS["lip_resnet_small"]
+    )
   with pytest.raises(UsageError, match=r"shape of fc.bias is \(3,\), expected \(1000,\)"):
-    convert(source, tmp_path / "out", model="resnet_small", width=2, num_classes=1000)
+    convert_weights(source, tmp_path / "out", model="resnet_small", width=2, num_classes=1000)
   assert not (tmp_path / "out").exists()
 
 
@@ -174,56 +177,56 @@ def test_without_a_classifier(state_dicts, tmp_path):
   backbone = {k: v for k, v in state_dicts["resnet_small"].items() if not k.startswith("fc")}
   source = write(tmp_path / "w.npz", backbone)
   with pytest.raises(UsageError, match=r"no fc.weight or classifier.weight .* begins with bn1"):
-    convert(source, tmp_path / "out", model="resnet_small", width=2)
+    convert_weights(source, tmp_path / "out", model="resnet_small", width=2)
   with pytest.raises(UsageError, match=r"missing fc.bias"):
-    convert(source, tmp_path / "out", model="resnet_small", width=2, num_classes=3)
+    convert_weights(source, tmp_path / "out", model="resnet_small", width=2, num_classes=3)
 
 
 def test_what_is_there_is_kept(exported, tmp_path):
   source = tmp_path / "w.npz"
   with pytest.raises(UsageError, match=r"out exists; .* overwrite"):
-    convert(source, exported, model="resnet_small", width=2)
-  convert(source, exported, model="resnet_small", width=2, overwrite=True)
+    convert_weights(source, exported, model="resnet_small", width=2)
+  convert_weights(source, exported, model="resnet_small", width=2, overwrite=True)
   before = source.read_bytes()
   with pytest.raises(UsageError, match=r"w.npz exists; .* overwrite"):
-    convert(exported, source)
+    convert_weights(exported, source)
   assert source.read_bytes() == before
   source.write_bytes(b"old")
-  convert(exported, source, overwrite=True)
+  convert_weights(exported, source, overwrite=True)
   assert len(read_torch_checkpoint(source)) > 20
   (tmp_path / "folder.npz").mkdir()
   with pytest.raises(UsageError, match="is a folder; name a file"):
-    convert(exported, tmp_path / "folder.npz", overwrite=True)
+    convert_weights(exported, tmp_path / "folder.npz", overwrite=True)
 
 
 def test_places_of_the_wrong_kind(exported, tmp_path):
   with pytest.raises(UsageError, match=r"must be a file that ends in \.safetensors, \.npz, \.pth"):
-    convert(exported, tmp_path / "new")
+    convert_weights(exported, tmp_path / "new")
   with pytest.raises(UsageError, match=r"new.npz looks like a file.*name a folder"):
-    convert(tmp_path / "w.npz", tmp_path / "new.npz", model="resnet_small", width=2)
+    convert_weights(tmp_path / "w.npz", tmp_path / "new.npz", model="resnet_small", width=2)
   with pytest.raises(UsageError, match="says itself what network it is; leave out model, width"):
-    convert(exported, tmp_path / "new.npz", model="resnet_small", width=2)
+    convert_weights(exported, tmp_path / "new.npz", model="resnet_small", width=2)
   with pytest.raises(UsageError, match=r"there is no file or folder .*none"):
-    convert(tmp_path / "none", tmp_path / "new.npz")
+    convert_weights(tmp_path / "none", tmp_path / "new.npz")
 
 
 def test_a_folder_that_is_not_exported(exported, tmp_path):
   (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   with pytest.raises(UsageError, match="belongs to a training run"):
-    convert(tmp_path / "run", tmp_path / "new.npz")
+    convert_weights(tmp_path / "run", tmp_path / "new.npz")
   config = json.loads((exported / "config.json").read_text())
   (exported / "config.json").write_text(json.dumps({**config, "num_classes": 4}))
   with pytest.raises(UsageError, match=r"2 faults.*shape of fc.bias is \(3,\), expected \(4,\)"):
-    convert(exported, tmp_path / "new.npz")
+    convert_weights(exported, tmp_path / "new.npz")
   assert not (tmp_path / "new.npz").exists()
 
 
 def test_without_pytorch_only_its_own_format_is_out_of_reach(exported, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)  # to import it fails now
   with pytest.raises(UsageError, match=r"pip install torch\) or write .*back.safetensors"):
-    convert(exported, tmp_path / "back.pth")
-  convert(exported, tmp_path / "back.safetensors")
-  convert(exported, tmp_path / "back.npz")
+    convert_weights(exported, tmp_path / "back.pth")
+  convert_weights(exported, tmp_path / "back.safetensors")
+  convert_weights(exported, tmp_path / "back.npz")
   assert_same(
     read_torch_checkpoint(tmp_path / "back.safetensors"),
     read_torch_checkpoint(tmp_path / "back.npz"),

@@ -204,9 +204,12 @@ def test_lip_at_some_places_only(network):
   assert {name.split(".")[0] for name in some} == expected
 
 
-def test_a_downsampling_block_shares_the_trunk_that_its_input_feeds():
-  """Figure 4: one trunk for the LIP of the residual branch and that of the shortcut."""
-  model = lip_jax.create_model("lip_resnet_small", width=4, num_classes=3, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("logit", downsample.LOGITS)
+def test_the_logits_of_a_downsampling_block_come_from_its_input(logit):
+  """Section 3.3, figure 4b: for both branches; those of a bottleneck by one trunk."""
+  model = lip_jax.create_model(
+    "lip_resnet_small", logit=logit, width=4, num_classes=3, rngs=nnx.Rngs(0)
+  )
   transition = model.layer2[0].spatial
   x, h = images(1, 8)[..., :1] * jnp.ones((1, 1, 1, 16)), jnp.ones((1, 8, 8, 8))
   for pool in (transition.residual_pool, transition.shortcut_pool):
@@ -214,7 +217,7 @@ def test_a_downsampling_block_shares_the_trunk_that_its_input_feeds():
     kernel[...] = jnp.asarray(np.random.default_rng(1).standard_normal(kernel.shape), jnp.float32)
   with lan.record_logits() as records:
     transition(x, h)
-  shared = transition.trunk(x)
+  shared = transition.trunk(x) if logit == "bottleneck" else x
   assert [layer for layer, _ in records] == [transition.residual_pool, transition.shortcut_pool]
   for layer, logits in records:
     np.testing.assert_allclose(logits, layer.logits(shared), rtol=1e-5, atol=1e-5)

@@ -6,19 +6,20 @@ python save_on_hosts.py WORKDIR ADDRESS PROCESS COUNT
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import numpy as np
 
-from lip_jax.distributed import hosts, sharding
+from lip_jax.distributed import sharding, startup
 
 
 def main(workdir, address, process, count):
-  options = hosts.Options(
+  options = startup.Options(
     coordinator_address=address, num_processes=int(count), process_id=int(process)
   )
-  with hosts.join(options):
+  with startup.join(options):
     from test_checkpoint import save, sharded  # which computes states
 
     place = sharded(sharding.make_mesh())

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lip_jax import cli, visualize
 from lip_jax.export import folders
+from lip_jax.models import abstract_model
 
 RNG = np.random.default_rng(0)
 
@@ -111,14 +112,14 @@ def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("visualize")
   for name in ("lip", "max"):
     options = {"width": 2, "logit_width": 2, "pool": name}
-    model = folders.abstract_model("lip_resnet_small", options, num_classes=2)
+    model = abstract_model("lip_resnet_small", num_classes=2, **options)
     for place, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
       key = ".".join(map(str, place)).replace("var", "running_var")
       variable.set_value(jnp.asarray(weight(key, variable.shape), variable.dtype))
     preprocess = {"image_size": 16, "resize": 16, "mean": [128.0] * 3, "std": [64.0] * 3}
-    extra = {"preprocess": preprocess, "class_names": ["cat", "dog"]}
-    arguments = {"name": "lip_resnet_small", "options": options, "num_classes": 2}
-    folders.save(path / name, model, **arguments, extra=extra)
+    network = {"model": {"name": "lip_resnet_small", **options}, "num_classes": 2}
+    config = {**network, "preprocess": preprocess, "class_names": ["cat", "dog"]}
+    folders.save(path / name, model, config)
   for split in ("train", "validation"):
     for label in ("cat", "dog"):
       (path / "data" / split / label).mkdir(parents=True)

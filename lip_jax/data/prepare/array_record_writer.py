@@ -10,8 +10,9 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,27 @@ _OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedShard:
+class Shard:
   """A file to be written: its name, its number of records, and what gives them, in order."""
 
   filename: str
   count: int
   records: Callable[[], Iterator[bytes]]
+
+
+def dataset_directory(data_dir: str | Path | None, *parts: str) -> Path:
+  """Where a data set goes: DIR/NAME/VERSION; None is $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+  Raises:
+    UsageError: `data_dir` is a bucket.
+  """
+  data_dir = data_dir or tfds_constants.DATA_DIR
+  if "://" in os.fspath(data_dir):
+    raise UsageError(
+      f"{data_dir} is a bucket: prepare the data set on a disk, then copy it with "
+      "`gcloud storage cp --recursive`"
+    )
+  return Path(data_dir).expanduser().joinpath(*parts)
 
 
 def is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
@@ -96,9 +112,18 @@ def workspace(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
     os.close(lock)
 
 
-def write_shards(
-  work: Path, shards: Sequence[PlannedShard], *, num_workers: int | None = None
-) -> None:
+def check_space(work: Path, needed: int) -> None:
+  """Raises UsageError now, rather than after hours, if the disk will be full of `needed` bytes."""
+  written = sum(path.stat().st_size for path in work.iterdir())
+  free = shutil.disk_usage(work).free
+  if needed - written > free:
+    raise UsageError(
+      f"{work} needs {(needed - written) / 1e9:,.1f} GB and there are {free / 1e9:,.1f} GB free; "
+      "make room or choose another disk"
+    )
+
+
+def write_shards(work: Path, shards: Sequence[Shard], *, num_workers: int | None = None) -> None:
   """Writes ArrayRecord files, skipping those that are there and whole.
 
   Args:
@@ -108,7 +133,7 @@ def write_shards(
 
   Raises:
     UsageError: a file cannot be written or its source cannot be read, or gives another number of
-      records than planned.
+      records than expected.
   """
   todo = [shard for shard in shards if not _is_whole(work / shard.filename, shard.count)]
   total = sum(shard.count for shard in shards)
@@ -150,11 +175,23 @@ def count_records(path: Path) -> int:
     reader.close()
 
 
+def summary(
+  directory: Path, counts: Mapping[str, int], num_files: int, unreadable: Sequence[str] = ()
+) -> str:
+  """What was written, for people; `unreadable`: names of images that could not be scaled."""
+  images = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+  text = f"{directory}: {images} images in {num_files:,} files"
+  if unreadable:
+    names = ", ".join(sorted(unreadable)[:5])
+    text += f"; {len(unreadable)} cannot be decoded and were kept as they are, such as {names}"
+  return text
+
+
 class _Stopped(Exception):  # noqa: N818
   """Another thread failed, or the user interrupted."""
 
 
-def _write(work: Path, shard: PlannedShard, stop: threading.Event, progress: Any) -> None:
+def _write(work: Path, shard: Shard, stop: threading.Event, progress: Any) -> None:
   part = work / (shard.filename + _PART)
   writer = array_record_module.ArrayRecordWriter(str(part), _OPTIONS)
   try:

@@ -43,10 +43,8 @@ def forward(
   """Pools x, [N, H, W, C].
 
   Args:
-    x: features.
     h: logits, [N, H, W, C] or [N, H, W, 1]; with `affine` what they are computed from.
     affine: of the instance norm before the gate, or None.
-    geometry: of the pooling.
     shift: what to subtract from all logits; None: each window's largest.
 
   Returns:

@@ -2,15 +2,18 @@
 
 What lies in a checkpoint, `<workdir>/checkpoints/<step>`:
 
-- `state/`: the arrays. Orbax and TensorStore do not notice every changed byte in them.
-- `record/record.json`: the state of the input pipeline, the validation results, and a fingerprint
+- `state/`: the arrays. Neither Orbax nor TensorStore notices every changed byte in them.
+- `metadata/data.json`: the state of the input pipeline, the validation results, and a fingerprint
   of each part of the train state, with a digest of it all. No state is given out whose
   fingerprints are not those.
 """
 
+import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,24 +21,24 @@ from etils import epath
 
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.training.checkpoint import metadata as records
-from lip_jax.training.checkpoint import orbax_io, step_directories
-from lip_jax.training.checkpoint.fingerprint import fingerprint
-from lip_jax.training.checkpoint.metadata import DamagedError, Record
-from lip_jax.training.checkpoint.quiet import quiet
-from lip_jax.training.train_state import TrainState, Tree
-from lip_jax.training.workdir import PathLike, absolute
+from lip_jax.training import workdir as workdir_lib
+from lip_jax.training.checkpoint import arrays, loading, step_directories
+from lip_jax.training.checkpoint import metadata as metadata_lib
+from lip_jax.training.checkpoint.faults import DamagedError, reason
+from lip_jax.training.checkpoint.fingerprint import named
+from lip_jax.training.checkpoint.metadata import Metadata, Mode
+from lip_jax.training.workdir import PathLike
 
 log = logging.getLogger("lip_jax")
 
-_BEST = "top1"
+Tree = dict[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
   """What a checkpoint holds: the train state and the input pipeline's state after the same step."""
 
-  state: TrainState
+  state: Any
   iterator: dict[str, Any]
   metrics: dict[str, float] | None  # validation results of this state, if it was evaluated
   path: epath.Path
@@ -43,21 +46,28 @@ class Restored:
 
 def has_checkpoints(workdir: PathLike) -> bool:
   """Whether the run in `workdir` has saved anything yet."""
-  return step_directories.any_in(_directory(workdir))
+  return bool(step_directories.steps_in(_directory(workdir)))
+
+
+def most_at_a_time(keep: int) -> int:
+  """How many lie in a workdir at most: the latest, the best, and the one being written."""
+  return keep + 2
 
 
 class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints/<step>`, on a disk or in a bucket.
 
-  A checkpoint is one of them only when it is complete. Use as a context manager: leaving it
-  waits for the save that is under way.
+  A checkpoint is one of them only when it is complete. Leaving the context waits for the save that
+  is under way. On several processes all call `save` and `restore...`, and leave the context, at the
+  same points; they come to the same result or all raise.
 
-  On several processes all of them call `save`, `restore`, `restore_latest` and leave the context at
-  the same points; they come to the same result or all raise.
+  A train state is a dataclass whose fields are trees of arrays, or None. Of these only
+  `restore_weights` knows any: `params`, `ema` where there is one, and `batch_stats`.
 
   Args:
     workdir: the run's directory; on several processes one that all of them see.
-    keep: how many of the latest to keep, beside the one with the best validation top-1.
+    best_metric: of those given to `save`, by which the best is known; written into the checkpoints.
+    best_mode: whether the "max" or the "min" of it is best.
     read_only: never change anything, not even remains of interrupted saves.
 
   Raises:
@@ -65,24 +75,26 @@ class Checkpoints:
   """
 
   def __init__(
-    self, workdir: PathLike, *, keep: int = 2, read_only: bool = False, best_metric=None
+    self,
+    workdir: PathLike,
+    *,
+    keep: int = 2,
+    best_metric: str | None = None,
+    best_mode: Mode = "max",
+    read_only: bool = False,
   ):
     self.directory = _directory(workdir)
     self._keep = keep
+    self._best = {"best_metric": best_metric, "best_mode": best_mode}
     self._read_only = read_only
-    self._records: dict[int, Record] = {}
-    self._saving: tuple[int, Record, orbax_io.Saving] | None = None
+    self._saving: tuple[Metadata, arrays.Saving] | None = None
     if read_only and not self.directory.is_dir():
       raise UsageError(
-        f"no checkpoints under {absolute(workdir)}; give the --workdir of a training run"
+        f"no checkpoints under {self.directory.parent}; give the --workdir of a training run"
       )
     if not read_only and jax.process_index() == 0:
-      try:
-        step_directories.prepare(self.directory)
-      except OSError as error:
-        raise UsageError(
-          f"cannot write checkpoints to {self.directory}: {error}; name a writable --workdir"
-        ) from None
+      workdir_lib.check_access(self.directory)
+      self._clear_unfinished()
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -90,10 +102,9 @@ class Checkpoints:
   def __exit__(self, error: type[BaseException] | None, *_) -> None:
     if error is None:
       self._finish_save()
-    elif self._saving is not None:  # what ended the run is not to be hidden by a further error
-      fault = orbax_io.outcome(self._saving[2])
-      if fault:
-        log.error("%s", self._failure(self._saving[0], fault))
+    elif self._saving and (fault := _fault_of(self._saving[1].result)):
+      # What ended the run is not to be hidden by a further error.
+      log.error("%s", self._cannot_write(self._saving[0].step, fault))
 
   @property
   def steps(self) -> list[int]:
@@ -104,8 +115,9 @@ class Checkpoints:
     """
     try:
       return step_directories.steps_in(self.directory)
-    except OSError as error:
-      raise UsageError(f"cannot read {self.directory}: {error}") from error
+    except Exception as error:  # a bucket's clients have errors of their own
+      why = workdir_lib.reason(self.directory, error)
+      raise UsageError(f"cannot read {self.directory}: {why}") from error
 
   @property
   def latest_step(self) -> int | None:
@@ -114,15 +126,14 @@ class Checkpoints:
 
   @property
   def best_step(self) -> int | None:
-    """Step of the checkpoint with the best validation top-1, None if none was evaluated."""
-    return _best({step: self.metrics(step) for step in self.steps})
+    """Step of the best checkpoint, of equal ones the latest; None if none was evaluated."""
+    return _best(self._readable())
 
   def metrics(self, step: int) -> dict[str, float] | None:
     """Validation results saved with a checkpoint, None if it has none that can be read."""
-    try:
-      return self._record(step).metrics
-    except Exception:  # a damaged checkpoint has no say here; restoring it will tell
-      return None
+    with contextlib.suppress(Exception):  # whatever the storage layers raise
+      return loading.read_metadata(self.path(step)).metrics
+    return None
 
   def resolve(self, which: str) -> int:
     """Step number for "latest", "best" or a number in text.
@@ -144,23 +155,30 @@ class Checkpoints:
     """Directory of one checkpoint."""
     return self.directory / str(step)
 
-  def check_room(self, like: TrainState) -> None:
-    """Warns if the disk has no room for all checkpoints that the run will keep.
-
-    Args:
-      like: train state, or the shapes and dtypes of one.
+  def check_room(self, like: Any) -> None:
+    """Warns if the disk has no room for all checkpoints of states like this that the run will keep.
 
     Raises:
       UsageError: there is no room for a single one.
     """
+    free = workdir_lib.free_space(self.directory)
+    if free is None or jax.process_index() != 0:
+      return
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-    if jax.process_index() == 0:
-      # The latest, the best, and the one that is being written.
-      step_directories.check_room(self.directory, size, self._keep + 2)
+    count = most_at_a_time(self._keep)
+    there = sum(file.stat().st_size for file in Path(self.directory).rglob("*") if file.is_file())
+    text = (
+      f"{self.directory} has {free / 1e9:.3g} GB free; a checkpoint of this run takes "
+      f"{size / 1e9:.3g} GB, and up to {count} of them lie there at a time"
+    )
+    if free < size:
+      raise UsageError(f"{text}: make room, or take a --workdir on a larger disk")
+    if free < size * count - there:
+      log.warning("%s: make room, or saving will fail", text)
 
   def save(
     self,
-    state: TrainState,
+    state: Any,
     iterator: dict[str, Any],
     *,
     step: int,
@@ -168,50 +186,58 @@ class Checkpoints:
   ) -> None:
     """Starts saving; returns when the arrays are copied and may be overwritten.
 
+    Where the same state is saved already, only what is said of it is replaced, at once.
+
     Args:
       state: train state after `step` updates.
-      iterator: JSON-serialisable state of the input pipeline after the same step.
-      step: number of updates.
-      metrics: validation results of this state, with "top1", if it was evaluated.
+      metrics: validation results of this state, if it was evaluated.
 
     Raises:
-      UsageError: this save, or the one before it, could not be written. Checkpoints that were there
-        are untouched.
+      UsageError: this save, or the one before it, could not be written, or there is another state
+        of this step. Checkpoints that were there are untouched.
     """
     self._finish_save()
-    record = records.describe(state, iterator, step=step, metrics=metrics)
+    parts = _parts(state)
+    metadata = metadata_lib.describe(
+      parts, iterator=iterator, step=step, metrics=metrics, **self._best
+    )
+    if sharding.gather(jax.process_index() == 0 and step in self.steps)[0]:
+      if fault := _fault_on_first(lambda: self._replace_metadata(metadata)):
+        raise UsageError(self._cannot_write(step, fault))
+      self._delete_old()
+      return
     try:
-      if jax.process_index() == 0:
-        step_directories.set_aside(self.path(step))
-      saving = orbax_io.start_saving(self.path(step), state, record.to_json())
+      saving = arrays.save_async(self.path(step), parts, metadata.to_json())
     except Exception as error:  # Orbax raises whatever its storage layers do
-      self._give_up(step)
-      raise UsageError(self._failure(step, records.reason(error))) from error
-    self._saving = (step, record, saving)
+      self._clear_unfinished()
+      raise UsageError(self._cannot_write(step, reason(error))) from error
+    self._saving = (metadata, saving)
 
-  def restore(self, step: int, like: TrainState) -> Restored:
+  def restore(self, step: int, like: Any) -> Restored:
     """Loads one checkpoint.
 
     Args:
       step: one of `steps`.
-      like: what `train_state.abstract` gives: the expected shapes and dtypes, and the shardings
-        that the result is to have, on any mesh.
+      like: train state of the expected shapes and dtypes, with the shardings that the result is to
+        have, on any mesh.
 
     Raises:
-      UsageError: the checkpoint is damaged or holds something else.
+      UsageError: the checkpoint is damaged (then a DamagedError) or holds something else.
     """
-    restored = self._load_state(step, like)
-    if isinstance(restored, DamagedError):
-      raise UsageError(self._damaged(step, restored))
-    return restored
+    wanted = _parts(like)
 
-  def restore_latest(self, like: TrainState) -> Restored | None:
+    def check(metadata: Metadata) -> dict[str, Any]:
+      metadata_lib.check_same_leaves(metadata, wanted, self.path(step))
+      return wanted
+
+    metadata, loaded = loading.load(self.path(step), check)
+    state = dataclasses.replace(like, **loaded)
+    return Restored(state, metadata.iterator, metadata.metrics, self.path(step))
+
+  def restore_latest(self, like: Any) -> Restored | None:
     """Loads the newest checkpoint that is whole, None if the run has none at all.
 
-    DamagedError ones that are newer are reported and moved to `<workdir>/damaged_checkpoints`.
-
-    Args:
-      like: as for `restore`.
+    Damaged ones that are newer are reported and moved to `<workdir>/damaged_checkpoints`.
 
     Raises:
       UsageError: all are damaged, or one cannot be read for a reason that may pass.
@@ -224,14 +250,16 @@ class Checkpoints:
         f"the processes see different checkpoints in {self.directory}: {views}; --workdir has to "
         "be a directory that all hosts share"
       )
-    damaged: dict[int, DamagedError] = {}
+    damaged: dict[int, str] = {}
     for step in reversed(views[0]):
-      restored = self._load_state(step, like)
-      if isinstance(restored, Restored):
+      try:
+        restored = self.restore(step, like)
+      except DamagedError as error:
+        log.warning("the checkpoint %s is damaged (%s): passed over", self.path(step), error.fault)
+        damaged[step] = error.fault
+      else:
         self._move_damaged(list(damaged))
         return restored
-      log.warning("the checkpoint %s is damaged (%s): passed over", self.path(step), restored)
-      damaged[step] = restored
     if not damaged:
       return None
     # They stay where they are, so that the same command does not start from zero the next time.
@@ -246,6 +274,8 @@ class Checkpoints:
   ) -> tuple[Tree, Tree]:
     """(parameters, batch statistics) of one checkpoint, without knowing model or optimizer.
 
+    Parameters are the averaged ones, if the train state has such.
+
     Args:
       step: one of `steps`.
       placement: of all arrays; None: as numpy arrays.
@@ -254,124 +284,81 @@ class Checkpoints:
       UsageError: the checkpoint is damaged.
     """
 
-    def weights(record: Record) -> dict[str, Tree]:
-      records.check_announced(record, orbax_io.weight_shapes(self.path(step)))
-      return {part: records.tree_of(record.leaves[part], placement) for part in orbax_io.WEIGHTS}
+    def like(metadata: Metadata) -> dict[str, Tree]:
+      return {part: metadata.like(part, placement) for part in metadata.weights}
 
-    loaded = self._load(step, weights)
-    if isinstance(loaded, DamagedError):
-      raise UsageError(self._damaged(step, loaded))
-    return loaded[1]["params"], loaded[1]["batch_stats"]
+    metadata, loaded = loading.load(self.path(step), like)
+    params, batch_stats = metadata.weights
+    return loaded[params], loaded[batch_stats]
 
-  def _load_state(self, step: int, like: TrainState) -> Restored | DamagedError:
-    path = self.path(step)
-
-    def check(record: Record) -> TrainState:
-      records.check_same_leaves(record, like, path)
-      return like
-
-    loaded = self._load(step, check)
-    if isinstance(loaded, DamagedError):
-      return loaded
-    record, state = loaded
-    return Restored(state, record.iterator, record.metrics, path)
-
-  def _load(self, step: int, like_of: Callable[[Record], Any]) -> tuple[Record, Any] | DamagedError:
-    """What all processes together make of one checkpoint.
-
-    Args:
-      step: of the checkpoint.
-      like_of: shapes, dtypes and places of what to load: a train state, or some parts by name.
+  def weight_shapes(self, step: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes and dtypes of what `restore_weights` gives, by the path in the network, with dots.
 
     Raises:
-      UsageError: it is whole, as far as known, but of no use; or it cannot be read at present.
+      UsageError: the checkpoint is damaged.
     """
-    loaded: Any = None
-    fault: tuple[str, bool] | None = None
-    with quiet("absl", "asyncio"):
-      try:
-        step_directories.check_readable(self.path(step))
-        record = self._record(step)
-        loaded = orbax_io.load_alone(self.path(step), like_of(record))
-      except UsageError as error:
-        fault = (str(error), False)
-      except Exception as error:  # Orbax raises whatever its storage layers do
-        reason = records.reason(error)
-        fault = (reason, True)
-        if not records.is_damage(error):
-          fault = (
-            f"cannot read the checkpoint {self.path(step)}, which may be whole: {reason}; mend "
-            "that and give the same command again",
-            False,
-          )
-      if fault:
-        orbax_io.settle_failed_load()
-    # One process that cannot read its part must not leave the others waiting for it.
-    faults = [each for each in sharding.gather(fault) if each is not None]
-    for text, is_damage in faults:
-      if not is_damage:
-        raise UsageError(text)
-    if faults:
-      return DamagedError(faults[0][0])
-    for part, tree in records.parts(loaded).items():
-      if fingerprint(tree) != record.fingerprints[part]:
-        return DamagedError(f"its {part} is not what was saved")
-    return record, loaded
+    path = self.path(step)
+    metadata = loading.together(path, lambda: loading.read_metadata(path))
+    return [named(metadata.like(part)) for part in metadata.weights]
 
-  def _record(self, step: int) -> Record:
-    if step not in self._records:
-      try:
-        stored = (self.path(step) / orbax_io.RECORD / orbax_io.RECORD_FILE).read_bytes()
-      except FileNotFoundError:
-        orbax_io.refuse_earlier_format(self.path(step))
-        raise
-      self._records[step] = records.from_json(stored, step)
-    return self._records[step]
+  def _readable(self) -> dict[int, Metadata]:
+    """Metadata of all checkpoints but those whose cannot be read; restoring these will tell."""
+    found = {}
+    for step in self.steps:
+      with contextlib.suppress(Exception):  # whatever the storage layers raise
+        found[step] = loading.read_metadata(self.path(step))
+    return found
+
+  def _replace_metadata(self, metadata: Metadata) -> None:
+    path = self.path(metadata.step)
+    if loading.read_metadata(path).fingerprints != metadata.fingerprints:
+      raise UsageError("there is another state of this step, which would be lost")
+    workdir_lib.write_text(path / arrays.METADATA_FILE, json.dumps(metadata.to_json()))
 
   def _finish_save(self) -> None:
     """Waits for the save that is under way; then deletes what need not be kept."""
     if self._saving is None:
       return
-    step, record, response = self._saving
+    metadata, saving = self._saving
     self._saving = None
-    faults = [fault for fault in sharding.gather(orbax_io.outcome(response)) if fault]
-    if faults:
-      self._give_up(step)
-      raise UsageError(self._failure(step, faults[0]))
-    self._records[step] = record
-    if jax.process_index() != 0:
-      return
-    try:
-      # Of one whose record cannot be read nothing is known: it stays, and takes no other's place.
-      scores = {step: self.metrics(step) for step in self.steps}
-      known = [step for step in scores if step in self._records]
-      kept = {*known[-self._keep :], _best(scores)}
-      for old in set(known) - kept:
-        step_directories.delete(self.path(old))
-      step_directories.clear_remains(self.directory)  # of the one that this has replaced
-    except (OSError, UsageError) as error:
-      log.warning("cannot delete an old checkpoint: %s", error)
+    if fault := _any(_fault_of(saving.result)):
+      self._clear_unfinished()
+      raise UsageError(self._cannot_write(metadata.step, fault))
+    self._delete_old()
 
-  def _damaged(self, step: int, error: DamagedError) -> str:
-    there = ", ".join(map(str, self.steps))
-    return (
-      f"the checkpoint {self.path(step)} is damaged ({error}); take another one, there are: {there}"
-    )
+  def _delete_old(self) -> None:
+    def delete() -> None:
+      # Of one whose metadata cannot be read nothing is known: it stays, and takes no other's place.
+      known = self._readable()
+      for step in set(known) - {*list(known)[-self._keep :], _best(known)}:
+        step_directories.delete(self.path(step))
 
-  def _give_up(self, step: int) -> None:
-    """Removes what a failed save has left."""
-    if jax.process_index() == 0:
-      try:
-        step_directories.clear_remains(self.directory)
-      except OSError as error:
-        log.warning("cannot remove what the failed save of step %d has left: %s", step, error)
+    if jax.process_index() == 0 and (fault := _fault_of(delete)):
+      log.warning("cannot delete an old checkpoint: %s", fault)
 
-  def _failure(self, step: int, fault: str) -> str:
+  def _clear_unfinished(self) -> None:
+    def clear() -> None:
+      step_directories.clear_unfinished(self.directory)
+
+    if jax.process_index() == 0 and (fault := _fault_of(clear)):
+      log.warning("cannot remove what an interrupted save has left: %s", fault)
+
+  def _move_damaged(self, steps: list[int]) -> None:
+    def move() -> None:
+      for step in steps:
+        into = self.directory.with_name("damaged_checkpoints")
+        place = step_directories.move(self.path(step), into)
+        log.warning("the damaged checkpoint of step %d is now %s", step, place)
+
+    if steps and not self._read_only and (fault := _fault_on_first(move)):
+      raise UsageError(
+        f"cannot move a damaged checkpoint out of {self.directory}: {fault}; move it away yourself"
+      )
+
+  def _cannot_write(self, step: int, fault: str) -> str:
     try:
       last = self.latest_step
-      good = "there is none before it"
-      if last is not None:
-        good = f"the last good one is {self.path(last)}"
+      good = "none is there" if last is None else f"the last good one is {self.path(last)}"
     except UsageError:  # what is in the way of one may be in that of the other
       good = "those before it are untouched"
     return (
@@ -379,31 +366,14 @@ class Checkpoints:
       "same command again, which goes on from there"
     )
 
-  def _move_damaged(self, steps: list[int]) -> None:
-    if not steps or self._read_only:
-      return
-    fault = None
-    if jax.process_index() == 0:
-      try:
-        for step in steps:
-          place = step_directories.move(
-            self.path(step), self.directory.with_name("damaged_checkpoints")
-          )
-          log.warning("the damaged checkpoint of step %d is now %s", step, place)
-      except OSError as error:
-        fault = f"cannot move a damaged checkpoint out of {self.directory}: {error}"
-    faults = [each for each in sharding.gather(fault) if each]
-    if faults:
-      raise UsageError(f"{faults[0]}; move it away yourself")
 
-
-def restore_path(path: PathLike, like: TrainState) -> Restored:
+def restore_path(path: PathLike, like: Any) -> Restored:
   """Loads the checkpoint in the directory `<workdir>/checkpoints/<step>`.
 
   Raises:
     UsageError: there is none, or it is damaged.
   """
-  place = absolute(path)
+  place = workdir_lib.absolute(path)
   if not place.name.isdecimal() or place.parent.name != "checkpoints" or not place.is_dir():
     raise UsageError(f"{place} is no checkpoint; name a directory RUN/checkpoints/STEP")
   with Checkpoints(place.parent.parent, read_only=True) as checkpoints:
@@ -411,9 +381,34 @@ def restore_path(path: PathLike, like: TrainState) -> Restored:
 
 
 def _directory(workdir: PathLike) -> epath.Path:
-  return absolute(workdir) / "checkpoints"  # Orbax takes absolute paths only
+  return workdir_lib.absolute(workdir) / "checkpoints"  # Orbax takes absolute paths only
 
 
-def _best(metrics: dict[int, dict[str, float] | None]) -> int | None:
-  scores = {step: values[_BEST] for step, values in metrics.items() if values and _BEST in values}
+def _parts(state: Any) -> dict[str, Any]:
+  """Fields of a train state by name, without those that hold no array."""
+  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
+
+
+def _best(metadata: dict[int, Metadata]) -> int | None:
+  scores = {step: each.score for step, each in metadata.items() if each.score is not None}
   return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def _fault_of(action: Callable[[], Any]) -> str | None:
+  """Why an action has failed, in a line; None if it has not."""
+  try:
+    action()
+  except Exception as error:  # whatever the storage layers raise
+    return reason(error)
+  return None
+
+
+def _any(fault: str | None) -> str | None:
+  """The first fault that a process has met with; all have to call this together."""
+  return next((each for each in sharding.gather(fault) if each), None)
+
+
+def _fault_on_first(action: Callable[[], Any]) -> str | None:
+  """As `_fault_of`, of what the first process does; all have to call this together."""
+  return _any(_fault_of(action) if jax.process_index() == 0 else None)

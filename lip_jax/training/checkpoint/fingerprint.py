@@ -4,7 +4,6 @@ A sum modulo 2^32 does not depend on the order of its terms, so each device adds
 integer arithmetic makes the result exact.
 """
 
-import json
 import math
 import zlib
 from typing import Any
@@ -15,37 +14,30 @@ import numpy as np
 
 from lip_jax.distributed import sharding
 
-Leaf = tuple[list[str | int], str, list[int]]
-
 # Up to here numpy is done before a program for the shape is compiled (0.1 s each).
 _MOST_ON_HOST = 2**18
 
 
-def leaves_of(tree: Any) -> list[Leaf]:
-  """(path, dtype, shape) of each leaf, in a form that JSON keeps as it is.
-
-  Args:
-    tree: of arrays, or of anything else with a shape and a dtype.
-  """
-  return [
-    ([_key(entry) for entry in path], str(leaf.dtype), list(leaf.shape))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
+def named(tree: Any) -> dict[str, Any]:
+  """Leaves of a tree by their path, dots between the keys, which must not make two the same."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+  if len(set(names)) != len(names):
+    raise ValueError(f"two arrays of one path among {names}: keys of a train state have no dots")
+  return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def fingerprint(tree: Any) -> str:
   """16 hexadecimal digits that depend on each bit of each leaf, its place, path, dtype and shape.
 
   A change of a single element always shows; any other change goes unnoticed with a probability of
-  about 2^-63. It is a checksum, no defence against forgery.
-
-  Args:
-    tree: of jax or numpy arrays of real numbers of whole bytes, or of bools. Arrays may be spread
-      over several processes, which then all have to call this at the same point.
+  about 2^-63. It is a checksum, no defence against forgery. Leaves are jax or numpy arrays of real
+  numbers of whole bytes, or of bools, and may be spread over several processes, which then all have
+  to call this at the same point.
   """
   on_devices, on_host = [], []
-  for described, leaf in zip(leaves_of(tree), jax.tree.leaves(tree), strict=True):
-    seed = np.uint32(zlib.crc32(json.dumps(described).encode()))
+  for name, leaf in named(tree).items():
+    seed = np.uint32(zlib.crc32(f"{name} {leaf.dtype} {leaf.shape}".encode()))
     strides = [math.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)]
     for part, starts in _parts_here(leaf):
       first = sum(start * stride for start, stride in zip(starts, strides, strict=True))
@@ -71,13 +63,6 @@ def _parts_here(leaf: Any) -> list[tuple[Any, list[int]]]:
       if shard.replica_id == 0  # of equal ones, one
     ]
   return [(leaf, [0] * leaf.ndim)] if jax.process_index() == 0 else []
-
-
-def _key(entry: Any) -> str | int:
-  for attribute in ("key", "idx", "name"):
-    if hasattr(entry, attribute):
-      return getattr(entry, attribute)
-  raise TypeError(f"no name for the tree's key {entry!r}")
 
 
 @jax.jit
@@ -107,11 +92,7 @@ def _index(numpy: Any, shape: tuple[int, ...], ndim: int, strides: Any, first: A
   """Number, modulo 2^32, of each word in the whole array.
 
   Args:
-    numpy: numpy or jax.numpy.
     shape: of the words; behind the `ndim` axes of the array there may be one of parts of elements.
-    ndim: of the array.
-    strides: of the whole array, in elements.
-    first: number of the first element of this part.
   """
   index = numpy.full((1,) * len(shape), first, np.uint32)
   for axis in range(ndim):

@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from lip_jax.data import imagenet, preprocess, tfrecord
 from lip_jax.data.builder import open_builder, record_format
-from lip_jax.data.folder import FolderImages, ImageFolder
+from lip_jax.data.folder import FolderImages, ImageFolder, first_few
 from lip_jax.data.prepare import array_record_writer
-from lip_jax.data.source import RecordParser
+from lip_jax.data.records import ImageLabelParser
 from lip_jax.errors import UsageError
 
 # With decode="sample": one image in so many, and all that look damaged.
@@ -29,47 +29,28 @@ _FILES_PART = 500  # images of a folder that a thread takes at a time
 
 
 @dataclasses.dataclass
-class SplitReport:
-  """What was found in one split.
-
-  Attributes:
-    name: the split.
-    expected: images that there should be.
-    found: images that there are.
-    classes: classes of which there is an image.
-    decoded: images that were decoded.
-    num_files: files, or image files of a folder.
-    num_bytes: bytes of the encoded images.
-  """
+class SplitResult:
+  """What was found in one split."""
 
   name: str
-  expected: int
-  found: int = 0
-  classes: int = 0
-  decoded: int = 0
-  num_files: int = 0
-  num_bytes: int = 0
+  expected: int  # images that there should be
+  found: int = 0  # images that there are
+  classes: int = 0  # of which there is an image
+  decoded: int = 0  # images that were decoded
+  num_files: int = 0  # or image files of a folder
+  num_bytes: int = 0  # of the encoded images
 
 
 @dataclasses.dataclass
-class Report:
-  """What `verify` found.
-
-  Attributes:
-    dataset: name of the data set.
-    directory: where it is.
-    num_classes: number of labels.
-    splits: one report for each split.
-    faults: what is wrong, one line each.
-    notes: what is unusual.
-  """
+class VerificationResult:
+  """What `verify` found; as a string, for people."""
 
   dataset: str
   directory: str
   num_classes: int
-  splits: list[SplitReport] = dataclasses.field(default_factory=list)
-  faults: list[str] = dataclasses.field(default_factory=list)
-  notes: list[str] = dataclasses.field(default_factory=list)
+  splits: list[SplitResult] = dataclasses.field(default_factory=list)
+  faults: list[str] = dataclasses.field(default_factory=list)  # what is wrong, one line each
+  notes: list[str] = dataclasses.field(default_factory=list)  # what is unusual
 
   @property
   def ok(self) -> bool:
@@ -109,7 +90,7 @@ def verify(
   *,
   decode: str = "sample",
   num_workers: int | None = None,
-) -> Report:
+) -> VerificationResult:
   """Reads a whole data set and says what is wrong with it.
 
   Every record is read, whatever `decode` says: its checksums, label and name are looked at. Checked
@@ -138,13 +119,16 @@ def verify(
   root = None if data_dir is None else os.fspath(data_dir)
   if root is not None and "://" in root:
     raise UsageError(f"{root} is a bucket: mount it, for example with gcsfuse, to verify it")
-  builder = open_builder(dataset, root)
+  return _verify_records(dataset, open_builder(dataset, root), decode, workers)
+
+
+def _verify_records(dataset: str, builder: Any, decode: str, workers: int) -> VerificationResult:
   file_format = record_format(builder)
-  parse = RecordParser(_check_features(dataset, dict(builder.info.features)))
-  report = Report(dataset, str(builder.data_dir), parse.num_classes)
+  parse = ImageLabelParser(dict(builder.info.features), dataset)
+  result = VerificationResult(dataset, str(builder.data_dir), len(parse.class_names))
   is_imagenet = builder.info.name == imagenet.NAME
   if is_imagenet:
-    _check_class_names(report, parse.class_names)
+    _check_class_names(result, parse.class_names)
   read = {"array_record": _read_array_record, "tfrecord": tfrecord.read_records}[file_format]
   splits = builder.info.splits
   total = sum(info.num_examples for info in splits.values())
@@ -158,29 +142,25 @@ def verify(
         pool.submit(_check_file, path, length, read, parse, decode, progress)
         for path, length in zip(paths, info.shard_lengths, strict=True)
       ]
-      try:
-        parts = [job.result() for job in jobs]
-      finally:
-        for job in jobs:
-          job.cancel()
+      parts = _results(jobs)
       expected = imagenet.COUNTS.get(name, info.num_examples) if is_imagenet else info.num_examples
-      _add_split(report, name, expected, len(paths), parts)
+      _add_split(result, name, expected, len(paths), parts)
       if is_imagenet:
-        _check_imagenet_split(report, name, parse.class_names, parts)
+        _check_imagenet_split(result, name, parse.class_names, parts)
   if is_imagenet:
     for name in imagenet.COUNTS.keys() - set(splits):
-      report.faults.append(f"there is no split {name}")
-  _note_strangers(report, builder)
-  return report
+      result.faults.append(f"there is no split {name}")
+  _note_strangers(result, builder)
+  return result
 
 
-def _check_features(dataset: str, features: Mapping[str, Any]) -> Mapping[str, Any]:
-  if "image" not in features or not hasattr(features.get("label"), "names"):
-    raise UsageError(
-      f"data set {dataset!r} has the features {', '.join(sorted(features))}; "
-      "only images with a class 'label' can be verified"
-    )
-  return features
+def _results(jobs: Sequence[concurrent.futures.Future[_Found]]) -> list[_Found]:
+  """What all jobs found; the first error ends those that wait."""
+  try:
+    return [job.result() for job in jobs]
+  finally:
+    for job in jobs:
+      job.cancel()
 
 
 def _read_array_record(path: str) -> Iterator[bytes]:
@@ -194,7 +174,7 @@ def _read_array_record(path: str) -> Iterator[bytes]:
 
 
 def _check_file(
-  path: str, length: int, read: Any, parse: RecordParser, decode: str, progress: Any
+  path: str, length: int, read: Any, parse: ImageLabelParser, decode: str, progress: Any
 ) -> _Found:
   """Reads all records of a file that should have `length` of them."""
   found = _Found()
@@ -253,13 +233,13 @@ def _looks_damaged(data: bytes) -> bool:
 
 
 def _add_split(
-  report: Report, name: str, expected: int, num_files: int, parts: Sequence[_Found]
+  result: VerificationResult, name: str, expected: int, num_files: int, parts: Sequence[_Found]
 ) -> None:
   """Joins what was found in a split's files, and judges it."""
   labels = np.array([label for part in parts for label in part.labels], np.int64)
-  inside = labels[(labels >= 0) & (labels < report.num_classes)]
+  inside = labels[(labels >= 0) & (labels < result.num_classes)]
   unreadable = [image for part in parts for image in part.unreadable]
-  split = SplitReport(
+  split = SplitResult(
     name,
     expected,
     found=len(labels),
@@ -268,58 +248,58 @@ def _add_split(
     num_files=num_files,
     num_bytes=sum(part.num_bytes for part in parts),
   )
-  report.splits.append(split)
+  result.splits.append(split)
   faults = [part.fault for part in parts if part.fault]
   if split.found != expected:
     faults.append(f"{split.found:,} images, expected {expected:,}")
   unlabelled = len(labels) > 0 and bool((labels == -1).all())
   if unlabelled and name == "test":
-    report.notes.append("test: no labels")  # so TFDS writes those of a competition
+    result.notes.append("test: no labels")  # so TFDS writes those of a competition
   elif len(inside) < len(labels):
     outside = sorted(set(labels.tolist()) - set(inside.tolist()))
     faults.append(
-      f"{len(labels) - len(inside):,} labels are not in 0 to {report.num_classes - 1}: "
-      f"{_some(map(str, outside))}"
+      f"{len(labels) - len(inside):,} labels are not in 0 to {result.num_classes - 1}: "
+      f"{first_few(map(str, outside))}"
     )
-  missing = sorted(set(range(report.num_classes)) - set(inside.tolist()))
+  missing = sorted(set(range(result.num_classes)) - set(inside.tolist()))
   if missing and not (unlabelled and name == "test"):
-    text = f"no image of {len(missing):,} classes: labels {_some(map(str, missing))}"
+    text = f"no image of {len(missing):,} classes: labels {first_few(map(str, missing))}"
     # A small validation split may well lack a class; training cannot do without.
-    (faults if name == "train" else report.notes).append(
+    (faults if name == "train" else result.notes).append(
       text if name == "train" else f"{name}: {text}"
     )
   counts = collections.Counter(image for part in parts for image in part.ids)
   twice = sorted(image for image, count in counts.items() if count > 1)
   if twice:
-    faults.append(f"{len(twice):,} images are there more than once: {_some(twice)}")
+    faults.append(f"{len(twice):,} images are there more than once: {first_few(twice)}")
   faults += [f"unreadable image in {image}" for image in unreadable[:_MOST_NAMED]]
   if len(unreadable) > _MOST_NAMED:
     faults.append(f"and {len(unreadable) - _MOST_NAMED:,} more unreadable images")
-  report.faults += [f"{name}: {fault}" for fault in faults]
+  result.faults += [f"{name}: {fault}" for fault in faults]
   doubtful = [image for part in parts for image in part.doubtful]
   if doubtful:
-    report.notes.append(
+    result.notes.append(
       f"{name}: {len(doubtful):,} of the decoded images have a warning that whole files have, and "
-      f"files that were overwritten in the middle; look at them: {_some(doubtful)}"
+      f"files that were overwritten in the middle; look at them: {first_few(doubtful)}"
     )
 
 
-def _check_class_names(report: Report, class_names: Sequence[str]) -> None:
+def _check_class_names(result: VerificationResult, class_names: Sequence[str]) -> None:
   official = imagenet.synsets()
   if list(class_names) == official:
     return
   wrong = [k for k, (a, b) in enumerate(zip(class_names, official, strict=False)) if a != b]
-  where = f"label {wrong[0]} is {class_names[wrong[0]]}, expected {official[wrong[0]]}; " * bool(
-    wrong
-  )
-  report.faults.append(
+  where = ""
+  if wrong:
+    where = f"label {wrong[0]} is {class_names[wrong[0]]}, expected {official[wrong[0]]}; "
+  result.faults.append(
     f"the classes are not those of ImageNet in TFDS's order: {where}{len(class_names)} names, "
     f"expected {len(official)}"
   )
 
 
 def _check_imagenet_split(
-  report: Report, name: str, class_names: Sequence[str], parts: Sequence[_Found]
+  result: VerificationResult, name: str, class_names: Sequence[str], parts: Sequence[_Found]
 ) -> None:
   """Labels against file names, which say the class, or the number that decides on it."""
   pairs = [pair for part in parts if part.ids for pair in zip(part.ids, part.labels, strict=True)]
@@ -338,34 +318,34 @@ def _check_imagenet_split(
     if not 0 <= label < len(class_names) or class_names[label] != expected:
       wrong.append(f"{image} has label {label}, expected that of {expected}")
   if wrong:
-    report.faults.append(f"{name}: {len(wrong):,} labels are wrong: {_some(wrong)}")
+    result.faults.append(f"{name}: {len(wrong):,} labels are wrong: {first_few(wrong)}")
   if name == "validation":
     counts = collections.Counter(label for part in parts for label in part.labels)
     uneven = [k for k in range(len(class_names)) if counts[k] != 50]
     if uneven:
-      report.faults.append(
+      result.faults.append(
         f"validation: {len(uneven):,} classes do not have 50 images: "
-        f"labels {_some(map(str, uneven))}"
+        f"labels {first_few(map(str, uneven))}"
       )
 
 
-def _note_strangers(report: Report, builder: Any) -> None:
+def _note_strangers(result: VerificationResult, builder: Any) -> None:
   """Notes record files that belong to no split, as an interrupted copy leaves them."""
   known = {path.name for info in builder.info.splits.values() for path in info.filepaths}
   suffix = builder.info.file_format.value
   strangers = sorted(
     path.name
-    for path in Path(report.directory).iterdir()
+    for path in Path(result.directory).iterdir()
     if f".{suffix}" in path.name and path.name not in known
   )
   if strangers:
-    report.notes.append(f"{len(strangers):,} files belong to no split: {_some(strangers)}")
+    result.notes.append(f"{len(strangers):,} files belong to no split: {first_few(strangers)}")
 
 
-def _verify_folder(dataset: str, decode: str, workers: int) -> Report:
+def _verify_folder(dataset: str, decode: str, workers: int) -> VerificationResult:
   folder = ImageFolder(dataset.removeprefix("folder:"))
   splits = {name: folder.images(name) for name in folder.splits}
-  report = Report(dataset, folder.directory, len(folder.class_names))
+  result = VerificationResult(dataset, folder.directory, len(folder.class_names))
   with (
     concurrent.futures.ThreadPoolExecutor(workers) as pool,
     tqdm(total=sum(map(len, splits.values())), unit=" images", disable=None) as progress,
@@ -373,13 +353,9 @@ def _verify_folder(dataset: str, decode: str, workers: int) -> Report:
     for name, images in splits.items():
       starts = range(0, len(images), _FILES_PART)
       jobs = [pool.submit(_check_images, images, start, decode, progress) for start in starts]
-      try:
-        parts = [job.result() for job in jobs]
-      finally:
-        for job in jobs:
-          job.cancel()
-      _add_split(report, name, len(images), len(images), parts)
-  return report
+      parts = _results(jobs)
+      _add_split(result, name, len(images), len(images), parts)
+  return result
 
 
 def _check_images(images: FolderImages, start: int, decode: str, progress: Any) -> _Found:
@@ -395,10 +371,3 @@ def _check_images(images: FolderImages, start: int, decode: str, progress: Any) 
     found.ids.append(example["id"])
     _check_example(found, example, example["id"], index, decode)
   return found
-
-
-def _some(names: Any) -> str:
-  """The first few names, and how many more there are."""
-  names = list(names)
-  text = ", ".join(names[:5])
-  return text if len(names) <= 5 else f"{text} and {len(names) - 5:,} more"

@@ -1,31 +1,24 @@
-"""Cluttered digits: a data set that is made on the spot, small enough for tests and notebooks.
+"""Draws the pictures of cluttered digits: whole digits among fragments, on coloured, noisy grounds.
 
-Handwritten digits on a coloured, noisy ground among fragments of other digits. What counts is
-local and its place varies, which is what importance-based pooling is for. The digits are the 1,797
-8x8 images of the UCI test set that scikit-learn carries, so nothing is downloaded.
-
-The images come ordered by writer, in blocks of about 130 that each begin with the label run
-0..9, 0..9. Such a block begins at 1415. Training pictures, clutter included, use only the digits
-before it and validation pictures only the rest, so that no writer and no source digit is in both.
+The digits are the 1,797 8x8 images of the UCI test set that scikit-learn carries. They come ordered
+by writer, in blocks of about 130 that each begin with the label run 0..9, 0..9. Such a block begins
+at 1415. Training pictures, clutter included, use only the digits before it and validation pictures
+only the rest, so that no writer and no source digit is in both.
 """
 
 import colorsys
 import dataclasses
 import functools
-import itertools
 import zlib
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import simplejpeg
 import tensorflow_datasets as tfds
 
 # Source digits of each split: different writers (see above).
 SOURCES = {"train": range(0, 1415), "validation": range(1415, 1797)}
 
-_JPEG_QUALITY = 90
 # Ink is drawn once at this height and shrunk from there, so that strokes have smooth edges.
 _MASTER_HEIGHT = 64
 # A piece of clutter shows this part of its digit's ink and at most this part of its height: nobody
@@ -35,34 +28,12 @@ _FRAGMENT_HEIGHT = 0.55
 # Random draws before a search for a place or a piece is given up.
 _TRIES = 40
 
-_DESCRIPTION = """
-Handwritten digits among fragments of other digits, on coloured and noisy grounds, made from the
-8x8 images of the UCI data set "Optical Recognition of Handwritten Digits". Training and validation
-use digits of different writers. `label` is the class of the largest whole digit, `objects` holds
-all whole digits, with boxes (ymin, xmin, ymax, xmax) in parts of the image, tight around the ink.
-"""
-
-_CITATION = """
-@misc{alpaydin1998optdigits,
-  author = {Alpaydin, E. and Kaynak, C.},
-  title = {Optical Recognition of Handwritten Digits},
-  year = {1998},
-  howpublished = {UCI Machine Learning Repository},
-  doi = {10.24432/C50P49},
-}
-"""
-
 
 class Condition(NamedTuple):
-  """One size of the digit and one density of clutter.
+  """One size of the digit and one density of clutter."""
 
-  Attributes:
-    digit_height: of the digit's ink, pixels.
-    fragments: pieces of clutter tried.
-  """
-
-  digit_height: int
-  fragments: int
+  digit_height: int  # of the digit's ink, pixels
+  fragments: int  # pieces of clutter tried
 
   @property
   def split(self) -> str:
@@ -74,30 +45,20 @@ class Condition(NamedTuple):
 class ClutteredDigitsConfig(tfds.core.BuilderConfig):
   """What the images of one configuration look like, and how many there are.
 
-  Ranges include both ends.
-
-  Attributes:
-    canvas: side of the square image, pixels.
-    digits: least and most whole digits in an image.
-    digit_height: least and greatest height of a digit's ink, pixels.
-    fragments: least and most pieces of clutter tried; one that finds no free place is left out.
-    light_grounds: whether half of the images have dark ink on a light ground; without, all have
-      light ink on a dark ground, which a small network learns several times faster.
-    num_train: images in the train split.
-    num_validation: images in the validation split.
-    conditions: each has a split of its own, of the validation split's digits.
-    num_condition: images in each of those splits.
+  Pairs are the least and the greatest value. With `light_grounds`, half of the images have dark ink
+  on a light ground; without, all have light ink on a dark ground, which a small network learns
+  several times faster. Each of the conditions has a split of its own.
   """
 
-  canvas: int
-  digits: tuple[int, int]
-  digit_height: tuple[int, int]
-  fragments: tuple[int, int]
+  canvas: int  # side of the square image, pixels
+  digits: tuple[int, int]  # whole digits in an image
+  digit_height: tuple[int, int]  # of a digit's ink, pixels
+  fragments: tuple[int, int]  # pieces of clutter tried; one that finds no free place is left out
   light_grounds: bool
   num_train: int
   num_validation: int
   conditions: tuple[Condition, ...] = ()
-  num_condition: int = 0
+  num_condition: int = 0  # images of each, with the validation split's digits
 
   def at(self, condition: Condition) -> "ClutteredDigitsConfig":
     """The look of the images of one condition."""
@@ -135,159 +96,19 @@ class Box(NamedTuple):
 
 
 class Scene(NamedTuple):
-  """One picture and what is in it.
+  """One picture and what is in it."""
 
-  Attributes:
-    image: uint8 [canvas, canvas, 3], RGB.
-    boxes: ink boxes of the whole digits, the largest first.
-    labels: classes of the whole digits, in the same order.
-    sources: indices of all the UCI digits that ink was taken from, clutter included.
-  """
-
-  image: np.ndarray
-  boxes: list[Box]
-  labels: list[int]
-  sources: list[int]
-
-
-class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
-  """TFDS builder of cluttered digits; needs neither network nor TensorFlow.
-
-  `cluttered_digits/classify`: one digit in 48x48 pixels, 20,000 + 2,000 images, chance is 10 %.
-  `cluttered_digits/detect`: two to six digits in 128x128 pixels, 2,000 + 500 images.
-  `cluttered_digits/sizes`: one digit in 28x28 pixels, 30,000 + 1,000 images of many sizes and
-  densities of clutter, and 1,000 of each of 16 conditions in splits such as "height8_fragments4".
-  `cluttered_digits/sizes_large`: the same in 64x64 pixels, 60,000 + 2,000, and 2,000 of each.
-  """
-
-  VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
-  BUILDER_CONFIGS: ClassVar[list[ClutteredDigitsConfig]] = [
-    ClutteredDigitsConfig(
-      name="classify",
-      description="One whole digit in 48x48 pixels.",
-      canvas=48,
-      digits=(1, 1),
-      digit_height=(16, 30),
-      fragments=(3, 6),
-      light_grounds=False,
-      num_train=20_000,
-      num_validation=2_000,
-    ),
-    ClutteredDigitsConfig(
-      name="detect",
-      description="Two to six whole digits in 128x128 pixels.",
-      canvas=128,
-      digits=(2, 6),
-      digit_height=(12, 48),
-      fragments=(8, 16),
-      light_grounds=True,
-      num_train=2_000,
-      num_validation=500,
-    ),
-    ClutteredDigitsConfig(
-      name="sizes",
-      description="One whole digit in 28x28 pixels; size and clutter apart (benchmarks).",
-      canvas=28,
-      digits=(1, 1),
-      digit_height=(8, 18),
-      fragments=(0, 8),
-      light_grounds=False,
-      num_train=30_000,
-      num_validation=1_000,
-      conditions=tuple(
-        itertools.starmap(Condition, itertools.product((8, 11, 14, 18), (0, 2, 4, 8)))
-      ),
-      num_condition=1_000,
-    ),
-    ClutteredDigitsConfig(
-      name="sizes_large",
-      description="One whole digit in 64x64 pixels; size and clutter apart (benchmarks).",
-      canvas=64,
-      digits=(1, 1),
-      digit_height=(8, 32),
-      fragments=(0, 24),
-      light_grounds=False,
-      num_train=60_000,
-      num_validation=2_000,
-      conditions=tuple(
-        itertools.starmap(Condition, itertools.product((8, 12, 20, 32), (0, 6, 12, 24)))
-      ),
-      num_condition=2_000,
-    ),
-  ]
-  DEFAULT_BUILDER_CONFIG_NAME = "classify"
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    canvas = self.builder_config.canvas
-    label = tfds.features.ClassLabel(num_classes=10)
-    return _LocalDatasetInfo(
-      builder=self,
-      description=_DESCRIPTION,
-      citation=_CITATION,
-      homepage="https://archive.ics.uci.edu/dataset/80",
-      # Records stay in the order of k, so that a record's index is the number in its id.
-      disable_shuffling=True,
-      features=tfds.features.FeaturesDict(
-        {
-          "id": tfds.features.Text(),
-          "image": tfds.features.Image(shape=(canvas, canvas, 3), encoding_format="jpeg"),
-          "label": label,
-          "objects": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature(), "label": label}),
-        }
-      ),
-    )
-
-  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-    config = self.builder_config
-    examples = {
-      "train": self._generate_examples(config, "train", "train", config.num_train),
-      "validation": self._generate_examples(
-        config, "validation", "validation", config.num_validation
-      ),
-    }
-    for condition in config.conditions:
-      examples[condition.split] = self._generate_examples(
-        config.at(condition), "validation", condition.split, config.num_condition
-      )
-    return examples
-
-  def _generate_examples(
-    self, config: ClutteredDigitsConfig, digits: str, split: str, count: int
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Images of the look `config` with the source digits of the split `digits`."""
-    canvas = config.canvas
-    for k in range(count):
-      scene = draw_scene(config, digits, k)
-      yield (
-        k,
-        {
-          "id": f"{split}/{k:06d}",
-          # Encoded here, because TFDS would encode an array with TensorFlow.
-          "image": simplejpeg.encode_jpeg(scene.image, quality=_JPEG_QUALITY),
-          "label": scene.labels[0],
-          "objects": [
-            {"bbox": tfds.features.BBox(*(side / canvas for side in box)), "label": label}
-            for box, label in zip(scene.boxes, scene.labels, strict=True)
-          ],
-        },
-      )
-
-
-class _LocalDatasetInfo(tfds.core.DatasetInfo):
-  """Dataset info that never asks the TFDS bucket for what it knows itself."""
-
-  def initialize_from_bucket(self) -> None:
-    pass
+  image: np.ndarray  # uint8 [canvas, canvas, 3], RGB
+  boxes: list[Box]  # of the ink of the whole digits, the largest first
+  labels: list[int]  # of the same
+  sources: list[int]  # indices of all the UCI digits that ink was taken from, clutter included
 
 
 def draw_scene(config: ClutteredDigitsConfig, split: str, k: int) -> Scene:
   """Draws image k of a split; a pure function of (config, split, k).
 
   Args:
-    config: the look of the images.
     split: "train" or "validation"; decides which source digits are used.
-    k: number of the image in its split.
   """
   rng = np.random.default_rng([zlib.crc32(f"{config.name}/{split}".encode()), k])
   taken = np.zeros((config.canvas, config.canvas), np.bool_)
@@ -307,7 +128,7 @@ def draw_scene(config: ClutteredDigitsConfig, split: str, k: int) -> Scene:
   return Scene(
     image=np.ascontiguousarray((image.clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)),
     boxes=[digit.box for digit in digits],
-    labels=[int(_load_digits().labels[digit.source]) for digit in digits],
+    labels=[int(load_digits().labels[digit.source]) for digit in digits],
     sources=[stroke.source for stroke in digits + fragments],
   )
 
@@ -320,7 +141,7 @@ class _Stroke(NamedTuple):
   source: int
 
 
-class _Digits(NamedTuple):
+class Digits(NamedTuple):
   """The UCI digits as smooth masks of ink, float32 [master height, any width], and their labels."""
 
   masks: list[np.ndarray]
@@ -328,7 +149,8 @@ class _Digits(NamedTuple):
 
 
 @functools.cache
-def _load_digits() -> _Digits:
+def load_digits() -> Digits:
+  """The 1,797 digits, made once in a process."""
   from sklearn import datasets  # a second to import, for those who make the data set
 
   bunch = datasets.load_digits()
@@ -340,7 +162,7 @@ def _load_digits() -> _Digits:
     rows, columns = (mask > 0.5).any(1).nonzero()[0], (mask > 0.5).any(0).nonzero()[0]
     mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     masks.append(_resize_mask(mask, _MASTER_HEIGHT, 1.0))
-  return _Digits(masks, bunch.target)
+  return Digits(masks, bunch.target)
 
 
 def _place_digits(
@@ -355,7 +177,7 @@ def _place_digits(
     source = int(rng.integers(sources.start, sources.stop))
     stretch = rng.uniform(0.9, 1.15)
     while True:
-      ink = _resize_mask(_load_digits().masks[source], height, stretch)
+      ink = _resize_mask(load_digits().masks[source], height, stretch)
       box = _take_place(rng, taken, ink.shape, overlap=0.05)
       if box is not None:
         placed.append(_Stroke(ink, box, source))
@@ -377,7 +199,7 @@ def _place_fragments(
   placed: list[_Stroke] = []
   for _ in range(rng.integers(*config.fragments, endpoint=True)):
     source = int(rng.integers(sources.start, sources.stop))
-    piece = _cut_piece(rng, _load_digits().masks[source])
+    piece = cut_piece(rng, load_digits().masks[source])
     if piece is None:
       continue
     height = heights[rng.integers(len(heights))] * rng.uniform(0.8, 1.1)
@@ -388,7 +210,7 @@ def _place_fragments(
   return placed
 
 
-def _cut_piece(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray | None:
+def cut_piece(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray | None:
   """A rectangle of a mask that shows a small part of its ink, or None if none was found."""
   total = float(mask.sum())
   for tall, wide, down, right in rng.random((_TRIES, 4)).tolist():
@@ -413,14 +235,7 @@ def _take_place(
 ) -> Box | None:
   """Finds a random box of which at most the part `overlap` is taken, and takes it.
 
-  Args:
-    rng: where the randomness comes from.
-    taken: bool [canvas, canvas], changed in place.
-    shape: height and width of the box.
-    overlap: part of the box's area that may be taken already.
-
-  Returns:
-    The box, or None if none was found.
+  None if none was found. `taken` is bool [canvas, canvas], changed in place.
   """
   height, width = shape
   for down, right in rng.random((_TRIES, 2)).tolist():

@@ -1,0 +1,93 @@
+"""Networks described by data, {"name": ..., **options}: what configurations and folders hold.
+
+Nothing in a description is trusted: what it says is bounded before a network is built from it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from lip_jax.errors import UsageError, one_line, shown
+from lip_jax.models.registry import abstract_model
+
+CLASSIFIERS = ("fc", "classifier")  # the last linear layer of a network, here and in PyTorch
+
+# Far above any network's. What they keep away takes hours or all memory, not seconds.
+_MAX_NUMBER = 10**7
+_MAX_BLOCKS = 150  # densenet201 has 98; building takes a quarter of a second for each
+_MAX_CLASSES = 2**20
+
+
+def check_model(model: Any, where: str) -> None:
+  """Checks that `model` is {"name": ..., **options}, as in a training configuration.
+
+  Raises:
+    UsageError: it is something else, or has numbers that no network has; `where` it stands.
+  """
+  if not isinstance(model, Mapping) or not isinstance(model.get("name"), str):
+    raise UsageError(f"{where} lacks the model's name; copy or export the folder again")
+  for key, value in model.items():
+    values = value if isinstance(value, list | tuple) else [value]
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    plain = all(isinstance(v, str | int | float | bool | None) for v in values)
+    if not plain or len(values) > _MAX_BLOCKS or any(abs(v) > _MAX_NUMBER for v in numbers):
+      raise UsageError(
+        f"{where}: the model's option {shown(key)} is {shown(value)}, expected a name, a number "
+        f"up to {_MAX_NUMBER:,}, or a few of them"
+      )
+    if len(values) > 1 and sum(map(abs, numbers)) > _MAX_BLOCKS:
+      raise UsageError(
+        f"{where}: the model's option {shown(key)} is {shown(value)}, expected at most "
+        f"{_MAX_BLOCKS} blocks in all"
+      )
+
+
+def check_num_classes(number: Any, where: str) -> int:
+  """`number`, if a network can have so many classes; else raises UsageError."""
+  if type(number) is not int or not 1 <= number <= _MAX_CLASSES:
+    raise UsageError(
+      f"{where} lacks num_classes, or it is out of range: {shown(number)}, expected 1 to "
+      f"{_MAX_CLASSES:,}; copy or export the folder again"
+    )
+  return number
+
+
+def count_classes(shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
+  """Number of logits of a network, by the shapes of its weights under their paths."""
+  biases = (shapes.get(f"{name}.bias") for name in CLASSIFIERS)
+  return check_num_classes(next((bias[-1] for bias in biases if bias), None), where)
+
+
+def build(
+  model: Mapping[str, Any], num_classes: int, where: str, dtype: Dtype = jnp.float32
+) -> nnx.Module:
+  """The network of a description that was checked, with shapes in place of arrays.
+
+  Raises:
+    UsageError: there is no such network; `where` its description stands.
+  """
+  options = dict(model)
+  name = options.pop("name")
+  reserved = sorted({"num_classes", "dtype", "rngs"} & set(options))
+  if reserved:
+    raise UsageError(
+      f"{where}: {', '.join(reserved)} is not among the options of a model; leave it out"
+    )
+  try:
+    return abstract_model(name, num_classes=num_classes, dtype=dtype, **options)
+  except UsageError:
+    raise
+  except Exception as error:  # options of a wrong type can raise anything
+    raise UsageError(
+      f"{where}: no network {name} can be built with the options {shown(options)} "
+      f"({type(error).__name__}: {one_line(error, 80)})"
+    ) from error
+
+
+def flat_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+  """Parameters and batch statistics under their paths, dots between the parts."""
+  state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+  return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
