@@ -74,3 +74,11 @@ def test_losses_gradients_matches_and_detections_are_the_originals(x64, name):
   # Both in one batch: where mmdetection took one at a time, neither changes the other's.
   graph, state = nnx.split(model)
   check_detections(detect(graph, state, *batch(spec["eval"]["images"])), name, 1e-8)
+
+
+@pytest.mark.slow
+def test_float32_finds_the_same():
+  name = "mmdet1_retinanet_lip_resnet50"
+  graph, state = nnx.split(detector(name, np.float32))
+  images, sizes = batch(MODELS[name]["eval"]["images"])
+  check_detections(detect(graph, state, images.astype(np.float32), sizes), name, 1e-4)
