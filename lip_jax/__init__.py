@@ -1,5 +1,6 @@
 """LIP, local importance-based pooling (Gao et al., ICCV 2019), for JAX on TPU and GPU."""
 
+import importlib
 from typing import Any
 
 from lip_jax.models import create_model, lan, list_models
@@ -29,6 +30,7 @@ __all__ = [
   "Projection",
   "adaptive_lip_pool",
   "average_pool",
+  "create_detector",
   "create_model",
   "detail_preserving_pool",
   "exp_pool",
@@ -49,10 +51,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-  """`lip_jax.load`, which needs safetensors, on first use."""
-  if name == "load":
-    from lip_jax.export.loading import load
+# On first use: what few need, or what needs more than jax, flax and numpy.
+_LATER = {"create_detector": "lip_jax.detection", "load": "lip_jax.export.loading"}
 
-    return load
+
+def __getattr__(name: str) -> Any:
+  if name in _LATER:
+    return getattr(importlib.import_module(_LATER[name]), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

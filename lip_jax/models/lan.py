@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from lip_jax.models import layers
+from lip_jax.errors import UsageError
+from lip_jax.models import layers, padding
 from lip_jax.models.logit_modules import Bottleneck, Projection
 from lip_jax.ops import lip_pool, pools
 from lip_jax.ops.adaptive import adaptive_lip_pool, global_lip_pool
@@ -56,7 +57,16 @@ class LocalPool(nnx.Module):
     return {"window": self.window, "stride": self.stride, "padding": self.padding}
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    mask = padding.inside(x)
+    return self._pool(x) if mask is None else self._pool_inside(x, mask)
+
+  def _pool(self, x: jax.Array) -> jax.Array:
     raise NotImplementedError
+
+  def _pool_inside(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """`_pool`, as if each image ended where its mask [N, H, W, 1] does."""
+    logits, _ = _exclude(self._log_importance(x), mask, None)
+    return lip_pool.lip_pool(x, logits, **self._windows)
 
   def importance(self, x: jax.Array) -> jax.Array:
     """F(x) of each pixel of each window, divided by its sum over the window.
@@ -83,7 +93,7 @@ class LocalPool(nnx.Module):
 class AveragePool(LocalPool):
   """Average pooling: F = 1."""
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def _pool(self, x: jax.Array) -> jax.Array:
     return pools.average_pool(x, **self._windows)
 
   def _log_importance(self, x: jax.Array) -> jax.Array:
@@ -93,8 +103,12 @@ class AveragePool(LocalPool):
 class MaxPool(LocalPool):
   """Max pooling: F is one for the largest pixel of a window, zero for the others."""
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def _pool(self, x: jax.Array) -> jax.Array:
     return pools.max_pool(x, **self._windows)
+
+  def _pool_inside(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    lowest = jnp.asarray(jnp.finfo(x.dtype).min, x.dtype)
+    return padding.blank(self._pool(jnp.where(mask, x, lowest)))
 
   def importance(self, x: jax.Array) -> jax.Array:
     pixels = self._taps(x, -math.inf)
@@ -105,8 +119,11 @@ class MaxPool(LocalPool):
 class StridedPool(LocalPool):
   """Sampling at a fixed interval (equation 3): F is one for a window's central pixel, else zero."""
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def _pool(self, x: jax.Array) -> jax.Array:
     return pools.strided_pool(x, **self._windows)
+
+  def _pool_inside(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    return self._pool(x)  # an image's windows have their centres inside
 
   def importance(self, x: jax.Array) -> jax.Array:
     (kh, kw) = pair("window", self.window)
@@ -119,7 +136,7 @@ class StridedPool(LocalPool):
 class SoftPool(LocalPool):
   """SoftPool (Stergiou et al. 2021): F = exp(x)."""
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def _pool(self, x: jax.Array) -> jax.Array:
     return pools.soft_pool(x, **self._windows)
 
   def _log_importance(self, x: jax.Array) -> jax.Array:
@@ -136,7 +153,7 @@ class ExpPool(LocalPool):
     super().__init__(**windows)
     self.beta = nnx.Param(jnp.asarray([beta], layers.param_dtype(dtype)))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def _pool(self, x: jax.Array) -> jax.Array:
     return pools.exp_pool(x, self.beta[...], **self._windows)
 
   def _log_importance(self, x: jax.Array) -> jax.Array:
@@ -156,8 +173,11 @@ class LpPool(LocalPool):
     super().__init__(**windows)
     self.p = p
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def _pool(self, x: jax.Array) -> jax.Array:
     return pools.lp_pool(x, self.p, **self._windows)
+
+  def _pool_inside(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    raise _unmaskable(self)
 
   def importance(self, x: jax.Array) -> jax.Array:
     inside = self._taps(jnp.ones_like(x), 0.0)
@@ -205,8 +225,11 @@ class DetailPreservingPool(LocalPool):
       "epsilon": self.epsilon,
     }
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def _pool(self, x: jax.Array) -> jax.Array:
     return pools.detail_preserving_pool(x, **self._importance_options, **self._windows)
+
+  def _pool_inside(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    raise _unmaskable(self)
 
   def importance(self, x: jax.Array) -> jax.Array:
     geometry = make_geometry(x, **self._windows)
@@ -240,8 +263,8 @@ class LIP(LocalPool):
 
   def __call__(self, x: jax.Array, source: jax.Array | None = None) -> jax.Array:
     """Pools x, [N, H, W, C]; its importance is predicted from `source` [N, H, W, S], if given."""
-    records = _recorded.get()
-    fused = self._fused(x) if records is None else None
+    records, mask = _recorded.get(), padding.inside(x)
+    fused = self._fused(x) if records is None and mask is None else None
     if fused is not None:
       return fused.pool(x, x if source is None else source, **self._windows)
     logits = self._log_importance(x, source)
@@ -249,7 +272,10 @@ class LIP(LocalPool):
       self.steps[...] = self.steps[...] + 1
     if records is not None:
       records.append((self, logits))
-    return lip_pool.lip_pool(x, logits, logit_range=self._logit_range, **self._windows)
+    logit_range = self._logit_range
+    if mask is not None:
+      logits, logit_range = _exclude(logits, mask, logit_range)
+    return lip_pool.lip_pool(x, logits, logit_range=logit_range, **self._windows)
 
   def _fused(self, x: jax.Array) -> Projection | Bottleneck | None:
     """The logit module, if it can pool x by itself. Subclasses may do anything in their call."""
@@ -274,6 +300,26 @@ class LIP(LocalPool):
     # In a train state there is one count for each batch-norm group, all the same.
     averaging = self.steps[...].reshape(-1)[0] < self.average_steps
     return jnp.where(averaging, jnp.full_like(logits, constant), logits)
+
+
+def _exclude(
+  logits: jax.Array, mask: jax.Array, logit_range: tuple[float, float] | None
+) -> tuple[jax.Array, tuple[float, float] | None]:
+  """Logits [N, H, W, C] that give no weight to what is not in the mask, and their range."""
+  low, high = logit_range or (-math.inf, math.inf)
+  if high - low <= 20:  # exp(-60) is less than the rounding of a sum, of float64 too
+    low -= 60
+    logit_range = (low, high)
+  else:
+    low, logit_range = -1e4, None
+  return jnp.where(mask, logits, jnp.asarray(low, logits.dtype)), logit_range
+
+
+def _unmaskable(pool: LocalPool) -> UsageError:
+  return UsageError(
+    f"{type(pool).__name__} has no form for images of different sizes in one batch; take another "
+    "pool, or mask_padding=False"
+  )
 
 
 class AdaptiveLIP(nnx.Module):

@@ -17,6 +17,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.errors import UsageError
+from lip_jax.models import padding
 from lip_jax.ops.normalization import apply_moments, normalize, varying_alike
 
 # He et al. 2015 with fan-out, as fb.resnet.torch and torchvision initialise convolutions.
@@ -85,6 +86,7 @@ class BatchNorm(nnx.Module):
     frozen: also in training normalize by the running statistics, and leave them as they are: what
       detectors call FrozenBatchNorm. Scale and bias have gradients as ever; whether they are
       trained is up to the optimizer.
+    affine: whether scale and bias are parameters; if not, they belong to the statistics.
   """
 
   def __init__(
@@ -94,14 +96,16 @@ class BatchNorm(nnx.Module):
     group_size: int | None = None,
     axis_name: tuple[str, ...] | None = None,
     frozen: bool = False,
+    affine: bool = True,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
     zero_init: bool = False,
     dtype: Dtype = jnp.float32,
   ):
     kept = param_dtype(dtype)
-    self.scale = nnx.Param((jnp.zeros if zero_init else jnp.ones)((features,), kept))
-    self.bias = nnx.Param(jnp.zeros((features,), kept))
+    kind = nnx.Param if affine else nnx.BatchStat
+    self.scale = kind((jnp.zeros if zero_init else jnp.ones)((features,), kept))
+    self.bias = kind(jnp.zeros((features,), kept))
     self.mean = nnx.BatchStat(jnp.zeros((features,), kept))
     self.var = nnx.BatchStat(jnp.ones((features,), kept))
     self.group_size = group_size
@@ -114,10 +118,13 @@ class BatchNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     if self.use_running_average or self.frozen:
-      mean, var = (stat[...].reshape(-1, x.shape[3]).mean(axis=0) for stat in (self.mean, self.var))
-      scale, bias = self.scale[...], self.bias[...]
+      mean, var, scale, bias = (
+        array[...].reshape(-1, x.shape[3]).mean(axis=0)
+        for array in (self.mean, self.var, self.scale, self.bias)
+      )
       with jax.named_scope(BATCH_NORM):
-        return apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
+        y = apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
+      return padding.blank(y)
     n = x.shape[0]
     here = n if self.axis_name or not self.group_size else self.group_size
     if n % here:
@@ -134,7 +141,7 @@ class BatchNorm(nnx.Module):
     count = devices * here * x.shape[1] * x.shape[2]
     self._update(self.mean, mean)
     self._update(self.var, var * (count / max(count - 1, 1)))
-    return y.reshape(x.shape)
+    return padding.blank(y.reshape(x.shape))
 
   def _update(self, running: nnx.BatchStat, groups: jax.Array):
     batch = groups.reshape(len(groups), -1)
@@ -147,6 +154,7 @@ def make_batch_norm(
   bn_group_size: int | None = None,
   bn_axis_name: tuple[str, ...] | None = None,
   bn_frozen: bool = False,
+  bn_affine: bool = True,
   bn_epsilon: float = 1e-5,
 ) -> Callable[..., BatchNorm]:
   """What makes a network's batch norms: (features, zero_init=, dtype=) -> `BatchNorm`.
@@ -154,11 +162,16 @@ def make_batch_norm(
   Args:
     bn_group_size: images per batch-norm group in training; None or 0 for the whole batch.
     bn_axis_name: `BatchNorm`'s axis_name.
+    bn_affine: whether scale and bias are parameters; not so in torchvision's detectors. A network
+      without them needs bn_frozen.
     bn_epsilon: added to the variance; 0 in torchvision's detectors.
   """
   check_sizes(least=0, bn_group_size=0 if bn_group_size is None else bn_group_size)
-  if not isinstance(bn_frozen, bool):
-    raise UsageError(f"bn_frozen must be True or False, got {bn_frozen!r}")
+  for name, value in (("bn_frozen", bn_frozen), ("bn_affine", bn_affine)):
+    if not isinstance(value, bool):
+      raise UsageError(f"{name} must be True or False, got {value!r}")
+  if not (bn_affine or bn_frozen):
+    raise UsageError("bn_affine=False is for networks with bn_frozen=True; give both or neither")
   if not isinstance(bn_epsilon, (int, float)) or not 0 <= bn_epsilon < math.inf:
     raise UsageError(f"bn_epsilon must be a number and at least 0, got {bn_epsilon!r}")
   return functools.partial(
@@ -166,6 +179,7 @@ def make_batch_norm(
     group_size=bn_group_size,
     axis_name=bn_axis_name,
     frozen=bn_frozen,
+    affine=bn_affine,
     epsilon=bn_epsilon,
   )
 
@@ -184,15 +198,23 @@ class LayerFactory(NamedTuple):
     """What makes a layer of its own needs."""
     return {"dtype": self.dtype, "rngs": self.rngs}
 
-  def conv(self, in_features: int, out_features: int, size: int, stride: int = 1) -> nnx.Conv:
-    """Bias-free square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd sizes."""
+  def conv(
+    self,
+    in_features: int,
+    out_features: int,
+    size: int,
+    stride: int = 1,
+    *,
+    use_bias: bool = False,
+  ) -> nnx.Conv:
+    """Square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd sizes."""
     return nnx.Conv(
       in_features,
       out_features,
       (size, size),
       strides=stride,
       padding=((size // 2, size // 2),) * 2,
-      use_bias=False,
+      use_bias=use_bias,
       param_dtype=param_dtype(self.dtype),
       kernel_init=self.init,
       **self.options,
@@ -225,7 +247,8 @@ class InstanceNorm(nnx.Module):
   """Normalization of each channel of each image over its pixels, with a learned scale and bias.
 
   Ulyanov et al. 2016; the same computation in training and evaluation. A constant channel becomes
-  the bias. Gradients are reverse mode. `features` is C of the input [N, H, W, C].
+  the bias. Gradients are reverse mode. `features` is C of the input [N, H, W, C]. Pixels that are
+  not `padding.inside` do not count.
   """
 
   def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: Dtype = jnp.float32):
@@ -237,4 +260,6 @@ class InstanceNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     scale, bias = varying_alike(x, self.scale[...], self.bias[...])
-    return normalize(x, scale, bias, self.epsilon, self.dtype, (1, 2))[0]
+    mask = padding.inside(x)
+    y = normalize(x, scale, bias, self.epsilon, self.dtype, (1, 2), None, mask)[0]
+    return y if mask is None else padding.blank(y)

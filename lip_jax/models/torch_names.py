@@ -1,7 +1,8 @@
 """Weights in the authors' PyTorch names and layouts <-> our parameter tree."""
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,9 @@ from lip_jax.models.densenet import DenseNet
 from lip_jax.models.lan import LIP
 from lip_jax.models.network import Network
 from lip_jax.models.resnet import ResNet
+
+# Patterns and what takes their places, as of `re.sub`.
+Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 # Our path, dots between its parts -> the authors' name. Applied in order, each at most once;
 # {conv} is the convolution of a block that the transition replaces.
@@ -41,7 +45,7 @@ _LEAF_RULES = (
 )
 # Other spellings of the same names: torchvision counts the parts of a shortcut where the authors
 # name them, and its published DenseNets number a layer's parts with a dot.
-_SPELLINGS = (
+SPELLINGS: Rules = (
   (r"\bdownsample\.0\.", "downsample.conv."),
   (r"\bdownsample\.1\.", "downsample.bn."),
   (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
@@ -52,12 +56,14 @@ _COUNTER = "num_batches_tracked"  # PyTorch's, in each batch norm; we keep none
 def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
   """Replaces all parameters and running statistics of `model`, in place.
 
-  Understands the published LIP networks and torchvision's plain ResNets and DenseNets, also with
+  Understands the published LIP networks and torchvision's plain ResNets and DenseNets, and, with
+  either as a backbone, detectors of torchvision and of mmdetection 0.6, by their preset; also with
   the prefix `module.` that training on several GPUs leaves. `num_batches_tracked` entries are
   ignored. LIP layers that pool by averages at first (`average_steps`) are past that.
 
   Args:
-    model: a network of `create_model`; without a classifier, that of the state dict is left out.
+    model: a network of `create_model` or `create_detector`; without a classifier, that of the state
+      dict is left out.
     state_dict: arrays under the authors' (or torchvision's) names, in PyTorch's layouts:
       convolutions [O, I, H, W], linear layers [O, I].
 
@@ -66,8 +72,9 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
       message. The model is then unchanged.
   """
   names = list(torch_names(model))
-  assert isinstance(model, Network)
-  head = model.classifier_name if getattr(model, model.classifier_name) is None else None
+  head = None
+  if isinstance(model, Network) and getattr(model, model.classifier_name) is None:
+    head = model.classifier_name
   source: dict[str, np.ndarray] = {}
   faults: list[str] = []
   for given, value in state_dict.items():
@@ -76,7 +83,7 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
     name = given.removeprefix("module.")
     if name.split(".")[0] == head:
       continue
-    for pattern, replacement in _SPELLINGS:
+    for pattern, replacement in spellings(model):
       name = re.sub(pattern, replacement, name)
     if name in source:
       faults.append(f"{name} twice, the second time as {given}")
@@ -124,17 +131,32 @@ def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
   return state_dict
 
 
+@functools.singledispatch
 def torch_names(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
   """(The authors' name, our variable) for each parameter and running statistic.
 
   What the authors' networks do not have, such as the parameters of other poolings, keeps our name.
+  Other kinds of network register theirs.
   """
   if not isinstance(model, (ResNet, DenseNet)):
     raise UsageError(
-      f"there are no PyTorch names for a {type(model).__name__}, only for networks of create_model"
+      f"there are no PyTorch names for a {type(model).__name__}, only for networks of create_model "
+      "and create_detector"
     )
   rules = _DENSENET_RULES if isinstance(model, DenseNet) else _resnet_rules(model)
-  for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+  return renamed(model, rules)
+
+
+@functools.singledispatch
+def spellings(model: nnx.Module) -> Rules:
+  """What turns names in files into those of `torch_names`, where they differ."""
+  del model
+  return SPELLINGS
+
+
+def renamed(module: nnx.Module, rules: Rules = ()) -> Iterator[tuple[str, nnx.Variable]]:
+  """(Name, variable): our paths, changed by rules, with PyTorch's names of a layer's arrays."""
+  for path, variable in nnx.to_flat_state(nnx.state(module, (nnx.Param, nnx.BatchStat))):
     name = ".".join(map(str, path))
     if jnp.issubdtype(variable.dtype, jnp.integer):  # the step counter of a LIP layer
       continue
@@ -143,7 +165,7 @@ def torch_names(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
     yield name, variable
 
 
-def _resnet_rules(model: ResNet) -> tuple[tuple[str, str], ...]:
+def _resnet_rules(model: ResNet) -> Rules:
   first_blocks = {stage: getattr(model, f"layer{stage}")[0] for stage in (2, 3, 4)}
   conv = first_blocks[2].transition_name
   rules = [(pattern, replacement.format(conv=conv)) for pattern, replacement in _RESNET_RULES]

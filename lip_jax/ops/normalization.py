@@ -12,7 +12,10 @@ from lip_jax.ops.windows import accumulation_dtype
 
 
 def moments(
-  x: jax.Array, axes: tuple[int, ...], axis_name: tuple[str, ...] | None = None
+  x: jax.Array,
+  axes: tuple[int, ...],
+  axis_name: tuple[str, ...] | None = None,
+  mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Mean and biased variance in at least float32, with axes of size one for those averaged over.
 
@@ -23,14 +26,16 @@ def moments(
   Args:
     x: of any shape.
     axis_name: mesh axes to average over as well, inside `jax.shard_map`.
+    mask: bool, broadcasts with x: what to average; None: everything.
   """
   dtype = accumulation_dtype(x)
   one_pass = x.dtype != dtype
   x = x.astype(dtype)
-  mean = _average(x, axes, axis_name)
+  mean = _average(x, axes, axis_name, mask)
   if one_pass:
-    return mean, jnp.maximum(_average(jnp.square(x), axes, axis_name) - jnp.square(mean), 0)
-  return mean, _average(jnp.square(x - mean), axes, axis_name)
+    squares = _average(jnp.square(x), axes, axis_name, mask)
+    return mean, jnp.maximum(squares - jnp.square(mean), 0)
+  return mean, _average(jnp.square(x - mean), axes, axis_name, mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -42,16 +47,18 @@ def normalize(
   dtype: Dtype,
   axes: tuple[int, ...],
   axis_name: tuple[str, ...] | None = None,
+  mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`apply_moments` of x by its own moments over `axes`, and these.
 
   The gradient needs x [..., C], which the layer before has in memory anyway, and the statistics. It
-  is that of the first result; nothing flows back through mean and variance as results.
+  is that of the first result; nothing flows back through mean and variance as results. With a mask
+  (see `moments`) only where it is True: what depends on y elsewhere counts as constant.
 
   Returns:
     (y, mean, variance), y of the given dtype, the latter two as those of `moments`.
   """
-  return _fwd(x, scale, bias, epsilon, dtype, axes, axis_name)[0]
+  return _fwd(x, scale, bias, epsilon, dtype, axes, axis_name, mask)[0]
 
 
 def apply_moments(
@@ -69,29 +76,40 @@ def apply_moments(
   return y.astype(dtype)
 
 
-def _average(x: jax.Array, axes: tuple[int, ...], axis_name: tuple[str, ...] | None) -> jax.Array:
-  local = x.mean(axis=axes, keepdims=True)
-  return lax.pmean(local, axis_name) if axis_name else local
+def _average(
+  x: jax.Array,
+  axes: tuple[int, ...],
+  axis_name: tuple[str, ...] | None,
+  mask: jax.Array | None,
+) -> jax.Array:
+  if mask is None:
+    local = x.mean(axis=axes, keepdims=True)
+    return lax.pmean(local, axis_name) if axis_name else local
+  total = jnp.where(mask, x, jnp.zeros((), x.dtype)).sum(axis=axes, keepdims=True)
+  count = mask.sum(axis=axes, keepdims=True, dtype=x.dtype)
+  if axis_name:
+    total, count = lax.psum((total, count), axis_name)
+  return total / jnp.maximum(count, 1)
 
 
-def _fwd(x, scale, bias, epsilon, dtype, axes, axis_name):
-  mean, var = moments(x, axes, axis_name)
+def _fwd(x, scale, bias, epsilon, dtype, axes, axis_name, mask=None):
+  mean, var = moments(x, axes, axis_name, mask)
   y = apply_moments(x, mean, var, scale, bias, epsilon, dtype)
-  return (y, mean, var), (x, scale, bias, mean, var)
+  return (y, mean, var), (x, scale, bias, mean, var, mask)
 
 
 def _bwd(epsilon, dtype, axes, axis_name, residuals, cotangents):
   del dtype
-  x, scale, bias, mean, var = residuals
-  g = cotangents[0].astype(var.dtype)
+  x, scale, bias, mean, var, mask = residuals
+  g = _where(mask, cotangents[0].astype(var.dtype))
   x, mean, var = not_before_on_cpu(g, x, mean, var)
   rstd = lax.rsqrt(var + epsilon)
   x_hat = (x.astype(var.dtype) - mean) * rstd
-  mean_g, mean_product = (_average(a, axes, axis_name) for a in (g, g * x_hat))
-  dx = input_gradient(g, rstd * _last(scale, var), mean_g, x_hat, mean_product)
+  mean_g, mean_product = (_average(a, axes, axis_name, mask) for a in (g, g * x_hat))
+  dx = _where(mask, input_gradient(g, rstd * _last(scale, var), mean_g, x_hat, mean_product))
   others = tuple(range(x.ndim - 1))
   dscale, dbias = (a.sum(axis=others) for a in (g * x_hat, g))
-  return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+  return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype), None
 
 
 normalize.defvjp(_fwd, _bwd)
@@ -160,6 +178,10 @@ def varying_alike(x: jax.Array, *params: Any) -> Any:
     return lax.pcast(param, axes, to="varying") if axes else param
 
   return jax.tree.map(vary, params)
+
+
+def _where(mask: jax.Array | None, a: jax.Array) -> jax.Array:
+  return a if mask is None else jnp.where(mask, a, jnp.zeros((), a.dtype))
 
 
 def _last(a: jax.Array, like: jax.Array) -> jax.Array:

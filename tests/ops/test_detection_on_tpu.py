@@ -85,6 +85,7 @@ for form in ("auto", "gather"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu, of the tpu extra, is not installed"
 )
