@@ -62,7 +62,8 @@ def _models(args: argparse.Namespace) -> None:
     return
   heading = ("network", "parameters", "paper", "difference", "FLOPs", "paper", "difference")
   print(table([heading, *map(_cost_cells, values)]))
-  print(f"\nOne image of {args.image_size} px: {RULE}.")
+  print()
+  print(textwrap.fill(f"One image of {args.image_size} px: {RULE}.", _WIDTH))
   print("docs/paper_vs_code.md explains the differences.")
 
 
@@ -130,7 +131,8 @@ def _tables(args: argparse.Namespace) -> None:
     values = [
       _row_values(entry, args.runs) for _, _, rows in groups for entry in _entries(rows, args.runs)
     ]
-    print(json.dumps({"rule": RULE, "notes": paper.NOTES, "rows": values}, indent=2))
+    notes_of = {number: paper.NOTES[number] for _, number, _ in groups if number in paper.NOTES}
+    print(json.dumps({"rule": RULE, "notes": notes_of, "rows": values}, indent=2))
     return
   show = _show_markdown if args.markdown else _show
   for title, number, rows in groups:
@@ -139,8 +141,11 @@ def _tables(args: argparse.Namespace) -> None:
     notes += [f"{row.name}: {result}." for row, _, result in entries if result and result.why]
     heading = ("row", "", *(text for column in columns for text in _HEADINGS[column]))
     show(title, [heading, *(_cells(entry, columns) for entry in entries)], notes)
-  if not args.markdown:
-    print(textwrap.fill(f"Accuracies in percent; here: ours. {RULE}.", _WIDTH))
+  if args.markdown:
+    return
+  counted = any("flops_g" in paper.COLUMNS[number or 1] for _, number, _ in groups)
+  print(textwrap.fill("In percent; here: ours." + (f" {RULE}." if counted else ""), _WIDTH))
+  if any(row.model for _, _, rows in groups for row in rows):
     print("A row's network, if there is one here:")
     print(f"  python train.py --config=configs/imagenet.py:ROW --workdir={args.runs}/ROW")
 
@@ -164,6 +169,7 @@ def _row_values(entry: "Entry", runs: str) -> dict[str, Any]:
   return {
     **dataclasses.asdict(row),
     "parameters": size and size.parameters,
+    "multiply_adds": size and size.multiply_adds,
     "flops": size and size.flops,
     "command": paper_results.command(row, runs) if size else None,
     "result": result and dataclasses.asdict(result),

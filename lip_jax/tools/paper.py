@@ -22,14 +22,16 @@ NOTES = {
   2: "B failed to train, whatever was tried against numerical problems. D pools by averages for "
   "the first 2,000 iterations, so that noisy early gradients do not make exp overflow.",
   3: "C is recommended for practice: fewer parameters than ResNet-50, and 3 % more FLOPs.",
-  4: "ResNet-152 was not trained for the paper: it is tensorpack's result with a similar recipe.",
+  4: "ResNet-152 (with a * in the paper) was not trained for it: the result is tensorpack's, with a "
+  "similar recipe (https://github.com/tensorpack/tensorpack/tree/master/examples/ResNet).",
   5: "With ResNets and ResNeXt-101 (64x4d): detectors that mmdetection released, evaluated for the "
-  "paper. Two-fold training schedule, one scale in testing.",
-  6: "The first seven are others' detectors. MD: with more deformable convolutions. One scale in "
+  "paper, some slightly better than mmdetection says. Two-fold training schedule, one scale in "
   "testing.",
+  6: "The first seven are others' detectors. Deformable: with deformable convolutions (Dai et al. "
+  "2017); MD: with more of them. One scale in testing.",
 }
 
-# Accuracies of one central crop of the ImageNet validation split, average precisions: percent.
+# Accuracies of one crop of each ImageNet validation image, average precisions: percent.
 # Parameters in millions, FLOPs in thousands of millions by the rule of `lip_jax.models.cost`.
 _CLASSIFICATION = ("top1", "top5", "parameters_m", "flops_g")
 _DETECTION = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
@@ -46,7 +48,7 @@ DATASET = "imagenet2012"
 class Row:
   """One row: what the paper prints of it, and the network that it is here."""
 
-  name: str  # such as "table1_average": argument of configs/imagenet.py
+  name: str  # such as "table1_average"; argument of configs/imagenet.py if `model` is given
   table: int | None  # None: not the paper's
   label: str  # what the row is about, in words
   printed: Mapping[str, float | None] = dataclasses.field(hash=False)
@@ -119,15 +121,17 @@ _TABLES = {
     retinanet_resnet101       | 38.1 58.1 40.6 20.2 41.8 50.8 | RetinaNet, ResNet-101 |
   """,
   6: """
-    faster_rcnn      | 36.2 59.1 39.0 18.2 39.0 48.2 | Faster R-CNN w FPN, ResNet-101 |
+    faster_rcnn      | 36.2 59.1 39.0 18.2 39.0 48.2 | Faster R-CNN w FPN, ResNet-101 w FPN |
     mask_rcnn        | 38.2 60.3 41.7 20.1 41.1 50.2 | Mask R-CNN, ResNet-101 w FPN |
     sod_mtgan        | 41.4 63.2 45.4 24.7 44.2 52.6 | SOD-MTGAN, ResNet-101 w FPN |
     grid_rcnn        | 41.5 60.9 44.5 23.3 44.9 53.1 | Grid R-CNN, ResNet-101 w FPN |
     dcr              | 41.7 64.0 45.9 23.7 44.7 53.4 | DCR, ResNet-101-Deformable w FPN |
     tridentnet       | 42.7 63.6 46.5 23.9 46.6 56.6 | TridentNet, ResNet-101 |
-    cascade_rcnn     | 42.8 62.1 46.3 23.7 45.5 55.2 | Cascade R-CNN, ResNet-101 |
-    lip_resnet101    | 42.0 64.3 45.8 24.7 45.2 52.3 | Faster R-CNN w FPN & LIP, LIP-ResNet-101 |
-    lip_resnet101_md | 43.9 65.7 48.1 25.4 46.7 56.3 | Faster R-CNN w FPN & LIP, LIP-ResNet-101-MD |
+    cascade_rcnn     | 42.8 62.1 46.3 23.7 45.5 55.2 | Cascade R-CNN, ResNet-101 w FPN |
+    lip_resnet101    | 42.0 64.3 45.8 24.7 45.2 52.3 | \
+      Faster R-CNN w FPN & LIP, LIP-ResNet-101 w FPN |
+    lip_resnet101_md | 43.9 65.7 48.1 25.4 46.7 56.3 | \
+      Faster R-CNN w FPN & LIP, LIP-ResNet-101-MD w FPN |
   """,
 }
 ROWS = tuple(row for table in _TABLES for row in _rows(table, f"table{table}", _TABLES[table]))

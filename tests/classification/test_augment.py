@@ -220,7 +220,7 @@ def test_training_on_mixed_images_has_soft_targets_and_the_dominant_label():
   labels = np.tile(np.arange(3, dtype=np.int32), 4)
   images = np.broadcast_to(255 * np.eye(3, dtype=np.uint8)[labels, None, None], (12, 4, 4, 3))
   data = dataclasses.replace(data_config(mixup=1.0), mean=(0.0, 0.0, 0.0), std=(255.0,) * 3)
-  config = Config(model={"name": "none"}, data=data, label_smoothing=smoothing)
+  config = Config(model={"name": "resnet50"}, data=data, label_smoothing=smoothing)
   step = jax.jit(
     functools.partial(
       train_step,

@@ -157,7 +157,7 @@ def test_tables_without_a_run(capsys, monkeypatch, tmp_path):
   assert "--config=configs/imagenet.py:ROW --workdir=runs/ROW" in out
 
 
-@pytest.mark.parametrize("number", [1, 6])
+@pytest.mark.parametrize("number", range(1, 7))
 def test_a_table_is_one_screen(capsys, monkeypatch, tmp_path, number):
   monkeypatch.chdir(tmp_path)
   status, out, _ = run(capsys, "tables", str(number))
