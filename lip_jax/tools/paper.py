@@ -22,7 +22,7 @@ NOTES = {
   2: "B failed to train, whatever was tried against numerical problems. D pools by averages for "
   "the first 2,000 iterations, so that noisy early gradients do not make exp overflow.",
   3: "C is recommended for practice: fewer parameters than ResNet-50, and 3 % more FLOPs.",
-  4: "ResNet-152 (with a * in the paper) was not trained for it: the result is tensorpack's, with a "
+  4: "ResNet-152 (with a * in the paper) was not trained for it: the result is tensorpack's, of a "
   "similar recipe (https://github.com/tensorpack/tensorpack/tree/master/examples/ResNet).",
   5: "With ResNets and ResNeXt-101 (64x4d): detectors that mmdetection released, evaluated for the "
   "paper, some slightly better than mmdetection says. Two-fold training schedule, one scale in "
