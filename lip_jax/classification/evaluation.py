@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,6 @@ from lip_jax.ops.images import normalize
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
 from lip_jax.training.train_state import Tree
-
-if TYPE_CHECKING:
-  pass
 
 Batch = Mapping[str, jax.Array]
 EvalStep = Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]

@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = args.run(args) or 0
     sys.stdout.flush()
     return status
-  except BrokenPipeError:  # who reads has enough: lip-jax tables | head
+  except BrokenPipeError:  # if it is stdout's, who reads has enough: lip-jax tables | head
+    if argv[0] == "train":
+      raise
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return 0
   except UsageError as error:
@@ -58,14 +60,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   commands = parser.add_subparsers(metavar="COMMAND", required=True)
   for module in _COMMANDS:
     module.add_commands(commands)
+  for argument in argv:
+    if re.fullmatch(r"--config\.[\w.]+", argument):
+      parser.error(f"{argument} lacks its value: write {argument}=VALUE")
   args, unknown = parser.parse_known_args(
     [re.sub(r"^--config\.", "--set=", argument) for argument in argv]
   )
   if unknown:
     chosen = commands.choices[next(one for one in argv if one in commands.choices)]
     flags = re.findall(r"--[\w-]+", chosen.format_help())
-    near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-    chosen.error(
-      f"unexpected argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "")
-    )
+    given = re.sub(r"^--set=", "--config.", unknown[0])
+    near = difflib.get_close_matches(given.partition("=")[0], flags, 1)
+    chosen.error(f"unexpected argument {given!r}" + (f"; did you mean {near[0]}?" if near else ""))
   return args

@@ -46,8 +46,10 @@ def add_commands(commands: Any) -> None:
 def _compile(args: argparse.Namespace) -> None:
   _prepare_process()
   from lip_jax.tools import aot_compile
+  from lip_jax.training import task as task_lib
 
   config = configuration.load(args.config, args.set)
+  task_lib.make(config)  # which refuses unknown options, before a compiler is looked for
   topology = aot_compile.topology(args.topology)
   chips = len(topology.devices)
   if args.per_device_batch:

@@ -42,7 +42,11 @@ def _read(file: str) -> dict[str, Any]:
     )
   try:
     values = runpy.run_path(path)["get_config"](*[argument] if argument else [])
-    return values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+      values = dataclasses.asdict(values)
+    return ConfigDict(values).to_dict()
+  except UsageError as error:
+    raise UsageError(f"cannot read --config={file}: {error}") from None
   except Exception as error:  # a configuration file is code, which can raise anything
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
     raise UsageError(f"cannot read --config={file}: {type(error).__name__}: {reason}") from error
@@ -58,6 +62,10 @@ def _change(values: dict[str, Any], cls: Any, change: str) -> None:
     cls = _field(cls, name, where)
     values = values.setdefault(name, {})
     where = f"{where}.{name}"
+    if not isinstance(values, dict):
+      raise UsageError(f"{where} must hold settings, and is {values!r} in the file")
+  if not all(rest):
+    raise UsageError(f"{change!r} lacks a key: write KEY=VALUE, such as dtype=bfloat16")
   kind = _field(cls, rest[-1], where)
   if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is Mapping:
     raise UsageError(f"{where}.{rest[-1]} holds settings; set one of them, {rest[-1]}.NAME=VALUE")
@@ -84,7 +92,7 @@ def _parse(text: str, kind: Any) -> Any:
   kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
   if text == "None" and (types.NoneType in kinds or kind is Any):
     return None
-  if bool in kinds and text.lower() in ("true", "false"):
+  if (bool in kinds or kind is Any) and text.lower() in ("true", "false"):
     return text.lower() == "true"
   if str in kinds:
     return text

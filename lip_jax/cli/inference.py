@@ -71,6 +71,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         f"which network are the weights in {args.path} of? Give --model, one of "
         f"{', '.join(list_models())}"
       )
+    if getattr(args, "checkpoint", None):
+      raise UsageError(f"{args.path} is a file of weights; leave out --checkpoint")
     return loading.load_file(args.path, args.model, dict(args.option), dtype=args.dtype)
   if args.model is not None or args.option:
     raise UsageError(

@@ -55,6 +55,10 @@ def load(
     UsageError: there is no such thing, or it is damaged or refused.
   """
   text = str(path)
+  run = None if "://" in text else folders.find_run(path)
+  if checkpoint is not None and (run[1] is not None if run else not text.startswith("gs://")):
+    what = "a checkpoint already" if run else "no training run"
+    raise UsageError(f"{path} is {what}: it has no checkpoint {checkpoint!r}; leave that out")
   if text.startswith(hub.PREFIX):
     folder, name, revision = hub.download(text)
     model, values = folders.load(folder, dtype=_or_float32(dtype), links=True)
@@ -65,11 +69,8 @@ def load(
     raise UsageError(
       f"{text} is neither a local path nor hf://ORGANISATION/NAME; copy it to a disk"
     )
-  run = folders.find_run(path)
   if run is not None:
     return _load_run(run[0], checkpoint or run[1], dtype)
-  if checkpoint is not None:
-    raise UsageError(f"{path} is no training run: it has no checkpoint {checkpoint}; leave it out")
   model, values = folders.load(path, dtype=_or_float32(dtype))
   return model, _config(values, "exported folder", str(Path(path).resolve()))
 
@@ -112,6 +113,8 @@ def _load_run(
       "lip-jax[train], or export the run where it was trained and load that folder"
     ) from error
   config = config_lib.load(run)
+  if config.task != "classification":
+    raise UsageError(f"{run} is a run of {config.task}; classifiers alone can be loaded so far")
   if isinstance(run, Path):
     validation.check_links(run / "checkpoints")
   with Checkpoints(run, read_only=True) as checkpoints:

@@ -64,11 +64,9 @@ class Optim:
   warmup_epochs: float = 0.0
   warmup_lr: float = 0.0  # learning rate that the warm-up starts from
   momentum: float = 0.9  # of sgd
-  b1: float = (
-    0.9  # of adamw and lamb: decay of the mean of gradients, of that of their squares, and
-  )
-  b2: float = 0.999
-  eps: float = 1e-8  # what keeps the denominator from zero
+  b1: float = 0.9  # of adamw and lamb: decay of the mean of gradients
+  b2: float = 0.999  # and of that of their squares
+  eps: float = 1e-8  # and what keeps the denominator from zero
   weight_decay: float = 1e-4
   clip_norm: float | None = None  # largest norm of all gradients together; None: not clipped
 
@@ -140,6 +138,9 @@ class Config:
       check_positive(f"config.{name}", getattr(self, name))
     check_positive("config.data.num_threads", self.data.num_threads)
     check_positive("config.optim.base_batch_size", self.optim.base_batch_size)
+    for name, value in dataclasses.asdict(self.optim).items():
+      if isinstance(value, int | float) and not 0 <= value < math.inf:
+        raise UsageError(f"config.optim.{name} must be at least 0 and finite, got {value}")
     if self.optim.clip_norm is not None:
       check_positive("config.optim.clip_norm", self.optim.clip_norm)
     check_choice("config.dtype", self.dtype, ("float32", "bfloat16"))
@@ -296,7 +297,7 @@ def _fits(value: Any, kind: Any) -> bool:
   if kind is tuple:
     # One number where several belong has a better error in `check`.
     values = value if isinstance(value, tuple) else (value,)
-    return all(_fits(v, number) and abs(v) < math.inf for v in values)
+    return all(_fits(v, number) and (isinstance(v, str) or abs(v) < math.inf) for v in values)
   return isinstance(value, kind)
 
 

@@ -102,7 +102,8 @@ class Task(abc.ABC):
   @abc.abstractmethod
   def loss(self, model: Any, batch: Any, key: jax.Array) -> tuple[Scalars, Scalars]:
     """(sums, weights) of some examples, by name: the step adds both up over all devices, then
-    divides, once. So a loss per positive is right wherever the positives are.
+    divides, once. So a loss per positive is right wherever the positives are; without any it is 0.
+    The key is the same for all devices and parts of a step.
 
     Args:
       batch: some rows of what `prepare` gives.

@@ -214,7 +214,7 @@ def _gradients(
     model = train_state.merge(graph, params, batch_stats)
     sums, weights = task.loss(model, rows, key)
     if totals is None:
-      totals = jax.lax.psum(jax.lax.stop_gradient(weights), sharding.AXES)
+      totals = _nonzero(jax.lax.psum(jax.lax.stop_gradient(weights), sharding.AXES))
     # Of the size of the whole batch's, as are the gradients, on any number of devices and parts.
     loss = sum(sums[name] * (shares / totals[name]) for name in task.trained)
     return loss, ((sums, totals), train_state.split(model)[1])
@@ -236,6 +236,7 @@ def _gradients(
       lambda part: task.loss(train_state.merge(graph, params, part[0]), part[1], key)[1], parts
     )
     totals = jax.lax.psum(jax.tree.map(lambda w: w.sum(axis=0), weights), sharding.AXES)
+    totals = _nonzero(totals)
 
     def add_part(total, part):
       grads, ((sums, _), stats) = gradient(params, *part, totals)
@@ -264,3 +265,8 @@ def _gradients(
       "loss": sum(means[name] for name in task.trained),
     },
   )
+
+
+def _nonzero(totals: Scalars) -> Scalars:
+  """What sums are divided by: where nothing has weight, a sum of nothing counts as 0."""
+  return {name: jnp.where(total == 0, 1, total) for name, total in totals.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import PIL.Image
 from etils import epath
 
@@ -165,6 +166,9 @@ class Trainer:
       self.state: TrainState = self.program.init()
       if weights is not None:
         self.state = self.task.start_from(weights, self.state)
+        if self.state.ema is not None:  # of these; a copy, as a state is given away
+          ema = jax.tree.map(jnp.copy, self.state.params)
+          self.state = dataclasses.replace(self.state, ema=ema)
     self._saved = self.step
     self._write_files()
 
@@ -329,14 +333,14 @@ class Trainer:
     parts, local = config.accumulation_steps, config.global_batch_size // mesh.size
     sizes = (f"{name} {n}" for name, n in mesh.shape.items() if n > 1 or name == "data")
     log.info(
-      "%s: %d parameters; %d images, %d steps",
+      "%s: %d parameters; %d examples, %d steps",
       config.model["name"],
       sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
       self.task.num_train,
       self.total_steps,
     )
     log.info(
-      "%d process(es), %d device(s) (%s), mesh %s; %d images a step, %d on each device%s; peak "
+      "%d process(es), %d device(s) (%s), mesh %s; %d examples a step, %d on each device%s; peak "
       "learning rate %g",
       jax.process_count(),
       mesh.size,
@@ -405,7 +409,7 @@ def _check_same_run(task: Task, workdir: epath.Path) -> None:
 
 def _check_batch_norm_groups(config: Config) -> None:
   size = config.model.get("bn_group_size")
-  if size and size > 0 and config.global_batch_size % size:
+  if isinstance(size, int) and size > 0 and config.global_batch_size % size:
     raise UsageError(
       f"config.global_batch_size={config.global_batch_size} is not a multiple of "
       f"config.model.bn_group_size={size}; change one of them"

@@ -85,7 +85,7 @@ def reference(training, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("reference") / "run"
   ((status, out, err),) = Processes(training, workdir, 1, 1).end()
   assert status == 0, out + err
-  assert "1 process(es), 1 device(s) (cpu), mesh data 1; 32 images a step" in out
+  assert "1 process(es), 1 device(s) (cpu), mesh data 1; 32 examples a step" in out
   losses = losses_of(workdir)
   assert list(losses) == list(range(1, STEPS + 1))
   return losses

@@ -139,6 +139,7 @@ def test_what_can_be_none_can_be_set_so_on_the_command_line(key):
     ("model.pool=max", "max"),
     ("model.lip_stages=('c4', 'c5')", ("c4", "c5")),
     ("model.bn_group_size=None", None),
+    ("model.zero_init_residual=false", False),
   ],
 )
 def test_values_are_read_as_their_fields_are(change, value):
@@ -150,6 +151,8 @@ def test_values_are_read_as_their_fields_are(change, value):
   ("change", "message"),
   [
     ("optim", "not of the form KEY=VALUE"),
+    ("model.=3", "lacks a key"),
+    ("optim.base_lr=1e400", "config.optim.base_lr must be at least 0 and finite, got inf"),
     ("optim=1", "config.optim holds settings"),
     ("optim.lr=1", r"config.optim has no key 'lr'; valid keys: optimizer, base_lr"),
     ("data.augment.mixpu=1", "config.data.augment has no key 'mixpu'.*did you mean mixup"),

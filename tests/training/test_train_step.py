@@ -148,7 +148,7 @@ def make_program(config, **options):
 
 @functools.cache
 def run_steps(devices, steps=3, **changes):
-  """Losses, last state and compiled program of the steps of a tiny network, 32 images a step."""
+  """Losses, last state and compiled program of the steps of a tiny network, 32 examples a step."""
   program = make_program(tiny_config(**changes), devices=jax.devices()[:devices])
   state = program.init()
   stop = sharding.StopFlags(program.mesh)

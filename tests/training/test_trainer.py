@@ -136,9 +136,23 @@ def test_an_average_of_the_parameters_is_evaluated_and_saved(finished, tmp_path)
   assert accuracy != metrics_of(finished[0])[-1]["validation/accuracy"]
 
 
+def test_an_average_starts_from_the_weights_that_the_run_starts_from(tmp_path, monkeypatch):
+  def start_from(self, path, state):
+    return dataclasses.replace(state, params=jax.tree.map(lambda p: p + 7, state.params))
+
+  monkeypatch.setattr(Toy, "start_from", start_from)
+  run = trainer.Trainer(Toy(make_config(ema_decay=0.9)), trainer.check_access(tmp_path / "run"))
+  with run.open():
+    run.restore(weights="some network")
+    jax.tree.map(np.testing.assert_array_equal, run.state.ema, run.state.params)
+    assert run.state.ema["bias"] == 8
+
+
 def test_parameters_that_are_not_trained_stay(tmp_path):
-  trainer.train(make_config(frozen=("bias",)), tmp_path / "run")
-  weights = weights_of(tmp_path / "run")
+  trainer.train(make_config(frozen=("bias",), num_epochs=3), tmp_path / "run")
+  again = trainer.train(make_config(frozen=("bias",), num_epochs=3), tmp_path / "run")
+  assert again.finished  # its configuration was read from the run, and compared
+  weights = weights_of(tmp_path / "run", 12)
   assert weights["bias"] == 1.0
   assert abs(weights["slope"]).max() > 1
 
@@ -169,6 +183,14 @@ def test_sums_are_divided_once_by_the_weights_of_all_devices_and_parts(devices, 
     np.testing.assert_allclose(params[name], expected[name], rtol=1e-5)
   for name in expected_metrics:
     np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_weight_counts_as_nothing(monkeypatch):
+  take = Numbers.__next__
+  monkeypatch.setattr(Numbers, "__next__", lambda self: {**take(self), "known": np.zeros(24, "f")})
+  metrics, params = one_step(4)
+  assert metrics["loss"] == metrics["grad_norm"] == 0
+  assert params["bias"] == 1
 
 
 def test_start_from_and_weights_exclude_each_other(tmp_path):
