@@ -64,17 +64,22 @@ class Data(base.Data):
 
   def check(self) -> None:
     """Raises UsageError for values that no run can have."""
+    for name in ("mean", "std"):
+      value = getattr(self, name)
+      if not isinstance(value, tuple) or len(value) not in (1, 3):
+        raise UsageError(
+          f"config.data.{name} must be three numbers, for R, G and B, or one, for grey images, "
+          f"got {value}"
+        )
+    if len(self.mean) != len(self.std):
+      raise UsageError(
+        f"config.data.mean has {len(self.mean)} number(s) and config.data.std {len(self.std)}; "
+        "give as many of each"
+      )
     if isinstance(self.image_size, tuple) and len(self.image_size) != 2:
       raise UsageError(f"config.data.image_size must be (height, width), got {self.image_size}")
     for pixels in self.shape[:2]:
       check_positive("config.data.image_size", pixels)
-    for name in ("mean", "std"):
-      value = getattr(self, name)
-      if not isinstance(value, tuple) or len(value) not in (1, 3) or len(value) != len(self.mean):
-        raise UsageError(
-          f"config.data.{name} must be three numbers, for R, G and B, or one, for grey images, as "
-          f"are config.data.mean and std both, got {value}"
-        )
     if min(self.std) <= 0:
       raise UsageError(f"config.data.std must be positive, got {self.std}")
     scale = self.crop_scale

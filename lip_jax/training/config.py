@@ -305,4 +305,10 @@ def _named(kind: Any) -> str:
   names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
   names |= {tuple: "finite numbers", Mapping: "settings", types.NoneType: "nothing"}
   kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-  return " or ".join(names.get(typing.get_origin(one) or one, str(one)) for one in kinds)
+  texts = (
+    "whole numbers"
+    if one == tuple[int, int]
+    else names.get(typing.get_origin(one) or one, str(one))
+    for one in kinds
+  )
+  return " or ".join(texts)

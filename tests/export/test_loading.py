@@ -494,7 +494,12 @@ def test_hostile_runs(place, tmp_path):
     ("model", "width", 10**9, "option width is 1000000000"),
     ("model", "name", None, "lacks the model's name"),
     ("data", "mean", ["a", "b", "c"], "config.data.mean must be finite numbers"),
-    ("data", "image_size", "48", "config.data.image_size must be a whole number, got '48'"),
+    (
+      "data",
+      "image_size",
+      "48",
+      "config.data.image_size must be a whole number or whole numbers, got '48'",
+    ),
     ("data", "dataset", 3, "config.data.dataset must be a text"),
     ("data", "flip", 1, "config.data.flip must be true or false"),
     (None, "data", [1], "config.data must hold data settings"),
