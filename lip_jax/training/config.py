@@ -305,10 +305,5 @@ def _named(kind: Any) -> str:
   names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
   names |= {tuple: "finite numbers", Mapping: "settings", types.NoneType: "nothing"}
   kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-  texts = (
-    "whole numbers"
-    if one == tuple[int, int]
-    else names.get(typing.get_origin(one) or one, str(one))
-    for one in kinds
-  )
-  return " or ".join(texts)
+  named: dict[Any, str] = {**names, tuple[int, int]: "whole numbers"}
+  return " or ".join(named.get(one) or named.get(typing.get_origin(one), str(one)) for one in kinds)
