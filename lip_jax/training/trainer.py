@@ -32,7 +32,7 @@ from lip_jax.training.config import Config
 from lip_jax.training.metrics import MetricsWriter, Throughput
 from lip_jax.training.preemption import StopRequest
 from lip_jax.training.task import Task
-from lip_jax.training.train_state import TrainState
+from lip_jax.training.train_state import TrainState, Tree
 from lip_jax.training.train_step import Program
 from lip_jax.training.watchdog import Watchdog
 from lip_jax.training.workdir import check_access, lock, read_text, write_text
@@ -306,17 +306,17 @@ class Trainer:
       if self.results is None:
         self._stopping = True
         return False
-      self._draw()
+      self._draw(params, batch_stats)
     self.writer.write(self.step, "validation", self.results)
     return True
 
-  def _draw(self) -> None:
+  def _draw(self, params: Tree, batch_stats: Tree) -> None:
     """Puts the figures into TensorBoard, if that is due with this evaluation."""
     every = self.config.figure_every_epochs
     # Since the evaluation before, a multiple of that has been passed.
     if every and self.step % self._steps(every) < self.eval_steps:
       self.watchdog.doing(f"drawing the figures of step {self.step}")
-      for name, pixels in self.evaluator.figures(*self.program.weights(self.state)).items():
+      for name, pixels in self.evaluator.figures(params, batch_stats).items():
         self.writer.write_image(self.step, name, pixels)
 
   def _save_figures(self) -> dict[str, epath.Path]:
