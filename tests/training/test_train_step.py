@@ -152,7 +152,7 @@ def run_steps(devices, steps=3, **changes):
   program = make_program(tiny_config(**changes), devices=jax.devices()[:devices])
   state = program.init()
   stop = sharding.StopFlags(program.mesh)
-  compiled = program.update.lower(*program.arguments()).compile()
+  compiled = program.update.lower(*program.arguments("all")).compile()
   rng = np.random.default_rng(0)
   losses = []
   for _ in range(steps):
