@@ -163,9 +163,9 @@ def train_step(config: Config, classes: int, devices: Sequence[jax.Device], buck
 def eval_step(config: Config, classes: int, devices: Sequence[jax.Device], bucket: str) -> Figures:
   """Figures of the evaluation step of a run, as `train_step`."""
   task, program = _program(config, classes, devices)
-  weights = jax.eval_shape(program.weights, program.state)
+  params, batch_stats = jax.eval_shape(program.weights, program.state)
   return _compile(
-    lambda: task.lower_evaluation(program.graph, program.mesh, *weights, bucket=bucket)
+    lambda: task.lower_evaluation(program.graph, program.mesh, params, batch_stats, bucket)
   )
 
 
