@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from lip_jax.classification.config import Config
-from lip_jax.export import class_names, loading, validation
-from lip_jax.models.description import CLASSIFIERS, flat_variables
+from lip_jax.export import class_names, loading
+from lip_jax.models.description import CLASSIFIERS, check_weights, flat_variables
 from lip_jax.training.train_state import TrainState, Tree
 
 log = logging.getLogger("lip_jax")
@@ -45,7 +45,7 @@ def start_from(
     key: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)  # without the batch-norm groups
     for key, array in _flat(state.batch_stats).items()
   }
-  validation.check_weights(
+  check_weights(
     {key: (array.shape, "float32") for key, array in taken.items()},
     {key: a for key, a in own.items() if same_classes or not key.startswith(_CLASSIFIERS)},
     f"the weights of {path} ({found['model']}) are not those of config.model ({config.model})",
