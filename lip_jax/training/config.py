@@ -181,11 +181,6 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   return config
 
 
-def from_json(text: str) -> Config:
-  """Configuration from `to_json`'s text."""
-  return from_dict(json.loads(text))
-
-
 def load(workdir: str | os.PathLike[str]) -> Config:
   """Configuration that the run in `workdir`, which may be in a bucket, was started with.
 
