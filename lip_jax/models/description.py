@@ -19,7 +19,6 @@ CLASSIFIERS = ("fc", "classifier")  # the last linear layer of a network, here a
 _MAX_NUMBER = 10**7
 _MAX_BLOCKS = 150  # densenet201 has 98; building takes a quarter of a second for each
 _MAX_CLASSES = 2**20
-_MAX_FAULTS = 20  # named in an error
 # Parameters and statistics are in one of these, as safetensors and NumPy call them.
 _FLOATS = ("f16", "bf16", "f32", "f64", "float16", "bfloat16", "float32", "float64")
 
@@ -101,6 +100,7 @@ def check_weights(
   variables: Mapping[str, Any],
   what: str,
   faults: Sequence[str] = (),
+  most: int | None = 20,
 ) -> None:
   """Compares what a file announces with what a network has, before any of it is read.
 
@@ -108,6 +108,7 @@ def check_weights(
     found: shape and name of the dtype of each array.
     variables: of the network, from `flat_variables`, or anything else with a shape.
     faults: that are known already.
+    most: faults that are named; None: all.
 
   Raises:
     UsageError: `what`, and which arrays are missing, left over, of another shape or no
@@ -127,6 +128,6 @@ def check_weights(
     if dtype.lower() not in _FLOATS
   ]
   if faults:
-    named = "; ".join(faults[:_MAX_FAULTS])
-    more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+    named = "; ".join(faults[:most])
+    more = f"; and {len(faults) - most} more" if most and len(faults) > most else ""
     raise UsageError(f"{what} ({len(faults)} faults): {named}{more}")

@@ -70,8 +70,8 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
       convolutions [O, I, H, W], linear layers [O, I].
 
   Raises:
-    UsageError: names that are missing or left over, and shapes that differ, in one message. The
-      model is then unchanged.
+    UsageError: names that are missing or left over, and shapes that differ: all of them in one
+      message. The model is then unchanged.
   """
   variables = dict(torch_names(model))
   head = None
@@ -98,6 +98,7 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
     },
     "the weights do not fit the model; is it of another depth, width or number of classes?",
     twice,
+    most=None,
   )
   for name, variable in variables.items():
     variable.set_value(jnp.asarray(_to_our_layout(source[name]), variable.dtype))

@@ -1,11 +1,12 @@
 """Our results beside the paper's: what the runs of its rows have come to."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lip_jax.errors import UsageError, shown
+from lip_jax.errors import UsageError
 from lip_jax.tools import paper
 
 
@@ -61,7 +62,7 @@ def result(row: paper.Row, runs: str | Path) -> Result:
   if run.data.dataset.partition(":")[0] != paper.DATASET:
     return Result("other", why=f"a run on {run.data.dataset}, not on {paper.DATASET}")
   if not _same_network(row, run.model):
-    return Result("other", why=f"a run of another model: {shown(dict(run.model))}")
+    return Result("other", why=f"a run of another model: {_describe(run.model)}")
   lines = metrics.read_lines(directory / metrics.FILE)
   step = max((line["step"] for line in lines), default=0)
   last = _last_step(lines, run.num_epochs)
@@ -93,6 +94,19 @@ def _structure(name: str, options: Mapping[str, Any]) -> Any:
 
   graph, state = nnx.split(abstract_model(name, **options))
   return graph, {path: leaf.shape for path, leaf in nnx.to_flat_state(state)}
+
+
+def _describe(model: Mapping[str, Any]) -> str:
+  """The name and what is not as it usually is."""
+  from lip_jax.models.downsample import make_downsamples
+
+  usual = {name: p.default for name, p in inspect.signature(make_downsamples).parameters.items()}
+  shown = [
+    f"{key}={value}"
+    for key, value in model.items()
+    if key not in ("name", *_RECIPE) and value != usual.get(key)
+  ]
+  return ", ".join([model["name"], *shown])
 
 
 def _last_step(lines: list[dict[str, Any]], num_epochs: float) -> int | None:
