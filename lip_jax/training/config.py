@@ -292,7 +292,8 @@ def _expected(value: Any, kind: Any) -> str | None:
     fits = isinstance(value, tuple) and count in (None, len(value))
     fits = fits and all(_expected(v, inner[0]) is None for v in value)
     fits = fits and all(isinstance(v, str) or abs(v) < math.inf for v in value)
-    return None if fits else f"{count or ''} {_SEVERAL[inner[0]]}".strip()
+    parts = _SEVERAL.get(inner[0]) or f"some of {', '.join(typing.get_args(inner[0]))}"
+    return None if fits else f"{count or ''} {parts}".strip()
   kind = origin or kind
   allowed = (int, float) if kind is float else kind
   fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
