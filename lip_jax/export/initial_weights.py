@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lip_jax.export import validation
 from lip_jax.models import description
 from lip_jax.training.train_state import TrainState, Tree
 
@@ -43,7 +42,7 @@ def fill(
     for key, variable in description.flat_variables(model).items()
     if not key.startswith(left_out)
   }
-  validation.check_weights(
+  description.check_weights(
     {key: (array.shape, "float32") for key, array in taken.items()},
     {k: a for k, a in own.items() if k.startswith(prefix) and not k.startswith(left_out)},
     what,

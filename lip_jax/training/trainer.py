@@ -56,6 +56,7 @@ class Result:
   metrics: dict[str, float]  # of the validation split, as the task's evaluator names them
   checkpoint: epath.Path | None  # directory of the state; None: stopped before there was one
   pictures: dict[str, epath.Path]  # of the task's figures, by name
+  summary: list[str]  # of a finished run, in lines for people
 
 
 def train(
@@ -218,7 +219,9 @@ class Trainer:
     self.watchdog.doing("the end of the run")
     finished = self.step == self.total_steps and self.results is not None
     pictures = self._save_figures() if finished else {}
-    return Result(self.step, finished, self.results or {}, self.last_checkpoint, pictures)
+    results = self.results or {}
+    summary = self.task.summary(results) if finished else []
+    return Result(self.step, finished, results, self.last_checkpoint, pictures, summary)
 
   def _pause(self) -> None:
     """Evaluates and saves, where that is due after this step."""
