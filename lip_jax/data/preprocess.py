@@ -56,6 +56,23 @@ def height_and_width(size: Size) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+  """(height, width) of an image as `decode_jpeg` would give it, of its header alone.
+
+  Raises:
+    CorruptImage: not an image, or one of more than `MAX_PIXELS` pixels.
+  """
+  header = _read_header(data) if data.startswith(_JPEG_START) else None
+  if header is not None:
+    return header.height, header.width
+  try:
+    with Image.open(io.BytesIO(data), formats=_OTHER_FORMATS) as image:
+      _check_size(image.height, image.width, data)
+      return image.height, image.width
+  except (OSError, SyntaxError, ValueError, *_BOMBS) as error:
+    raise CorruptImage(f"{error} ({len(data)} bytes)") from error
+
+
 def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
   """Decodes a JPEG of any kind, or a PNG, which ImageNet also contains, as Pillow does.
 

@@ -4,7 +4,7 @@ import bisect
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorflow_datasets.core import decode as tfds_decode
 
@@ -13,7 +13,7 @@ from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import ImageFolder
 from lip_jax.data.preprocess import CorruptImage
 from lip_jax.data.records import ImageLabelParser, ParsedRecords, Parser
-from lip_jax.data.tfrecord_index import TFRecordFiles
+from lip_jax.data.tfrecord_index import FilePart, TFRecordFiles
 from lip_jax.errors import UsageError
 
 _FOLDER = "folder:"
@@ -110,23 +110,46 @@ def open_split(
     return _open_folder(dataset, split)
   if dataset == _FAKE or dataset.startswith(f"{_FAKE}:"):
     return _open_fake(dataset, split)
+  found = open_records(dataset, split, data_dir, parser, prepare=prepare)
+  names = found.parse.class_names
+  return Source(f"{dataset} {split}", found.directory, found.examples, names)
+
+
+class Records(NamedTuple):
+  """The records of a split of a TFDS data set."""
+
+  directory: str
+  file_format: str
+  parts: list[FilePart]
+  parse: Any
+  examples: ParsedRecords
+
+
+def open_records(
+  dataset: str,
+  split: str,
+  data_dir: str | None,
+  parser: Callable[[Mapping[str, Any], str], Parser],
+  *,
+  prepare: bool,
+) -> Records:
+  """Opens a split of a TFDS data set, as `open_split` does."""
   builder = open_builder(dataset, data_dir, prepare=prepare)
   parse = parser(dict(builder.info.features), dataset)
   directory = str(builder.data_dir)
   file_format = record_format(builder)
-  files = splits.select(builder.info.splits, dataset, split)
-  splits.check_files(files, directory)
+  parts = splits.select(builder.info.splits, dataset, split)
+  splits.check_files(parts, directory)
   records: Any
   if file_format == "tfrecord":
-    records = TFRecordFiles(files)
+    records = TFRecordFiles(parts)
     if prepare:
       records.open()
   else:
     records = builder.as_data_source(
       split, deserialize_method=tfds_decode.DeserializeMethod.RAW_BYTES, file_format=file_format
     )
-  examples = ParsedRecords(records, parse, directory)
-  return Source(f"{dataset} {split}", directory, examples, parse.class_names)
+  return Records(directory, file_format, parts, parse, ParsedRecords(records, parse, directory))
 
 
 def _open_folder(dataset: str, split: str) -> Source:
@@ -140,7 +163,7 @@ def _open_folder(dataset: str, split: str) -> Source:
   return Source(
     f"{dataset} {split}",
     folder.directory,
-    _Joined([(images[name], indices) for name, indices in parts]),
+    Joined([(images[name], indices) for name, indices in parts]),
     folder.class_names,
     remedy=f"Replace these images in {folder.directory}, or take them out",
   )
@@ -154,15 +177,15 @@ def _open_fake(dataset: str, split: str) -> Source:
       raise UsageError(f"data set {dataset!r}: expected fake, or fake:N with N images a split")
     lengths = dict.fromkeys(lengths, int(count))
   parts = splits.select_indices(lengths, dataset, split)
-  examples = _Joined([(fake.FakeImages(name, lengths[name]), indices) for name, indices in parts])
+  examples = Joined([(fake.FakeImages(name, lengths[name]), indices) for name, indices in parts])
   names = [str(label) for label in range(fake.NUM_CLASSES)]
   return Source(f"{dataset} {split}", "memory", examples, names)
 
 
-class _Joined(Sequence[dict[str, Any]]):
+class Joined(Sequence[dict[str, Any]]):
   """Parts of several splits, one after the other: those examples whose indices are in the range."""
 
-  def __init__(self, parts: Sequence[tuple[Any, range]]):
+  def __init__(self, parts: Sequence[tuple[Any, Sequence[int]]]):
     self._parts = parts
     self._ends = list(itertools.accumulate(len(indices) for _, indices in parts))
 

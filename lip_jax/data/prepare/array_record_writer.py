@@ -27,6 +27,7 @@ from lip_jax.errors import UsageError
 SETTINGS_FILENAME = "lip_jax.json"
 
 _PART = ".part"
+_READ_AT_ONCE = 16  # records
 # One record to a chunk, as TFDS has it, which random access needs. Unlike TFDS's, not compressed:
 # JPEGs do not get smaller, and reading takes twice as long.
 _OPTIONS = "group_size:1,uncompressed"
@@ -171,6 +172,22 @@ def count_records(path: Path) -> int:
       reader.read([0])  # a damaged file seems empty, and says why when it is read
       raise RuntimeError("it holds no records")
     return count
+  finally:
+    reader.close()
+
+
+def read_records(path: str) -> Iterator[bytes]:
+  """Yields the records of an ArrayRecord file in order.
+
+  Raises:
+    RuntimeError: the file is damaged or empty.
+    OSError: there is no such file.
+  """
+  count = count_records(Path(path))
+  reader = array_record_module.ArrayRecordReader(path)
+  try:
+    for start in range(0, count, _READ_AT_ONCE):
+      yield from reader.read(range(start, min(count, start + _READ_AT_ONCE)))
   finally:
     reader.close()
 

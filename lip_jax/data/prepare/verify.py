@@ -5,26 +5,23 @@ import concurrent.futures
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 from tqdm import tqdm
 
 from lip_jax.data import imagenet, preprocess, tfrecord
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import FolderImages, ImageFolder, first_few
-from lip_jax.data.prepare import array_record_writer
-from lip_jax.data.records import ImageLabelParser
+from lip_jax.data.records import ImageLabelParser, read_file
 from lip_jax.errors import UsageError
 
 # With decode="sample": one image in so many, and all that look damaged.
 SAMPLE_EVERY = 64
 
 _MOST_NAMED = 10  # faults of one kind that are named one by one
-_READ_AT_ONCE = 16  # records
 _FILES_PART = 500  # images of a folder that a thread takes at a time
 
 
@@ -129,7 +126,6 @@ def _verify_records(dataset: str, builder: Any, decode: str, workers: int) -> Ve
   is_imagenet = builder.info.name == imagenet.NAME
   if is_imagenet:
     _check_class_names(result, parse.class_names)
-  read = {"array_record": _read_array_record, "tfrecord": tfrecord.read_records}[file_format]
   splits = builder.info.splits
   total = sum(info.num_examples for info in splits.values())
   with (
@@ -139,7 +135,7 @@ def _verify_records(dataset: str, builder: Any, decode: str, workers: int) -> Ve
     for name, info in splits.items():
       paths = [str(path) for path in info.filepaths]
       jobs = [
-        pool.submit(_check_file, path, length, read, parse, decode, progress)
+        pool.submit(_check_file, path, length, file_format, parse, decode, progress)
         for path, length in zip(paths, info.shard_lengths, strict=True)
       ]
       parts = _results(jobs)
@@ -163,25 +159,15 @@ def _results(jobs: Sequence[concurrent.futures.Future[_Found]]) -> list[_Found]:
       job.cancel()
 
 
-def _read_array_record(path: str) -> Iterator[bytes]:
-  count = array_record_writer.count_records(Path(path))
-  reader = array_record_module.ArrayRecordReader(path)
-  try:
-    for start in range(0, count, _READ_AT_ONCE):
-      yield from reader.read(range(start, min(count, start + _READ_AT_ONCE)))
-  finally:
-    reader.close()
-
-
 def _check_file(
-  path: str, length: int, read: Any, parse: ImageLabelParser, decode: str, progress: Any
+  path: str, length: int, file_format: str, parse: ImageLabelParser, decode: str, progress: Any
 ) -> _Found:
   """Reads all records of a file that should have `length` of them."""
   found = _Found()
   name = os.path.basename(path)
   count = 0
   try:
-    for record in read(path):
+    for record in read_file(path, file_format):
       where = f"{name}, record {count}"
       count += 1
       progress.update()
