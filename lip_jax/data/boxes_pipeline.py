@@ -6,7 +6,6 @@ smallest that holds it. So a step is compiled once for each bucket, and little o
 
 import contextlib
 import logging
-import re
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from lip_jax.data import pipeline, preprocess
 from lip_jax.data.boxes import BoxSource
+from lip_jax.data.buckets import parse_buckets
 from lip_jax.data.order import ShuffledGroups
 from lip_jax.data.preprocess import CorruptImage
 from lip_jax.data.transforms import Example, Row, Shapes
@@ -46,20 +46,6 @@ class TrainImages(NamedTuple):
   def num_train(self, global_batch_size: int) -> int:
     """Images of an epoch, with those that are repeated to fill each bucket's last batch."""
     return sum(-(-len(group) // global_batch_size) for group in self.groups) * global_batch_size
-
-
-def parse_buckets(buckets: Sequence[str]) -> list[tuple[int, int]]:
-  """Height and width of buckets such as "800x1344".
-
-  Raises:
-    UsageError: there is none, or one has another form.
-  """
-  matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", bucket) for bucket in buckets]
-  if not matches or None in matches or len(set(buckets)) < len(buckets):
-    raise UsageError(
-      f"buckets={tuple(buckets)}; expected different shapes HEIGHTxWIDTH such as ('800x1344',)"
-    )
-  return [(int(match[1]), int(match[2])) for match in matches if match]
 
 
 def resized(

@@ -34,6 +34,7 @@ TASKS = {
   "classification": TaskPlace(
     "lip_jax.classification.config:Config", "lip_jax.classification.task:Classification"
   ),
+  "detection": TaskPlace("lip_jax.detection.config:Config", "lip_jax.detection.task:Detection"),
 }
 
 
