@@ -47,7 +47,7 @@ def _train(args: argparse.Namespace) -> int:
   config = configuration.load(args.config, args.set)
   # Imported here, so that --help and mistakes are answered at once.
   with distributed.joined(args) as first:
-    from lip_jax.training import task, trainer
+    from lip_jax.training import trainer
 
     result = trainer.train(config, args.workdir, start_from=args.start_from, weights=args.weights)
     if not result.finished:
@@ -55,8 +55,7 @@ def _train(args: argparse.Namespace) -> int:
       place = f"from {result.checkpoint}" if result.checkpoint else "from the start"
       print(f"stopped at step {result.step}; the same command goes on {place}")
     elif first:
-      for line in task.make(config).summary(result.metrics):
-        print(line)
+      print(*result.summary, sep="\n")
       print(f"checkpoint: {result.checkpoint}")
       print(f"TensorBoard: tensorboard --logdir {args.workdir}/tensorboard")
       for name, path in result.pictures.items():
