@@ -23,7 +23,7 @@ COCO = "coco:"
 
 COCO_AREA_LIMITS = (32.0**2, 96.0**2)
 # Of other data sets: about a third of the boxes are below the first, and a third above the second.
-_AREA_LIMITS = {"cluttered_digits/detect_small": (12.0**2, 18.0**2)}
+_AREA_LIMITS = {"cluttered_digits/detect_small": (13.0**2, 20.0**2)}
 
 # What the files of a split may be called, beside its name.
 _ALIASES = {"validation": ("val", "valid"), "val": ("validation", "valid")}
@@ -101,6 +101,10 @@ class BoxSource(Source):
       "size": table.sizes[index],
       **{name: values[part] for name, values in boxes.items()},
     }
+
+  def describe(self, index: int) -> str:
+    name = self.table.names[index]
+    return f"{self.name} image {index}" + (f" ({name})" if name else "")
 
   def image_sizes(self) -> np.ndarray:
     """Height and width of each image as stored: int32 [n, 2]; 0, 0 of those that are unreadable."""
