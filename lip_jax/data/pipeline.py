@@ -198,7 +198,7 @@ def train_loader(
   make = _BatchMaker(fill, transform.shapes, local_batch_size, seed, options)
   parts = grain.MapDataset.range(_POSITIONS // local_batch_size)[process_index::process_count]
   identity = {
-    "source": source.name,
+    "source": source.identity,
     "num_examples": len(source),
     "seed": seed,
     "global_batch_size": global_batch_size,

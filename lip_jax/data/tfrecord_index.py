@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from lip_jax.data import tfrecord
+from lip_jax.data import disk, tfrecord
 from lip_jax.errors import UsageError
 
 DIRECTORY = ".record_index"
@@ -175,9 +175,12 @@ def _places(path: str) -> Iterator[epath.Path]:
   """Where the index of a file may be, the best first."""
   directory, name = os.path.split(path)
   yield epath.Path(directory) / DIRECTORY / name
-  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  try:
+    cache = disk.absolute(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  except UsageError:  # nobody's home
+    return
   key = hashlib.sha256((path if "://" in path else os.path.realpath(path)).encode()).hexdigest()
-  yield epath.Path(cache).expanduser() / "lip_jax" / "record_index" / key
+  yield epath.Path(cache) / "lip_jax" / "record_index" / key
 
 
 def _replace(place: epath.Path, data: bytes) -> None:
