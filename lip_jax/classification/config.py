@@ -49,11 +49,18 @@ class Data(base.Data):
   image_size: int | tuple[int, int] = 224  # that the network sees, in pixels; or (height, width)
   crop_scale: tuple[float, float] | None = (0.08, 1.0)  # area of the random crop; None: no crop
   eval_resize: int | None = 256  # shorter side before the central crop; None: image_size
+  # Turn images as their EXIF orientation says; None: in image folders and copies of them, not in
+  # data sets of TFDS. ImageNet's published numbers are of images as they are stored: False.
+  upright: bool | None = None
   flip: bool = True  # mirror half of the training images
   mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, in [0, 255]; one number: grey images
   std: tuple[float, ...] = (58.395, 57.12, 57.375)
   eval_crops: int = 1  # of which logits are averaged: 1 central, 5 with corners, 10 with mirrored
   augment: Augment = Augment()
+
+  def turns(self, source_upright: bool) -> bool:
+    """Whether images of a source are turned, which by itself says yes or no."""
+    return source_upright if self.upright is None else self.upright
 
   @property
   def shape(self) -> tuple[int, int, int]:
