@@ -9,7 +9,7 @@ from typing import Any
 from lip_jax.cli import distributed
 from lip_jax.cli.arguments import AS_STORED, DATA_DIR, add, add_command, option, select
 from lip_jax.cli.output import progress, say, table, working
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, printable
 
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
 _DRAWN = 16  # images in a picture of importance maps, at most
@@ -133,7 +133,7 @@ def _predict(args: argparse.Namespace) -> int:
   for image in images:
     if image.error is not None:
       values.append({"image": image.path, "error": image.error})
-      print(f"error: cannot read {image.path}: {image.error}", file=sys.stderr)
+      print(printable(f"error: cannot read {image.path}: {image.error}"), file=sys.stderr)
       continue
     best = next(found)
     values.append({"image": image.path, "classes": [one._asdict() for one in best]})
