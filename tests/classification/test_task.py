@@ -38,6 +38,10 @@ def damage_and_add_an_image(images, workdir):
   (workdir / "checkpoints/9.orbax-checkpoint-tmp/part").write_text("of a killed process")
 
 
+def gone(images, workdir):
+  shutil.rmtree(images)
+
+
 def write(name, text):
   return lambda images, workdir: (workdir / name).write_text(text)
 
@@ -49,11 +53,11 @@ def stay(images, workdir): ...
   ("change", "values", "message"),
   [
     (rename("bee", "zebra"), {}, r"class 1 was 'bee' and is 'cow'"),
-    (rename("cow", "bull"), {}, r"class 1 was 'bee' and is 'bull'"),
+    (rename("cow", "bull"), {}, r"class 2 was 'cow' and is 'bull'"),
     (add_class, {}, r"class 3 was none of 3 and is 'dog'"),
     (damage_and_add_an_image, {}, "cannot continue the training data: it was saved with source="),
     (rename("bee/0.png", "bee/0.txt"), {}, "is not an image: train/bee/0.txt"),
-    (rename("", "gone"), {}, "class folders|no split"),
+    (gone, {}, "there is no folder"),
     (write("config.json", "{"), {}, "config.json is damaged"),
     (write("classes.json", "{"), {}, "classes.json is damaged"),
     (stay, {"seed": 7}, r"seed: 7 \(was"),
@@ -67,7 +71,9 @@ def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, me
   images, workdir = tmp_path / "images", tmp_path / "run"
   write_images(images)
   write_run(workdir, images, {4: None, 8: None})
-  config = dataclasses.replace(config_lib.load(workdir), **values)
+  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  (workdir / "config.json").write_text(config_lib.to_json(config))
+  config = dataclasses.replace(config, **values)
   change(images, workdir)
   before = files_of(workdir)
   with pytest.raises(UsageError, match=message):

@@ -90,8 +90,9 @@ def test_a_data_set_is_what_it_holds_not_where_it_lies(folder, tmp_path, monkeyp
   monkeypatch.chdir(tmp_path)
   assert state(opened("moved")) == before
   (moved / "train/cat/0.jpg").rename(moved / "train/cat/new.jpg")
-  with train_loader(opened(moved), TrainCrop(8), global_batch_size=2, seed=0) as loader:
-    with pytest.raises(UsageError, match="image folder of 6 images in 3 classes, names"):
+  message = "image folder of 6 images in 3 classes, names"
+  with train_loader(opened(moved), TrainCrop(8), global_batch_size=2, seed=0) as loader:  # noqa: SIM117
+    with pytest.raises(UsageError, match=message):
       loader.set_state(before)
 
 
@@ -178,7 +179,7 @@ def test_photographs_are_turned(orientation, kind):
 
 
 def test_folders_and_copies_of_them_are_upright_and_counted(tmp_path):
-  data, upright = photograph(6)
+  data, _ = photograph(6)
   for split in ("train", "validation"):
     (tmp_path / f"images/{split}/cat").mkdir(parents=True)
     (tmp_path / f"images/{split}/cat/0.jpg").write_bytes(data)

@@ -370,7 +370,7 @@ def test_names_that_a_data_set_cannot_keep_are_refused(tmp_path, name):
   folder = write_folder(tmp_path / "images", per_class=1)
   for split in ("train", "validation"):
     (folder / split / "cat").rename(folder / split / name)
-  with pytest.raises(UsageError, match="cannot keep the names .* rename their folders"):
+  with pytest.raises(UsageError, match=r"cannot keep the names .* rename their folders"):
     prepare_folder(folder, "pets", tmp_path / "data")
   assert not (tmp_path / "data").exists()
 

@@ -480,10 +480,10 @@ def test_what_could_be_trained_is_loaded_exported_and_escaped(place, tmp_path, c
   """No name that a folder can have keeps a network from its user, nor steers the terminal."""
   run = Path(shutil.copytree(place / "run", tmp_path / "run"))
   (run / "classes.json").write_text(json.dumps({"class_names": NAMES}, ensure_ascii=False))
-  config = json.loads((run / "config.json").read_text())
-  config["data"]["dataset"] = "folder:/home/\xa0\u200d"
-  (run / "config.json").write_text(json.dumps(config))
   assert run_cli(capsys, "export", run, tmp_path / "out")[0] == 0
+  config = json.loads((tmp_path / "out/config.json").read_text())
+  config["evaluation"] = {**RESULTS, "data": "folder:/home/\xa0\u200d validation"}
+  (tmp_path / "out/config.json").write_text(json.dumps(config))
   _, found = lip_jax.load(tmp_path / "out")
   assert found["class_names"] == NAMES
   assert found["evaluation"]["data"] == "folder:/home/\xa0\u200d validation"
@@ -503,7 +503,7 @@ def test_the_cache_of_the_hub_is_refused_with_its_address(place, tmp_path):
   cache.mkdir(parents=True)
   for file in (place / "exported").iterdir():
     (cache / file.name).symlink_to(file)
-  with pytest.raises(UsageError, match="link that leads out .* hf://gao/lip@abc123"):
+  with pytest.raises(UsageError, match=r"link that leads out .* hf://gao/lip@abc123"):
     lip_jax.load(cache)
 
 

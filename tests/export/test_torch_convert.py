@@ -141,7 +141,7 @@ def test_what_wraps_a_network_is_taken_off_its_names_and_said(
   weights = {f"{prefix}{name}": array for name, array in state_dicts["resnet_small"].items()}
   weights["neck.weight"] = np.zeros(3, np.float32)
   source = write(tmp_path / "weights.safetensors", weights)
-  convert_weights(source, tmp_path / "out", model="resnet_small")
+  convert_weights(source, tmp_path / "out", model="resnet_small", **OPTIONS["resnet_small"])
   assert_same(to_torch_state_dict(folders.load(tmp_path / "out")[0]), state_dicts["resnet_small"])
   (said,) = messages()
   assert prefix in said
@@ -150,7 +150,7 @@ def test_what_wraps_a_network_is_taken_off_its_names_and_said(
   weights[f"{prefix}layer9.weight"] = np.zeros(3, np.float32)
   write(source, weights)
   with pytest.raises(UsageError, match=f"unexpected {prefix}layer9.weight"):
-    convert_weights(source, tmp_path / "other", model="resnet_small")
+    convert_weights(source, tmp_path / "o", model="resnet_small", **OPTIONS["resnet_small"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
