@@ -94,7 +94,7 @@ class Classification(Task):
       process_count=jax.process_count(),
     )
 
-  def batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  def batch_shapes(self, size: int, bucket: str) -> dict[str, jax.ShapeDtypeStruct]:
     return {
       "image": jax.ShapeDtypeStruct((size, *self.config.data.shape), jnp.uint8),
       "label": jax.ShapeDtypeStruct((size,), jnp.int32),
@@ -138,7 +138,7 @@ class Classification(Task):
     )
 
   def lower_evaluation(
-    self, graph: nnx.GraphDef, mesh: Mesh, params: Tree, batch_stats: Tree
+    self, graph: nnx.GraphDef, mesh: Mesh, params: Tree, batch_stats: Tree, bucket: str
   ) -> jax.stages.Lowered:
     config = self.config
     return evaluation.lower(config.data, config.eval_batch_size, graph, mesh, params, batch_stats)
@@ -157,16 +157,4 @@ class Classification(Task):
     return {class_names.FILE: class_names.to_json(self.source.class_names)}
 
   def check_same(self, workdir: epath.Path) -> None:
-    before = class_names.read(workdir)
-    names = class_names.for_people(self.source.class_names)
-    if before is None or before == names:
-      return
-    pairs = enumerate(zip(before, names, strict=False))
-    first = next((k for k, (old, new) in pairs if old != new), min(len(before), len(names)))
-    old, new = (
-      f"{one[first]!r}" if first < len(one) else f"none of {len(one)}" for one in (before, names)
-    )
-    raise UsageError(
-      f"{workdir} holds a run that learned other classes: class {first} was {old} and is {new} in "
-      f"{self.source.name}. Take another --workdir, or give the data that the run was started with"
-    )
+    class_names.check_same(workdir, self.source.class_names, self.source.name)

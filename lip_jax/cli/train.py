@@ -48,7 +48,7 @@ def _train(args: argparse.Namespace) -> int:
   config = configuration.load(args.config, args.set)
   # Imported here, so that --help and mistakes are answered at once.
   with distributed.joined(args) as first:
-    from lip_jax.training import task, trainer
+    from lip_jax.training import trainer
 
     result = trainer.train(config, args.workdir, start_from=args.start_from, weights=args.weights)
     if not result.finished:
@@ -56,8 +56,7 @@ def _train(args: argparse.Namespace) -> int:
       place = f"from {result.checkpoint}" if result.checkpoint else "from the start"
       say(f"stopped at step {result.step}; the same command goes on {place}")
     elif first:
-      for line in task.make(config).summary(result.metrics):
-        say(line)
+      say("\n".join(result.summary))
       say(f"checkpoint: {result.checkpoint}")
       say(f"TensorBoard: tensorboard --logdir {args.workdir}/tensorboard")
       for name, path in result.pictures.items():

@@ -4,7 +4,6 @@ Phones store what the sensor saw, and say beside it how it is to be turned.
 """
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -14,7 +13,7 @@ _MARKS = (b"Exif\0\0", b"tiff:Orientation")
 _HEAD = 2**17  # bytes in which they are looked for
 
 
-def read(data: bytes, formats: Sequence[str]) -> int:
+def read(data: bytes, formats: tuple[str, ...]) -> int:
   """The orientation of an image file, 1 to 8 (EXIF 2.3, table 6); 1: as it is stored.
 
   Args:

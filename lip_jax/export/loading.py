@@ -157,7 +157,7 @@ def _read_checkpoint(
   classes = description.count_classes(shapes, str(where))
   model = description.build(options, classes, str(where), dtype)
   variables = description.flat_variables(model)
-  validation.check_weights(
+  description.check_weights(
     found,
     variables,
     f"{where} does not fit {options['name']} as the run's config.json describes it",

@@ -1,8 +1,4 @@
-"""What a folder from elsewhere says, checked before anything is built or allocated from it.
-
-Weights are compared with the network before they are read, and sizes with the files that they are
-announced in.
-"""
+"""What a folder from elsewhere says, checked before anything is built or allocated from it."""
 
 import math
 import re
@@ -17,12 +13,9 @@ from lip_jax.models.description import check_model, check_num_classes
 _MAX_NUMBER = 10**7
 _MAX_PIXELS = 2**14
 _MAX_NAME = 10_000  # characters; paths may have 4,096
-_MAX_FAULTS = 20  # named in an error
 # Bytes that any file may unpack to, and how often its size on top of it.
 _MAX_UNPACKED = 2**26
 _MAX_RATIO = 20
-# Parameters and statistics are in one of these, as safetensors and NumPy call them.
-_FLOATS = ("f16", "bf16", "f32", "f64", "float16", "bfloat16", "float32", "float64")
 
 
 def unpacks_too_far(unpacked: int, packed: int) -> bool:
@@ -56,37 +49,6 @@ def check_links(folder: Path) -> None:
       )
     if not (path.is_file() or path.is_dir()):
       raise UsageError(f"{path} is no file; copy {folder} again")
-
-
-def check_weights(
-  found: Mapping[str, tuple[tuple[int, ...], str]], variables: Mapping[str, Any], what: str
-) -> None:
-  """Compares what a file announces with what a network has, before any of it is read.
-
-  Args:
-    found: shape and name of the dtype of each array.
-    variables: of the network, from `flat_variables`, or anything else with a shape.
-
-  Raises:
-    UsageError: `what`, and which arrays are missing, left over, of another shape or no
-      floating-point numbers.
-  """
-  faults = [f"missing {key}" for key in variables if key not in found]
-  faults += [
-    f"shape of {key} is {found[key][0]}, expected {variable.shape}"
-    for key, variable in variables.items()
-    if key in found and found[key][0] != variable.shape
-  ]
-  faults += [f"unexpected {key}" for key in found if key not in variables]
-  faults += [
-    f"{key} is of {dtype}, expected floating point"
-    for key, (_, dtype) in found.items()
-    if dtype.lower() not in _FLOATS
-  ]
-  if faults:
-    named = "; ".join(faults[:_MAX_FAULTS])
-    more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
-    raise UsageError(f"{what} ({len(faults)} faults): {named}{more}")
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:

@@ -5,12 +5,14 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lip_jax.errors import UsageError
 from lip_jax.models.densenet import DenseNet
+from lip_jax.models.description import check_weights
 from lip_jax.models.lan import LIP
 from lip_jax.models.network import Network
 from lip_jax.models.resnet import ResNet
@@ -78,51 +80,46 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
     UsageError: names that are missing or left over, and shapes that differ: all of them in one
       message. The model is then unchanged.
   """
-  names = list(torch_names(model))
+  variables = dict(torch_names(model))
   head = None
   if isinstance(model, Network) and getattr(model, model.classifier_name) is None:
     head = model.classifier_name
-  wanted = {name for name, _ in names}
   source: dict[str, np.ndarray] = {}
-  faults: list[str] = []
+  twice: list[str] = []
   others: list[str] = []
   wrappers: set[str] = set()
   for given, value in state_dict.items():
     if given.endswith(_COUNTER):
       continue
-    wrapper, name = _unwrapped(given, wanted, spellings(model), head)
+    wrapper, name = _unwrapped(given, variables.keys(), spellings(model), head)
     if name is None:
       others.append(given)
     elif name.split(".")[0] != head:
       if name in source:
-        faults.append(f"{name} twice, the second time as {given}")
+        twice.append(f"{name} twice, the second time as {given}")
       wrappers.add(wrapper)
       source[name] = np.asarray(value)
   beside = [name for name in others if not name.startswith(tuple(wrappers))]
-  found: list[tuple[nnx.Variable, np.ndarray]] = []
-  for name, variable in names:
-    if name not in source:
-      faults.append(f"missing {name}")
-      continue
-    value = source.pop(name)
-    expected = _torch_shape(variable.shape)
-    if value.shape != expected:
-      faults.append(f"shape of {name} is {value.shape}, expected {expected}")
-    found.append((variable, _to_our_layout(value)))
-  faults += [f"unexpected {name}" for name in others if name not in beside or faults]
-  if faults:
-    raise UsageError(
-      f"the weights do not fit the model ({len(faults)} faults; is it another depth, width or "
-      f"number of classes?): {'; '.join(faults)}"
-    )
+  if len(beside) < len(others) or len(source) < len(variables):
+    source |= {name: np.asarray(state_dict[name]) for name in others}  # which makes them faults
+  check_weights(
+    {name: (array.shape, array.dtype.name) for name, array in source.items()},
+    {
+      name: jax.ShapeDtypeStruct(_torch_shape(variable.shape), variable.dtype)
+      for name, variable in variables.items()
+    },
+    "the weights do not fit the model; is it of another depth, width or number of classes?",
+    twice,
+    most=None,
+  )
+  for name, variable in variables.items():
+    variable.set_value(jnp.asarray(_to_our_layout(source[name]), variable.dtype))
   if beside or wrappers - {"", "module."}:
     log.warning(
       "weights: %s was taken off their names%s",
       ", ".join(sorted(wrappers - {""})),
       f", and {len(beside)} others were left out, such as {beside[0]}" if beside else "",
     )
-  for variable, value in found:
-    variable.set_value(jnp.asarray(value, variable.dtype))
   for layer in _lip_layers(model):
     if layer.steps is not None:
       layer.steps.set_value(jnp.asarray(layer.average_steps, jnp.int32))

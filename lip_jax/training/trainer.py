@@ -58,6 +58,7 @@ class Result:
   metrics: dict[str, float]  # of the validation split, as the task's evaluator names them
   checkpoint: epath.Path | None  # directory of the state; None: stopped before there was one
   pictures: dict[str, epath.Path]  # of the task's figures, by name
+  summary: list[str]  # of a finished run, in lines for people
 
 
 def train(
@@ -115,7 +116,7 @@ class Trainer:
   def __init__(self, task: Task, workdir: epath.Path):
     self.task, self.config, self.workdir = task, task.config, workdir
     _check_same_run(task, workdir)
-    _check_batch_norm_groups(self.config)
+    _check_batch_norm_groups(task)
     self.steps_per_epoch = task.num_train / self.config.global_batch_size
     self.total_steps = max(1, round(self.config.num_epochs * self.steps_per_epoch))
     self.eval_steps = self._steps(self.config.eval_every_epochs)
@@ -129,6 +130,7 @@ class Trainer:
     self.last_checkpoint: epath.Path | None = None
     self._saved = 0
     self._stopping = False
+    self._compiled: set[tuple[tuple[int, ...], ...]] = set()  # shapes of batches
     # The step in flight: its number, metrics and the place in the data behind it.
     self._pending: tuple[int, Mapping[str, jax.Array], Any] | None = None
 
@@ -217,7 +219,9 @@ class Trainer:
     self.watchdog.doing("the end of the run")
     finished = self.step == self.total_steps and self.results is not None
     pictures = self._save_figures() if finished else {}
-    return Result(self.step, finished, self.results or {}, self.last_checkpoint, pictures)
+    results = self.results or {}
+    summary = self.task.summary(results) if finished else []
+    return Result(self.step, finished, results, self.last_checkpoint, pictures, summary)
 
   def _pause(self) -> None:
     """Evaluates and saves, where that is due after this step."""
@@ -238,10 +242,21 @@ class Trainer:
     self.watchdog.doing(f"step {self.step + 1}, and the wait for its examples")
     self.clock.stall(self.feed.wait(running=self._pending and self._pending[1]))
     batch = next(self.feed)
+    self._note_compilation(batch)
     self.state, arrays = self.program.update(self.state, batch, stop_flags(self.stop.requested))
     self.settle()
     self.step += 1
     self._pending, self.results = (self.step, arrays, self.feed.position), None
+
+  def _note_compilation(self, batch: Mapping[str, jax.Array]) -> None:
+    """Says that a step takes long, where it has to be compiled for a new shape of batch first."""
+    shapes = tuple(batch[name].shape for name in sorted(batch))
+    if shapes not in self._compiled:
+      self._compiled.add(shapes)
+      log.info(
+        "compiling the training step for batches of %s, which can take minutes for a large network",
+        ", ".join(f"{name} {'x'.join(map(str, batch[name].shape))}" for name in sorted(batch)),
+      )
 
   def settle(self) -> None:
     """Waits for the step in flight, refuses a non-finite loss, and logs.
@@ -353,8 +368,6 @@ class Trainer:
       f" in {parts} parts" if parts > 1 else "",
       config.optim.base_lr * config.global_batch_size / config.optim.base_batch_size,
     )
-    if self.step < self.total_steps:
-      log.info("compiling the training step, which can take minutes for a large network")
 
   def _diverged(self, step: int, values: Mapping[str, float]) -> str:
     """What happened, and how to go on with a run that is no longer finite."""
@@ -409,8 +422,8 @@ def _check_same_run(task: Task, workdir: epath.Path) -> None:
   task.check_same(workdir)
 
 
-def _check_batch_norm_groups(config: Config) -> None:
-  size = config.model.get("bn_group_size")
+def _check_batch_norm_groups(task: Task) -> None:
+  config, size = task.config, task.batch_norm_group
   if isinstance(size, int) and size > 0 and config.global_batch_size % size:
     raise UsageError(
       f"config.global_batch_size={config.global_batch_size} is not a multiple of "

@@ -532,12 +532,12 @@ def test_hostile_runs(place, tmp_path):
       "data",
       "image_size",
       "48",
-      "config.data.image_size must be a whole number or whole numbers, got '48'",
+      "config.data.image_size must be a whole number or 2 whole numbers, got '48'",
     ),
     ("data", "dataset", 3, "config.data.dataset must be a text"),
     ("data", "flip", 1, "config.data.flip must be true or false"),
     (None, "data", [1], "config.data must hold data settings"),
-    (None, "dtype", ["float32"], "config.dtype must be a text"),
+    (None, "dtype", ["float32"], "config.dtype must be one of float32, bfloat16"),
     (None, "seed", 1.5, "config.seed must be a whole number"),
   ):
     config = json.loads(json.dumps(good))

@@ -214,12 +214,12 @@ def test_a_run_is_used_from_any_directory_and_goes_on_where_its_folder_has_moved
   tmp_path, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)
-  data = base.Data(dataset="folder:pets", data_dir="sets")
+  data = config_lib.Data(dataset="folder:pets", data_dir="sets")
   trainer.train(make_config(data=data, num_epochs=1), "run")
   found = config_lib.load("run").data
   assert (found.dataset, found.data_dir) == (f"folder:{tmp_path}/pets", f"{tmp_path}/sets")
-  moved = make_config(data=base.Data(dataset="folder:/elsewhere"), num_epochs=1)
+  moved = make_config(data=config_lib.Data(dataset="folder:/elsewhere"), num_epochs=1)
   assert trainer.train(moved, "run").finished
   assert config_lib.load("run").data.dataset == "folder:/elsewhere"
-  with pytest.raises(UsageError, match="data.dataset: 'fake'"):
-    trainer.train(make_config(data=base.Data(dataset="fake"), num_epochs=1), "run")
+  with pytest.raises(UsageError, match=r"data.dataset: 'fake'"):
+    trainer.train(make_config(data=config_lib.Data(dataset="fake"), num_epochs=1), "run")
