@@ -40,12 +40,19 @@ class Data(base.Data):
   image_size: Annotated[int | tuple[int, int], POSITIVE] = 224
   crop_scale: tuple[float, float] | None = (0.08, 1.0)  # area of the random crop; None: no crop
   eval_resize: int | None = 256  # shorter side before the central crop; None: image_size
+  # Turn images as their EXIF orientation says; None: in image folders and copies of them, not in
+  # data sets of TFDS. ImageNet's published numbers are of images as they are stored: False.
+  upright: bool | None = None
   flip: bool = True  # mirror half of the training images
   mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, in [0, 255]; one number: grey images
   std: Annotated[tuple[float, ...], POSITIVE] = (58.395, 57.12, 57.375)
   # Of which logits are averaged: 1 central, 5 with corners, 10 with mirrored.
   eval_crops: Annotated[int, Bound("1, 5 or 10", lambda count: count in (1, 5, 10))] = 1
   augment: Augment = Augment()
+
+  def turns(self, source_upright: bool) -> bool:
+    """Whether images of a source are turned, which by itself says yes or no."""
+    return source_upright if self.upright is None else self.upright
 
   @property
   def shape(self) -> tuple[int, int, int]:

@@ -59,13 +59,15 @@ class Classification(Task):
   def source(self) -> Any:
     """Training images."""
     data = self.config.data
-    return open_split(data.dataset, data.train_split, data.data_dir)
+    return open_split(data.dataset, data.train_split, data.data_dir, train_split=data.train_split)
 
   @functools.cached_property
   def validation(self) -> Any:
     """Validation images."""
     data = self.config.data
-    return open_split(data.dataset, data.validation_split, data.data_dir)
+    return open_split(
+      data.dataset, data.validation_split, data.data_dir, train_split=data.train_split
+    )
 
   @property
   def num_classes(self) -> int:
@@ -79,7 +81,12 @@ class Classification(Task):
     data = self.config.data
     return pipeline.train_loader(
       self.source,
-      transforms.TrainCrop(data.image_size, data.crop_scale, channels=len(data.mean)),
+      transforms.TrainCrop(
+        data.image_size,
+        data.crop_scale,
+        channels=len(data.mean),
+        upright=data.turns(self.source.upright),
+      ),
       global_batch_size=self.config.global_batch_size,
       seed=self.config.seed,
       num_threads=data.num_threads,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lip_jax.cli import distributed
-from lip_jax.cli.arguments import DATA_DIR, add, add_command, option, select
-from lip_jax.cli.output import progress, table, working
-from lip_jax.errors import UsageError
+from lip_jax.cli.arguments import AS_STORED, DATA_DIR, add, add_command, option, select
+from lip_jax.cli.output import progress, say, table, working
+from lip_jax.errors import UsageError, printable
 
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
 _DRAWN = 16  # images in a picture of importance maps, at most
@@ -55,6 +55,7 @@ def add_commands(commands: Any) -> None:
     "--top N": "(default: 5)",
     "--importance OUT.png": "draw what each LIP layer finds important in the images, of the "
     f"first {_DRAWN}",
+    **AS_STORED,
   }
   add(predict, arguments)
   predict.set_defaults(top=5)
@@ -99,11 +100,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     values = {key: config[key] for key in ("model", "source")}
     print(json.dumps({**results, **values}, indent=2))
     return
-  print(f"top-1: {100 * results['top1']:.2f}%")
-  print(f"top-5: {100 * results['top5']:.2f}%")
-  print(f"loss: {results['loss']:.4f}")
-  print(f"{results['count']} images of {results['data']}, {results['images_per_second']:.1f}/s")
-  print(f"network: {config['model']['name']}, {_named(config['source'])}")
+  say(f"top-1: {100 * results['top1']:.2f}%")
+  say(f"top-5: {100 * results['top5']:.2f}%")
+  say(f"loss: {results['loss']:.4f}")
+  say(f"{results['count']} images of {results['data']}, {results['images_per_second']:.1f}/s")
+  say(f"network: {config['model']['name']}, {_named(config['source'])}")
 
 
 def _named(source: dict[str, Any]) -> str:
@@ -123,7 +124,7 @@ def _predict(args: argparse.Namespace) -> int:
   with working("loading the network"):
     model, config = _load(args)
     progress("computing")
-    images = list(prediction.read(args.images, config))
+    images = list(prediction.read(args.images, config, upright=not args.as_stored))
     readable = [image for image in images if image.pixels is not None]
     pixels = np.array([image.pixels for image in readable])
     predictions = prediction.predict(model, config, pixels, args.top) if readable else []
@@ -132,12 +133,12 @@ def _predict(args: argparse.Namespace) -> int:
   for image in images:
     if image.error is not None:
       values.append({"image": image.path, "error": image.error})
-      print(f"error: cannot read {image.path}: {image.error}", file=sys.stderr)
+      print(printable(f"error: cannot read {image.path}: {image.error}"), file=sys.stderr)
       continue
     best = next(found)
     values.append({"image": image.path, "classes": [one._asdict() for one in best]})
     if not args.json:
-      print(image.path)
+      say(image.path)
       print(table([(f"  {100 * one.probability:.2f}%", one.name) for one in best], right=(0,)))
   if args.json:
     print(json.dumps(values, indent=2))

@@ -5,6 +5,7 @@ from typing import Any
 
 from lip_jax.cli import configuration, distributed
 from lip_jax.cli.arguments import add, add_command
+from lip_jax.cli.output import say
 from lip_jax.errors import UsageError
 
 _EPILOG = """
@@ -53,11 +54,11 @@ def _train(args: argparse.Namespace) -> int:
     if not result.finished:
       # On every process: what keeps the run running on a host has only this to go by.
       place = f"from {result.checkpoint}" if result.checkpoint else "from the start"
-      print(f"stopped at step {result.step}; the same command goes on {place}")
+      say(f"stopped at step {result.step}; the same command goes on {place}")
     elif first:
-      print(*result.summary, sep="\n")
-      print(f"checkpoint: {result.checkpoint}")
-      print(f"TensorBoard: tensorboard --logdir {args.workdir}/tensorboard")
+      say("\n".join(result.summary))
+      say(f"checkpoint: {result.checkpoint}")
+      say(f"TensorBoard: tensorboard --logdir {args.workdir}/tensorboard")
       for name, path in result.pictures.items():
-        print(f"{name} picture: {path}")
+        say(f"{name} picture: {path}")
   return 0

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lip_jax.cli.arguments import DATA_DIR, add, add_command
-from lip_jax.cli.output import progress, table, working
+from lip_jax.cli.arguments import AS_STORED, DATA_DIR, add, add_command
+from lip_jax.cli.output import progress, say, table, working
 from lip_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def add_commands(commands: Any) -> None:
     "printed)",
     "--names NAME...": "of the networks (default: of their folders)",
     "--count N": "images of the data set (default: 2 to draw, 8 with --layers, 200 to measure)",
+    **AS_STORED,
   }
   add(visualize, arguments)
   add(
@@ -111,9 +112,11 @@ def _visualize(args: argparse.Namespace) -> None:
 
     def images(default_count: int, margin: int = 0) -> "Images":
       if files:
-        return compare.read_images(networks, files, margin)
+        return compare.read_images(networks, files, margin, upright=not args.as_stored)
       data = compare.Data(args.data, args.split, args.data_dir) if args.data else None
-      return compare.first_images(networks, data, args.count or default_count, margin)
+      return compare.first_images(
+        networks, data, args.count or default_count, margin, upright=not args.as_stored
+      )
 
     if measuring:
       _measure(args, networks, images, out)
@@ -126,7 +129,7 @@ def _visualize(args: argparse.Namespace) -> None:
     else:
       _draw(args, networks, images(2), out or _OUT)
   if out is not None and not args.json:
-    print(f"figure: {out}")
+    say(f"figure: {out}")
 
 
 def _draw(args: argparse.Namespace, networks: "list[Network]", images: "Images", out: str) -> None:
@@ -156,7 +159,7 @@ def _measure(
       plots.append(plot)
       progress("")
       if not args.json:
-        print(text)
+        say(text)
   if args.json:
     print(json.dumps(report, indent=2))
   if out is not None:

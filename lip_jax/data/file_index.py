@@ -19,6 +19,9 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from lip_jax.data import disk
+from lip_jax.errors import UsageError
+
 _MAX_THREADS = 32  # they wait for the disk, or for the bucket
 
 logger = logging.getLogger(__name__)
@@ -106,9 +109,12 @@ class FileIndex:
     """Where the result for a file may be, the best first."""
     directory, name = os.path.split(path)
     yield epath.Path(directory) / f".{self._kind}" / name
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+      cache = disk.absolute(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    except UsageError:  # nobody's home
+      return
     key = hashlib.sha256((path if "://" in path else os.path.realpath(path)).encode()).hexdigest()
-    yield epath.Path(cache).expanduser() / "lip_jax" / self._kind / key
+    yield epath.Path(cache) / "lip_jax" / self._kind / key
 
 
 def _with_checksum(data: bytes) -> bytes:

@@ -203,7 +203,7 @@ def train_loader(
   shapes = [each.shapes for each in transforms]
   make = _BatchMaker(fill, order.group, shapes, local_batch_size, seed, options)
   parts = grain.MapDataset.range(_POSITIONS // local_batch_size)[process_index::process_count]
-  identity = {"source": source.name, **order.identity, "global_batch_size": global_batch_size}
+  identity = {"source": source.identity, **order.identity, "global_batch_size": global_batch_size}
   return TrainLoader(iter(parts.map(make).to_iter_dataset(options)), identity, skips)
 
 

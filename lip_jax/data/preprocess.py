@@ -17,6 +17,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from lip_jax.data import orientation
+
 # The pipeline's threads are the parallelism. OpenCV's own would compete with them for the cores.
 cv2.setNumThreads(0)
 
@@ -73,15 +75,18 @@ def image_size(data: bytes) -> tuple[int, int]:
     raise CorruptImage(f"{error} ({len(data)} bytes)") from error
 
 
-def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
+def decode_jpeg(
+  data: bytes, warnings: list[str] | None = None, *, upright: bool = False
+) -> np.ndarray:
   """Decodes a JPEG of any kind, or a PNG, which ImageNet also contains, as Pillow does.
 
-  Grey and CMYK images become RGB, transparency is dropped, and an EXIF orientation is ignored, as
-  the usual ImageNet pipelines do. Of 16 bits the upper 8 are kept.
+  Grey and CMYK images become RGB, transparency is dropped. Of 16 bits the upper 8 are kept.
 
   Args:
     warnings: gets what the decoder says of a JPEG that is taken in spite of it. Whole files of
       ImageNet have such warnings, but so have files that were overwritten in the middle.
+    upright: whether to turn the image as its EXIF orientation says, which the usual ImageNet
+      pipelines ignore.
 
   Returns:
     RGB pixels, uint8 [H, W, 3].
@@ -91,7 +96,17 @@ def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
   """
   header = _read_header(data) if data.startswith(_JPEG_START) else None
   if header is None:
-    return _decode_other(data)
+    return _decode_other(data, upright)
+  image = _decode_color(data, header, warnings)
+  return orientation.turn(image, orientation_of(data)) if upright else image
+
+
+def orientation_of(data: bytes) -> int:
+  """The EXIF orientation of an encoded image, 1 to 8; 1: it is stored upright."""
+  return orientation.read(data, _OTHER_FORMATS)
+
+
+def _decode_color(data: bytes, header: "_Header", warnings: list[str] | None) -> np.ndarray:
   if header.colorspace not in _INKS:
     return _decode(data, header, warnings=warnings)
   # libjpeg leaves the inks to us. Pillow's formula, and Adobe's convention: 255 is no ink.
@@ -108,6 +123,7 @@ def decode_random_resized_crop(
   ratio: tuple[float, float] = _RATIO,
   *,
   out: np.ndarray | None = None,
+  upright: bool = False,
 ) -> np.ndarray:
   """Decodes a random part of an image, resized: for training.
 
@@ -119,6 +135,7 @@ def decode_random_resized_crop(
     data: the encoded image, of a kind that `decode_jpeg` takes.
     rng: where the randomness comes from.
     out: contiguous memory for the result, such as an image of a batch; None makes an array.
+    upright: as for `decode_jpeg`.
 
   Returns:
     uint8 [*size, 3]; `out`, if given.
@@ -128,8 +145,9 @@ def decode_random_resized_crop(
       should be is not noticed.
   """
   header = _read_header(data) if data.startswith(_JPEG_START) else None
-  if header is None or header.colorspace in _INKS:
-    image = random_resized_crop(decode_jpeg(data), rng, size, scale, ratio)
+  turned = upright and orientation_of(data) != 1
+  if header is None or header.colorspace in _INKS or turned:
+    image = random_resized_crop(decode_jpeg(data, upright=upright), rng, size, scale, ratio)
     return image if out is None else _copied(image, out)
   size = height_and_width(size)
   top, left, height, width = _random_part(header.height, header.width, rng, scale, ratio)
@@ -143,14 +161,16 @@ def decode_random_resized_crop(
   )
 
 
-def decode_center_crop(data: bytes, size: Size, resize: Size) -> np.ndarray:
+def decode_center_crop(
+  data: bytes, size: Size, resize: Size, *, upright: bool = False
+) -> np.ndarray:
   """`resize_and_center_crop` of `decode_jpeg`: for evaluation.
 
   Raises:
     CorruptImage: as `decode_jpeg`, for damage anywhere in the image.
     ValueError: `resize` is smaller than `size`.
   """
-  return resize_and_center_crop(decode_jpeg(data), size, resize)
+  return resize_and_center_crop(decode_jpeg(data, upright=upright), size, resize)
 
 
 def random_resized_crop(
@@ -284,20 +304,18 @@ def _decode_rows(data: bytes, header: _Header, rows: int, reduction: int) -> np.
   return _decode(data, header, reduction=reduction, fast=True)
 
 
-def _decode_other(data: bytes) -> np.ndarray:
+def _decode_other(data: bytes, upright: bool) -> np.ndarray:
   """Decodes what is no JPEG, or an unusual one, through Pillow."""
   if not data:
     raise CorruptImage("no data (0 bytes)")
   try:
     with Image.open(io.BytesIO(data), formats=_OTHER_FORMATS) as image:
       _check_size(image.height, image.width, data)
-      if image.mode.startswith("I"):
-        # Pillow would clip 16 bits of grey to 255.
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return np.repeat(grey[..., None], 3, axis=-1).clip(0, 255).astype(np.uint8)
-      image.load()
+      image.load()  # which turns a TIFF
+      turn_by = orientation.of_image(image) if upright else 1
       image.info.pop("transparency", None)
-      return np.array(image.convert("RGB"))
+      pixels = _upper_bits(image) if image.mode[0] in "IF" else np.array(image.convert("RGB"))
+      return orientation.turn(pixels, turn_by)
   except CorruptImage:
     raise
   except UnidentifiedImageError as error:
@@ -306,6 +324,19 @@ def _decode_other(data: bytes) -> np.ndarray:
     ) from error
   except (OSError, SyntaxError, ValueError, *_BOMBS) as error:
     raise CorruptImage(f"{error} ({len(data)} bytes)") from error
+
+
+def _upper_bits(image: Image.Image) -> np.ndarray:
+  """Grey of up to 16 bits as RGB; Pillow would clip it to 255."""
+  tags = getattr(image, "tag_v2", {258: (16,)})  # a TIFF's say how many bits
+  bits = tags.get(258, (16,))[0]
+  if image.mode == "F" or bits > 16 or (image.mode == "I" and image.format == "TIFF"):
+    raise CorruptImage(
+      f"grey as {'floats' if image.mode == 'F' else 'whole numbers of 32 bits or with a sign'}, of "
+      "which nothing says what is white; save it with 8 or 16 bits"
+    )
+  grey = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+  return np.repeat(grey[..., None], 3, axis=-1)
 
 
 def _random_part(

@@ -31,11 +31,15 @@ class Parser(Protocol):
 class ImageLabelParser:
   """For classification: "image", encoded, bytes; "label", int; and "id", str, where there is one.
 
+  Args:
+    any_label: also give out labels that are of no class, for who looks for them.
+
   Raises:
-    UsageError: the data set has no images with labels.
+    UsageError: the data set has no images with labels, or not as many names as classes. When
+      called: the label is that of no class.
   """
 
-  def __init__(self, features: Mapping[str, Any], dataset: str):
+  def __init__(self, features: Mapping[str, Any], dataset: str, *, any_label: bool = False):
     label = features.get("label")
     if not isinstance(label, tfds.features.ClassLabel) or "image" not in features:
       raise UsageError(
@@ -43,10 +47,25 @@ class ImageLabelParser:
         "classification needs 'image' and a class 'label'"
       )
     self.class_names: list[str] = label.names
+    if len(self.class_names) != label.num_classes:
+      raise UsageError(
+        f"data set {dataset!r} has {label.num_classes} classes and {len(self.class_names)} names "
+        "in label.labels.txt, one a line without blank ones: labels would be those of other "
+        "classes; write that file anew, or prepare the data set again"
+      )
+    self._dataset, self._any_label = dataset, any_label
     self._id = find_id(features)
 
   def __call__(self, record: bytes) -> dict[str, Any]:
-    return parse_example(record, self._get)
+    result = parse_example(record, self._get)
+    if not (0 <= result["label"] < len(self.class_names) or self._any_label):
+      what = "none" if result["label"] == -1 else f"beyond the {len(self.class_names)} classes"
+      raise UsageError(
+        f"data set {self._dataset!r}: label {result['label']} of {result.get('id', 'an image')} is "
+        f"{what}; `lip-jax data verify` lists such images: prepare them again, or take a split "
+        "that has labels"
+      )
+    return result
 
   def _get(self, feature: Mapping[str, Any]) -> dict[str, Any]:
     result = {

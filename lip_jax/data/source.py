@@ -11,6 +11,7 @@ from tensorflow_datasets.core import decode as tfds_decode
 from lip_jax.data import fake, imagenet, splits
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import ImageFolder
+from lip_jax.data.prepare import array_record_writer
 from lip_jax.data.preprocess import CorruptImage
 from lip_jax.data.records import ImageLabelParser, ParsedRecords, Parser
 from lip_jax.data.tfrecord_index import FilePart, TFRecordFiles
@@ -31,6 +32,8 @@ class Source:
     directory: where the files are.
     class_names: in the order of the labels.
     remedy: what to do about unreadable images, a sentence.
+    identity: by which a run knows it again, wherever it lies.
+    upright: whether images are to be turned as their EXIF orientation says.
   """
 
   def __init__(
@@ -41,8 +44,12 @@ class Source:
     class_names: list[str],
     *,
     remedy: str | None = None,
+    identity: str | None = None,
+    upright: bool = False,
   ):
     self.name = name
+    self.identity = identity or name
+    self.upright = upright
     self.directory = directory
     self.class_names = class_names
     self.remedy = remedy or (
@@ -85,6 +92,7 @@ def open_split(
   *,
   prepare: bool = True,
   parser: Callable[[Mapping[str, Any], str], Parser] = ImageLabelParser,
+  train_split: str = "train",
 ) -> Source:
   """Opens a split of a data set.
 
@@ -100,6 +108,7 @@ def open_split(
       the index of TFRecord files, which else is made when the first example is read.
     parser: makes, of (TFDS features, name of the data set), what reads the records; raises
       UsageError if the features are not those that it needs.
+    train_split: of an image folder: says what the classes are, if it is there.
 
   Raises:
     UsageError: there is no such data set, configuration, split or folder, it is not prepared, or
@@ -107,12 +116,14 @@ def open_split(
       labels.
   """
   if dataset.startswith(_FOLDER):
-    return _open_folder(dataset, split)
+    return _open_folder(dataset, split, train_split)
   if dataset == _FAKE or dataset.startswith(f"{_FAKE}:"):
     return _open_fake(dataset, split)
   found = open_records(dataset, split, data_dir, parser, prepare=prepare)
   names = found.parse.class_names
-  return Source(f"{dataset} {split}", found.directory, found.examples, names)
+  # A copy of an image folder shows the same images as the folder.
+  upright = array_record_writer.made_from(found.directory) == "image folder"
+  return Source(f"{dataset} {split}", found.directory, found.examples, names, upright=upright)
 
 
 class Records(NamedTuple):
@@ -152,12 +163,13 @@ def open_records(
   return Records(directory, file_format, parts, parse, ParsedRecords(records, parse, directory))
 
 
-def _open_folder(dataset: str, split: str) -> Source:
-  folder = ImageFolder(dataset.removeprefix(_FOLDER))
+def _open_folder(dataset: str, split: str, train_split: str) -> Source:
+  folder = ImageFolder(dataset.removeprefix(_FOLDER), train_split, split)
+  if lost := folder.missing(split):
+    raise UsageError(f"data set {dataset!r} has {lost}")
   split = re.sub(r"\bval\b", "validation", split) if "validation" in folder.splits else split
-  # Listing a million files takes seconds: only of the splits that are named, or as it seems.
-  named = [name for name in folder.splits if name in split] or list(folder.splits)
-  images = {name: folder.images(name) for name in named}
+  # Listing a million files takes seconds: only of the splits that are named.
+  images = {name: folder.images(name) for name in folder.parts(split)}
   lengths = {name: len(images.get(name, ())) for name in folder.splits}
   parts = splits.select_indices(lengths, dataset, split)
   return Source(
@@ -166,6 +178,8 @@ def _open_folder(dataset: str, split: str) -> Source:
     Joined([(images[name], indices) for name, indices in parts]),
     folder.class_names,
     remedy=f"Replace these images in {folder.directory}, or take them out",
+    identity=f"{folder.identity(images)}: {split}",
+    upright=True,
   )
 
 

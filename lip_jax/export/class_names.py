@@ -36,7 +36,13 @@ def of_run(workdir: epath.Path, config: Config, num_classes: int) -> list[str] |
     from lip_jax.data.source import open_split
 
     data = config.data
-    source = open_split(data.dataset, data.validation_split, data.data_dir, prepare=False)
+    source = open_split(
+      data.dataset,
+      data.validation_split,
+      data.data_dir,
+      prepare=False,
+      train_split=data.train_split,
+    )
   except (ImportError, UsageError):
     return None  # a run from another machine, most likely
   return for_people(source.class_names) if source.num_classes == num_classes else None

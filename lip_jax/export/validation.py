@@ -1,6 +1,7 @@
 """What a folder from elsewhere says, checked before anything is built or allocated from it."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lip_jax.models.description import check_model, check_num_classes
 # Far above any network's. What they keep away takes hours or all memory, not seconds.
 _MAX_NUMBER = 10**7
 _MAX_PIXELS = 2**14
-_MAX_NAME = 1000  # characters
+_MAX_NAME = 10_000  # characters; paths may have 4,096
 # Bytes that any file may unpack to, and how often its size on top of it.
 _MAX_UNPACKED = 2**26
 _MAX_RATIO = 20
@@ -40,8 +41,11 @@ def check_links(folder: Path) -> None:
   root = folder.resolve()
   for path in folder.rglob("*"):
     if path.is_symlink() and not path.resolve().is_relative_to(root):
+      cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)", str(folder.absolute()))
+      hub = "hf://{}/{}@{}".format(*cached.groups()) if cached else "hf://ORGANISATION/NAME"
       raise UsageError(
-        f"{path} is a link that leads out of {folder}; put the file itself there if you trust it"
+        f"{path} is a link that leads out of {folder}; put the file itself there if you trust it, "
+        f"or load what the Hugging Face cache holds as {hub}"
       )
     if not (path.is_file() or path.is_dir()):
       raise UsageError(f"{path} is no file; copy {folder} again")
@@ -68,7 +72,7 @@ def check_class_names(names: Any, num_classes: int, where: str) -> list[str] | N
   if names is None:
     return None
   good = isinstance(names, list | tuple) and all(map(_is_name, names))
-  _expect(good, where, "class_names", names, "a list of printable names")
+  _expect(good, where, "class_names", names, "a list of names")
   if len(names) != num_classes:
     raise UsageError(f"{where} has {len(names)} class names for {num_classes} classes")
   return list(names)
@@ -77,7 +81,7 @@ def check_class_names(names: Any, num_classes: int, where: str) -> list[str] | N
 def check_evaluation(values: Mapping[str, Any], where: str) -> None:
   """Raises UsageError unless these are "data", a name, "count" of images, and a task's metrics."""
   data, count = values.get("data"), values.get("count")
-  _expect(_is_name(data), where, "evaluation.data", data, "a printable name")
+  _expect(_is_name(data), where, "evaluation.data", data, "a name")
   _expect(_is_whole(count, 0, 2**63), where, "evaluation.count", count, "a number of images")
   for key in sorted(set(values) - {"data", "count"}):
     number, fraction = values[key], key.startswith("top")
@@ -116,8 +120,8 @@ def _expect(good: bool, where: str, key: str, value: Any, expected: str) -> None
 
 
 def _is_name(value: Any) -> bool:
-  # Not printable: what could give orders to the terminal that shows it.
-  return isinstance(value, str) and len(value) <= _MAX_NAME and value.isprintable()
+  # Any characters: who shows it to a terminal escapes them.
+  return isinstance(value, str) and len(value) <= _MAX_NAME
 
 
 def _is_number(value: Any) -> bool:

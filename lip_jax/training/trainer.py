@@ -44,7 +44,9 @@ _VISIBLE_SECONDS = 10
 
 
 class NonFiniteLossError(UsageError):
-  """Loss or gradient are no longer finite; names the step and the checkpoint to return to."""
+  """A loss, a gradient or a result of the validation is no longer finite; names the step and the
+  checkpoint to return to.
+  """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def train(
   _check_shared(directory)
   first = jax.process_index() == 0
   with lock(directory) if first else contextlib.nullcontext():
-    trainer = Trainer(task_lib.make(config), directory)
+    trainer = Trainer(task_lib.make(config_lib.located(config)), directory)
     with trainer.open():
       trainer.restore(start_from, weights)
       return trainer.run()
@@ -141,7 +143,6 @@ class Trainer:
     with (
       # Around it all: the last save, too, is not to be cut short.
       StopRequest(preemption_notice=jax.default_backend() == "tpu") as self.stop,
-      compilation_cache.kept_in(self.workdir),
       Watchdog(seconds=self.config.watchdog_seconds) as self.watchdog,
       self.loader,
       Checkpoints(
@@ -156,13 +157,11 @@ class Trainer:
     """Makes the state to go on from: the run's latest, another run's, or the first one."""
     self.checkpoints.check_room(self.program.state)
     self.watchdog.doing("restoring a checkpoint")
-    restored = self.checkpoints.restore_latest(self.program.state)
+    restored = self.checkpoints.restore_latest(self.program.state, self._continue)
     if restored is not None:
       self.results = restored.metrics
     elif start_from is not None:
-      restored = restore_path(start_from, self.program.state)
-    if restored is not None:
-      self._continue(restored)
+      self._continue(restore_path(start_from, self.program.state))
     else:
       self.watchdog.doing("making the first state")
       self.state: TrainState = self.program.init()
@@ -198,6 +197,7 @@ class Trainer:
     """Trains from where the run stands to its end, or until it is asked to stop."""
     self._introduce()
     with (
+      compilation_cache.kept_in(self.workdir),  # here: a refused start leaves nothing in it
       MetricsWriter(
         self.workdir,
         total_steps=self.total_steps,
@@ -321,6 +321,8 @@ class Trainer:
       if self.results is None:
         self._stopping = True
         return False
+      if not all(map(math.isfinite, self.results.values())):
+        raise NonFiniteLossError(f"validation after {self._diverged(self.step, self.results)}")
       self._draw(params, batch_stats)
     self.writer.write(self.step, "validation", self.results)
     return True

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lip_jax.data import imagenet, preprocess, tfrecord
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import FolderImages, ImageFolder, first_few
+from lip_jax.data.prepare import array_record_writer
 from lip_jax.data.records import ImageLabelParser, read_file
 from lip_jax.errors import UsageError
 
@@ -78,6 +79,7 @@ class _Found:
   decoded: int = 0
   unreadable: list[str] = dataclasses.field(default_factory=list)
   doubtful: list[str] = dataclasses.field(default_factory=list)
+  turned: list[str] = dataclasses.field(default_factory=list)  # by their EXIF orientation
   fault: str | None = None
 
 
@@ -121,8 +123,9 @@ def verify(
 
 def _verify_records(dataset: str, builder: Any, decode: str, workers: int) -> VerificationResult:
   file_format = record_format(builder)
-  parse = ImageLabelParser(dict(builder.info.features), dataset)
+  parse = ImageLabelParser(dict(builder.info.features), dataset, any_label=True)
   result = VerificationResult(dataset, str(builder.data_dir), len(parse.class_names))
+  upright = array_record_writer.made_from(result.directory) == "image folder"
   is_imagenet = builder.info.name == imagenet.NAME
   if is_imagenet:
     _check_class_names(result, parse.class_names)
@@ -141,6 +144,7 @@ def _verify_records(dataset: str, builder: Any, decode: str, workers: int) -> Ve
       parts = _results(jobs)
       expected = imagenet.COUNTS.get(name, info.num_examples) if is_imagenet else info.num_examples
       _add_split(result, name, expected, len(paths), parts)
+      _note_turned(result, name, parts, upright)
       if is_imagenet:
         _check_imagenet_split(result, name, parse.class_names, parts)
   if is_imagenet:
@@ -198,6 +202,8 @@ def _check_example(
   data = example["image"]
   found.labels.append(example["label"])
   found.num_bytes += len(data)
+  if preprocess.orientation_of(data) != 1:
+    found.turned.append(where)
   if not data:
     found.unreadable.append(f"{where}: no data (0 bytes)")
     return
@@ -267,6 +273,18 @@ def _add_split(
     result.notes.append(
       f"{name}: {len(doubtful):,} of the decoded images have a warning that whole files have, and "
       f"files that were overwritten in the middle; look at them: {first_few(doubtful)}"
+    )
+
+
+def _note_turned(
+  result: VerificationResult, name: str, parts: Sequence[_Found], upright: bool
+) -> None:
+  turned = [image for part in parts for image in part.turned]
+  if turned:
+    what = "are turned by it" if upright else "are read as they are stored"
+    result.notes.append(
+      f"{name}: {len(turned):,} images have an EXIF orientation and {what} (config.data.upright="
+      f"{not upright} for the other): {first_few(turned)}"
     )
 
 
@@ -341,6 +359,9 @@ def _verify_folder(dataset: str, decode: str, workers: int) -> VerificationResul
       jobs = [pool.submit(_check_images, images, start, decode, progress) for start in starts]
       parts = _results(jobs)
       _add_split(result, name, len(images), len(images), parts)
+      _note_turned(result, name, parts, upright=True)
+  result.faults += folder.faults()
+  result.notes += folder.notes()
   return result
 
 
