@@ -274,6 +274,8 @@ def summary(metrics: Mapping[str, float]) -> list[str]:
   """The most important of what `Evaluator` found, in lines for people."""
   names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
   return [
-    ", ".join(f"{name} {100 * metrics[name]:.1f}" for name in names),
+    ", ".join(
+      f"{name} {100 * metrics[name]:.1f}" if metrics[name] >= 0 else f"{name} -" for name in names
+    ),
     f"over {metrics['count']} images",
   ]

@@ -17,9 +17,8 @@ def normalize(
     images: [N, H, W, C], 0 to 255.
     sizes: [N, 2], height and width of each image, which lies top left.
   """
-  inside = (
-    jnp.arange(images.shape[axis]) < jnp.expand_dims(sizes[:, axis - 1], 1) for axis in (1, 2)
+  rows, columns = (
+    jnp.arange(images.shape[axis])[None] < sizes[:, axis - 1][:, None] for axis in (1, 2)
   )
-  rows, columns = inside
   mask = rows[:, :, None, None] & columns[:, None, :, None]
   return jnp.where(mask, image_ops.normalize(images, mean, std), 0)
