@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
   text = "read a whole data set and say what is wrong with it; exit status 1 if anything is"
   verify = add_command(actions, "verify", _verify_data, text, parents=[directory, workers])
   arguments = {
-    "dataset DATASET": "TFDS name, or folder:DIR",
+    "dataset DATASET": "TFDS name, folder:DIR, or coco:ANNOTATIONS.json@IMAGES",
     "--decode {sample,all,none}": "which images to decode as well (default: sample, one in 64)",
   }
   add(verify, arguments)

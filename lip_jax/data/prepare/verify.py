@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lip_jax.data import imagenet, preprocess, tfrecord
+from lip_jax.data.boxes import COCO, open_boxes
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import FolderImages, ImageFolder, first_few
 from lip_jax.data.prepare import array_record_writer
@@ -22,7 +23,7 @@ from lip_jax.errors import UsageError
 # With decode="sample": one image in so many, and all that look damaged.
 SAMPLE_EVERY = 64
 
-_MOST_NAMED = 10  # faults of one kind that are named one by one
+MOST_NAMED = 10  # faults of one kind that are named one by one
 _FILES_PART = 500  # images of a folder that a thread takes at a time
 
 
@@ -92,6 +93,8 @@ def verify(
 ) -> VerificationResult:
   """Reads a whole data set and says what is wrong with it.
 
+  Images with boxes: see `verify_boxes.verify_boxes`. Others:
+
   Every record is read, whatever `decode` says: its checksums, label and name are looked at. Checked
   are: that all files are there and whole, the numbers of images (of `imagenet2012` the 1,281,167
   and 50,000, of others what the data set says of itself), that labels are in range and training
@@ -113,12 +116,24 @@ def verify(
   if dataset == "fake" or dataset.startswith("fake:"):
     raise UsageError("fake data is generated: there is nothing to verify")
   workers = num_workers or min(os.cpu_count() or 1, 16)
+  from lip_jax.data.prepare import verify_boxes  # which builds on this module
+
+  if dataset.startswith(COCO):
+    return verify_boxes.verify_boxes(dataset, None, decode, workers)
   if dataset.startswith("folder:"):
     return _verify_folder(dataset, decode, workers)
   root = None if data_dir is None else os.fspath(data_dir)
   if root is not None and "://" in root:
     raise UsageError(f"{root} is a bucket: mount it, for example with gcsfuse, to verify it")
-  return _verify_records(dataset, open_builder(dataset, root), decode, workers)
+  builder = open_builder(dataset, root)
+  has_boxes = "objects" in builder.info.features
+  if has_boxes and "label" not in builder.info.features:
+    return verify_boxes.verify_boxes(dataset, root, decode, workers)
+  result = _verify_records(dataset, builder, decode, workers)
+  if has_boxes and result.ok:
+    for split in builder.info.splits:
+      verify_boxes.add_notes(result, split, open_boxes(dataset, split, root, prepare=False))
+  return result
 
 
 def _verify_records(dataset: str, builder: Any, decode: str, workers: int) -> VerificationResult:
@@ -207,9 +222,7 @@ def _check_example(
   if not data:
     found.unreadable.append(f"{where}: no data (0 bytes)")
     return
-  if decode == "all" or (
-    decode == "sample" and (index % SAMPLE_EVERY == 0 or _looks_damaged(data))
-  ):
+  if decode == "all" or (decode == "sample" and (index % SAMPLE_EVERY == 0 or looks_damaged(data))):
     found.decoded += 1
     warnings: list[str] = []
     try:
@@ -219,7 +232,7 @@ def _check_example(
       found.unreadable.append(f"{where}: {error}")
 
 
-def _looks_damaged(data: bytes) -> bool:
+def looks_damaged(data: bytes) -> bool:
   """Whether the bytes are no JPEG, or one whose end is not where it should be."""
   return not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9")
 
@@ -264,9 +277,9 @@ def _add_split(
   twice = sorted(image for image, count in counts.items() if count > 1)
   if twice:
     faults.append(f"{len(twice):,} images are there more than once: {first_few(twice)}")
-  faults += [f"unreadable image in {image}" for image in unreadable[:_MOST_NAMED]]
-  if len(unreadable) > _MOST_NAMED:
-    faults.append(f"and {len(unreadable) - _MOST_NAMED:,} more unreadable images")
+  faults += [f"unreadable image in {image}" for image in unreadable[:MOST_NAMED]]
+  if len(unreadable) > MOST_NAMED:
+    faults.append(f"and {len(unreadable) - MOST_NAMED:,} more unreadable images")
   result.faults += [f"{name}: {fault}" for fault in faults]
   doubtful = [image for part in parts for image in part.doubtful]
   if doubtful:
