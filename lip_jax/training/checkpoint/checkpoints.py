@@ -345,7 +345,7 @@ class Checkpoints:
     def clear() -> None:
       step_directories.clear_unfinished(self.directory)
 
-    if jax.process_index() == 0 and (fault := _fault_of(clear)):
+    if not self._read_only and jax.process_index() == 0 and (fault := _fault_of(clear)):
       log.warning("cannot remove what an interrupted save has left: %s", fault)
 
   def _move_damaged(self, steps: list[int]) -> None:
