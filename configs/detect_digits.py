@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   """Configuration of the embedded detector."""
   config = ConfigDict()
   config.task = "detection"
-  config.num_epochs = 3.0
+  config.num_epochs = 2.0
   config.global_batch_size = 16
   config.eval_batch_size = 50
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from lip_jax import cli
 from lip_jax.detection import coco_metric
 from lip_jax.detection.config import Config, Data
 from lip_jax.detection.task import Detection
@@ -205,3 +206,42 @@ def test_another_order_of_classes_is_another_run(finished, dataset, tmp_path, fi
   with pytest.raises(UsageError, match="holds a run"):
     trainer.train(make_config(dataset, data=data), workdir)
   assert files_of(workdir) == before
+
+
+def evaluated(capsys, *arguments):
+  assert cli.main(["evaluate", *map(str, arguments), "--json"]) == 0
+  return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_and_what_it_found_are_evaluated_by_a_command(finished, dataset, tmp_path, capsys):
+  workdir, result = finished
+  annotations = dataset.removeprefix("coco:").partition("@")[0]
+  found = evaluated(capsys, workdir, "--save-detections", tmp_path / "d.json", "--batch-size", 9)
+  assert found["ground_truth"] == annotations
+  assert found["count"] == COUNT
+  np.testing.assert_allclose(found["AP"], result.metrics["AP"], atol=1e-3)
+  again = evaluated(capsys, "--detections", tmp_path / "d.json", "--annotations", annotations)
+  assert all(again[name] == found[name] for name in coco_metric.NAMES)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("{", "holds no detections"),
+    ('[{"image_id": 1}]', "'category_id'"),
+    ('[{"image_id": 1.5, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]', "whole numbers"),
+    ('[{"image_id": 99, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]', "image_id 99"),
+    ('[{"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 1}]', "category_id 8"),
+    ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, -3, 4], "score": 1}]', "negative size"),
+    ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": NaN}]', "not finite"),
+    ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3], "score": 1}]', "holds no detections"),
+  ],
+)
+def test_detections_that_cannot_be(text, message, dataset, tmp_path, capsys):
+  (tmp_path / "d.json").write_text(text)
+  annotations = dataset.removeprefix("coco:").partition("@")[0]
+  arguments = ["--detections", str(tmp_path / "d.json"), "--annotations", annotations]
+  assert cli.main(["evaluate", *arguments]) == 1
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.count("\n") == 1
