@@ -347,4 +347,9 @@ def evaluate_loaded(
   class_names.check(config["num_classes"], config["class_names"], images.class_names, images.name)
   batch_size = batch_size or (run.eval_batch_size if run else 128)
   results = evaluate_model(model, images, data, batch_size)
+  if not math.isfinite(results["loss"]):
+    raise UsageError(
+      f"the loss over {images.name} is not finite ({results['loss']}): the weights of "
+      f"{source['path']} have diverged, or are damaged; take another checkpoint"
+    )
   return {**results, "data": images.name}

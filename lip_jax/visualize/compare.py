@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, printable
 from lip_jax.export import class_names
 from lip_jax.ops.images import normalize
 from lip_jax.visualize import robustness
@@ -56,7 +56,7 @@ class Network(NamedTuple):
   def class_name(self, label: int) -> str:
     """Name of a class, or its number."""
     names = self.config.get("class_names")
-    return str(names[label]) if names and label < len(names) else str(label)
+    return printable(names[label]) if names and label < len(names) else str(label)
 
 
 class Images(NamedTuple):
@@ -127,7 +127,7 @@ def read_images(
       pixels.append(decode_center_crop(data, size, preprocess["resize"], upright=upright))
     except (OSError, CorruptImage) as error:
       raise UsageError(f"cannot read the image {path}: {error}; give another") from error
-  return Images(np.stack(pixels), None, [Path(path).stem for path in paths])
+  return Images(np.stack(pixels), None, [printable(Path(path).stem) for path in paths])
 
 
 def first_images(
@@ -168,7 +168,7 @@ def first_images(
   return Images(
     np.concatenate(pixels)[:count],
     every,
-    [f"label: {source.class_names[n]}" for n in every],
+    [printable(f"label: {source.class_names[n]}") for n in every],
     source.class_names,
     source.name,
   )
