@@ -5,8 +5,6 @@ import dataclasses
 import itertools
 import logging
 import math
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,9 @@ from lip_jax.training.task import Task
 from lip_jax.training.train_state import TrainState, Tree
 from lip_jax.training.train_step import Program
 from lip_jax.training.watchdog import Watchdog
-from lip_jax.training.workdir import check_access, lock, read_text, write_text
+from lip_jax.training.workdir import check_access, check_shared, lock, read_text, write_text
 
 log = logging.getLogger("lip_jax")
-
-# What a file system that hosts share may need to show a file of one to the others.
-_VISIBLE_SECONDS = 10
 
 
 class NonFiniteLossError(UsageError):
@@ -92,7 +87,7 @@ def train(
       "or starts from the weights of a network; leave one of them out"
     )
   directory = check_access(workdir)
-  _check_shared(directory)
+  check_shared(directory)
   first = jax.process_index() == 0
   with lock(directory) if first else contextlib.nullcontext():
     trainer = Trainer(task_lib.make(config_lib.located(config)), directory)
@@ -386,27 +381,6 @@ def _in_order(metrics: Mapping[str, Any]) -> list[str]:
   """Names of a step's metrics as they are shown: the loss, the task's own, norms."""
   norms = ("grad_norm", "param_norm")
   return ["loss", *sorted(set(metrics) - {"loss", "stop", *norms}), *norms]
-
-
-def _check_shared(workdir: epath.Path) -> None:
-  """Raises UsageError, on all processes, if the workdir is not the same directory for all."""
-  if jax.process_count() == 1:
-    return
-  mark = workdir / f".lip_jax_{sharding.gather(uuid.uuid4().hex)[0]}"
-  if jax.process_index() == 0:
-    write_text(mark, mark.name)
-  sharding.gather(None)
-  deadline = time.monotonic() + _VISIBLE_SECONDS
-  while not (there := mark.exists()) and time.monotonic() < deadline:
-    time.sleep(0.5)
-  seen = sharding.gather(there)
-  if jax.process_index() == 0:
-    mark.unlink()
-  if not all(seen):
-    raise UsageError(
-      f"{workdir} of process 0 is another directory than that of process {seen.index(False)}; "
-      "--workdir has to be one that all hosts share, on a shared file system or gs://BUCKET/RUN"
-    )
 
 
 def _check_same_run(task: Task, workdir: epath.Path) -> None:

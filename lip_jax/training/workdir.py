@@ -8,18 +8,22 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
+import jax
 from etils import epath
 
 from lip_jax.data import disk
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 
 PathLike = str | os.PathLike[str]
 
 _EMULATOR = "STORAGE_EMULATOR_HOST"  # of Google's clients and gcsfs; needs no credentials
 _LOCK_SECONDS = 10
+_VISIBLE_SECONDS = 10  # what a shared file system may need to show a file of one host to the others
 
 
 def in_bucket(path: PathLike) -> bool:
@@ -161,3 +165,24 @@ def free_space(directory: Path | epath.Path) -> int | None:
   while not place.exists():
     place = place.parent
   return shutil.disk_usage(place).free
+
+
+def check_shared(workdir: epath.Path) -> None:
+  """Raises UsageError, on all processes, if the workdir is not the same directory for all."""
+  if jax.process_count() == 1:
+    return
+  mark = workdir / f".lip_jax_{sharding.gather(uuid.uuid4().hex)[0]}"
+  if jax.process_index() == 0:
+    write_text(mark, mark.name)
+  sharding.gather(None)
+  deadline = time.monotonic() + _VISIBLE_SECONDS
+  while not (there := mark.exists()) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  seen = sharding.gather(there)
+  if jax.process_index() == 0:
+    mark.unlink()
+  if not all(seen):
+    raise UsageError(
+      f"{workdir} of process 0 is another directory than that of process {seen.index(False)}; "
+      "--workdir has to be one that all hosts share, on a shared file system or gs://BUCKET/RUN"
+    )
