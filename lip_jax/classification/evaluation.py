@@ -5,16 +5,14 @@ import functools
 import itertools
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -27,7 +25,7 @@ from lip_jax.errors import UsageError
 from lip_jax.export import class_names
 from lip_jax.ops.images import normalize
 from lip_jax.training import config as config_lib
-from lip_jax.training import train_state
+from lip_jax.training import evaluation, train_state
 from lip_jax.training.train_state import Tree
 
 Batch = Mapping[str, jax.Array]
@@ -132,22 +130,12 @@ def evaluate(
   counts = {"top1": 0, "top5": 0, "count": 0}
   losses: list[np.ndarray] = []
 
-  def add(batch: Mapping[str, jax.Array]) -> bool:
-    """Counts a batch; whether a process was asked to stop."""
+  def add(batch: Mapping[str, jax.Array]) -> None:
     for name in counts:
       counts[name] += int(batch[name])
     losses.append(np.asarray(batch["loss"]))
-    return bool(batch["stop"])
 
-  flags = sharding.StopFlags(mesh)
-  pending = None
-  with sharding.Prefetch(batches, mesh) as feed:
-    for batch in feed:
-      current = step(params, batch_stats, batch, flags(stop()))
-      if pending is not None and add(pending):  # of the batch before, while this one runs
-        return None
-      pending = current
-  if pending is not None and add(pending):
+  if not evaluation.run(step, params, batch_stats, batches, mesh, stop, add):
     return None
   number = max(counts["count"], 1)
   loss = math.fsum(itertools.chain.from_iterable(losses))
@@ -201,29 +189,12 @@ class Evaluator:
     Raises:
       UnreadableImagesError: images of the split cannot be read; names those of all processes.
     """
-    progress = tqdm.tqdm(
-      desc="validation",
-      total=math.ceil(len(self._source) / self._batch_size),
-      leave=False,
-      disable=jax.process_index() != 0 or not sys.stderr.isatty(),
+    return evaluation.over_split(
+      lambda batches: evaluate(self._step, params, batch_stats, batches, self._mesh, stop),
+      self._batches(),
+      self._source,
+      self._batch_size,
     )
-    results, faults = None, []
-    with progress, contextlib.closing(self._batches()) as batches:
-
-      def counted() -> Iterator[Mapping[str, np.ndarray]]:
-        for batch in batches:
-          progress.update()
-          yield batch
-
-      try:
-        results = evaluate(self._step, params, batch_stats, counted(), self._mesh, stop)
-      except pipeline.UnreadableImagesError as error:
-        faults = error.faults
-    # All processes have done all steps: those that met no fault stop with those that did.
-    faults = list(itertools.chain.from_iterable(sharding.gather(faults)))
-    if faults:
-      raise pipeline.UnreadableImagesError(self._source, faults)
-    return results
 
   def figures(self, params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
     """Importance maps of the first validation images as a picture, uint8 [H, W, 3].

@@ -2,17 +2,13 @@
 
 import contextlib
 import functools
-import itertools
 import logging
-import math
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -25,7 +21,7 @@ from lip_jax.detection.config import Data
 from lip_jax.detection.inputs import normalize
 from lip_jax.detection.presets import Preset
 from lip_jax.distributed import sharding
-from lip_jax.training import train_state
+from lip_jax.training import evaluation, train_state
 from lip_jax.training.train_state import Tree
 from lip_jax.visualize import Boxes, Picture
 
@@ -152,41 +148,18 @@ class Evaluator:
     parts: list[Results] = []
     seen: list[np.ndarray] = []
 
-    def add(found: Mapping[str, Any]) -> bool:
-      """Keeps what was found in a batch; whether a process was asked to stop."""
+    def add(found: Mapping[str, jax.Array]) -> None:
       arrays = {name: np.asarray(value) for name, value in found.items()}
       there = arrays["image_id"] >= 0
       seen.append(arrays["image_id"][there])
       parts.append(self._results({name: arrays[name][there] for name in arrays if name != "stop"}))
-      return bool(arrays["stop"])
 
-    faults: list[str] = []
-    stopped = False
-    flags = sharding.StopFlags(self._mesh)
-    with contextlib.closing(self._batches()) as batches, self._progress() as progress:
+    def compute(batches: Iterator[Mapping[str, np.ndarray]]) -> bool:
+      whole = ({name: batch[name] for name in ("image", "size", *_KEPT)} for batch in batches)
+      return evaluation.run(self._step, params, batch_stats, whole, self._mesh, stop, add)
 
-      def counted() -> Iterator[Mapping[str, np.ndarray]]:
-        for batch in batches:
-          progress.update()
-          yield {name: array for name, array in batch.items() if name != "mask"}
-
-      pending = None
-      try:
-        with sharding.Prefetch(counted(), self._mesh) as feed:
-          for batch in feed:
-            current = self._step(params, batch_stats, batch, flags(stop()))
-            if pending is not None and add(pending):  # of the batch before, while this one runs
-              stopped = True
-              break
-            pending = current
-      except pipeline.UnreadableImagesError as error:
-        faults = error.faults
-    if stopped or (pending is not None and add(pending)):
+    if not evaluation.over_split(compute, self._batches(), self._source, self._batch_size):
       return None
-    # All processes have done all steps: those that met no fault stop with those that did.
-    faults = list(itertools.chain.from_iterable(sharding.gather(faults)))
-    if faults:
-      raise pipeline.UnreadableImagesError(self._source, faults)
     ids = np.sort(np.concatenate(seen)) if seen else np.zeros(0, int)
     assert np.array_equal(ids, np.sort(self._source.table.image_ids)), "an image is not there once"
     return Results.joined(parts)
@@ -246,14 +219,6 @@ class Evaluator:
       np.asarray(self._source.category_ids, np.int64)[labels[valid]],
       boxes[valid],
       found["scores"][valid].astype(np.float64),
-    )
-
-  def _progress(self) -> Any:
-    return tqdm.tqdm(
-      desc="validation",
-      total=math.ceil(len(self._source) / self._batch_size),
-      leave=False,
-      disable=jax.process_index() != 0 or not sys.stderr.isatty(),
     )
 
   def _batches(self) -> Generator[pipeline.Batch, None, None]:
