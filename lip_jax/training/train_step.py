@@ -229,36 +229,14 @@ def _gradients(
   if num_parts == 1:
     grads, ((sums, totals), batch_stats) = gradient(params, batch_stats, rows, None)
   else:
-
-    def cut(a: jax.Array) -> jax.Array:
-      return a.reshape(num_parts, len(a) // num_parts, *a.shape[1:])
-
-    def repeat(a: jax.Array) -> jax.Array:
-      return jnp.broadcast_to(a, (num_parts, *a.shape))
-
-    parts = (
-      jax.tree.map(repeat if one_group else cut, batch_stats),
-      jax.tree.map(cut, rows),
-    )
-    # Of all parts, before the first one is differentiated. What of the network the weights do not
-    # depend on, and that is mostly all of it, XLA leaves out.
-    weights = jax.lax.map(
-      lambda part: task.loss(train_state.merge(graph, params, part[0]), part[1], key)[1], parts
-    )
-    totals = jax.lax.psum(jax.tree.map(lambda w: w.sum(axis=0), weights), sharding.AXES)
-    totals = _nonzero(totals)
-
-    def add_part(total, part):
-      grads, ((sums, _), stats) = gradient(params, *part, totals)
-      return jax.tree.map(jnp.add, total, (grads, sums)), stats
-
-    zero = jax.tree.map(
-      lambda a: jnp.zeros(a.shape, a.dtype),
-      jax.eval_shape(lambda: gradient(params, *jax.tree.map(lambda a: a[0], parts), totals)),
-    )
-    (grads, sums), stats = jax.lax.scan(add_part, (zero[0], zero[1][0][0]), parts)
-    batch_stats = jax.tree.map(
-      lambda a, like: a[-1] if one_group else a.reshape(like.shape), stats, batch_stats
+    grads, sums, totals, batch_stats = _in_parts(
+      functools.partial(gradient, params),
+      # What of the network the weights do not depend on, and that is mostly all, XLA leaves out.
+      lambda stats, rows: task.loss(train_state.merge(graph, params, stats), rows, key)[1],
+      batch_stats,
+      rows,
+      num_parts,
+      one_group=one_group,
     )
 
   def add_up(value: jax.Array, axis: int) -> jax.Array:
@@ -277,6 +255,51 @@ def _gradients(
       "loss": sum(means[name] for name in task.trained),
     },
   )
+
+
+def _in_parts(
+  gradient: Callable[..., Any],
+  weights_of: Callable[[Tree, Any], Scalars],
+  batch_stats: Tree,
+  rows: Any,
+  num_parts: int,
+  *,
+  one_group: bool,
+) -> tuple[Tree, Scalars, Scalars, Tree]:
+  """(gradients, sums, weights of all devices, batch statistics) of examples, part after part.
+
+  Args:
+    gradient: (batch statistics, rows, weights of all) -> (gradients, ((sums, weights), statistics))
+      of a part.
+    weights_of: of a part.
+    one_group: all parts share the statistics.
+  """
+
+  def cut(a: jax.Array) -> jax.Array:
+    return a.reshape(num_parts, len(a) // num_parts, *a.shape[1:])
+
+  def repeat(a: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(a, (num_parts, *a.shape))
+
+  parts = jax.tree.map(repeat if one_group else cut, batch_stats), jax.tree.map(cut, rows)
+  # Of all parts, before the first one is differentiated.
+  weights = jax.lax.map(lambda part: weights_of(*part), parts)
+  totals = jax.lax.psum(jax.tree.map(lambda w: w.sum(axis=0), weights), sharding.AXES)
+  totals = _nonzero(totals)
+
+  def add_part(total, part):
+    grads, ((sums, _), stats) = gradient(*part, totals)
+    return jax.tree.map(jnp.add, total, (grads, sums)), stats
+
+  zero = jax.tree.map(
+    lambda a: jnp.zeros(a.shape, a.dtype),
+    jax.eval_shape(lambda: gradient(*jax.tree.map(lambda a: a[0], parts), totals)),
+  )
+  (grads, sums), stats = jax.lax.scan(add_part, (zero[0], zero[1][0][0]), parts)
+  batch_stats = jax.tree.map(
+    lambda a, like: a[-1] if one_group else a.reshape(like.shape), stats, batch_stats
+  )
+  return grads, sums, totals, batch_stats
 
 
 def _nonzero(totals: Scalars) -> Scalars:
