@@ -1,6 +1,5 @@
 """Batches of images with boxes: geometry, buckets, order, resuming, what is left out."""
 
-import hashlib
 import io
 import json
 import logging
@@ -8,6 +7,7 @@ import logging
 import fixture_boxes
 import numpy as np
 import pytest
+from fixture_batches import digest, join
 from PIL import Image
 
 from lip_jax.data import boxes_pipeline
@@ -48,21 +48,6 @@ def evaluate(source, **options):
 def num_batches(source, **options):
   options = {**RESIZE, "buckets": BUCKETS, "max_boxes": 4, **options}
   return boxes_pipeline.train_images(source, **options).num_train(4) // 4
-
-
-def digest(batches):
-  digests = hashlib.sha256()
-  for batch in batches:
-    for key in sorted(batch):
-      digests.update(np.ascontiguousarray(batch[key]).tobytes())
-  return digests.hexdigest()
-
-
-def join(parts):
-  return [
-    {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    for batches in zip(*parts, strict=True)
-  ]
 
 
 def ids(batches):

@@ -1,7 +1,6 @@
 """Batches: their order, their independence of processes, resuming, damaged images, evaluation."""
 
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
+from fixture_batches import digest, join
 from PIL import Image
 
 from lip_jax.data import pipeline
@@ -108,25 +108,8 @@ def take(source, count, *, start=0, **options):
     return [next(loader) for _ in range(count)]
 
 
-def digest(batches):
-  """One number for all the bytes."""
-  digests = hashlib.sha256()
-  for batch in batches:
-    for key in sorted(batch):
-      digests.update(np.ascontiguousarray(batch[key]).tobytes())
-  return digests.hexdigest()
-
-
 def labels(batches):
   return np.concatenate([batch["label"] for batch in batches])
-
-
-def join(parts):
-  """Global batches from those of each process."""
-  return [
-    {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    for batches in zip(*parts, strict=True)
-  ]
 
 
 def grain_threads():
