@@ -292,7 +292,9 @@ class ImageFiles(Sequence[dict[str, Any]]):
       except (OSError, ValueError):
         here[directory] = set()
     return [
-      name for name in self.names if os.path.basename(name) not in here[os.path.dirname(name)]
+      name
+      for name, (directory, file) in zip(self.names, places, strict=True)
+      if file not in here[directory]
     ]
 
   def size(self, index: int) -> tuple[int, int]:

@@ -231,7 +231,6 @@ class _Resize:
   """Decodes an image, resizes it, and writes it into the corner of a bucket."""
 
   def __init__(self, shape: tuple[int, int], short_side: float, long_side: float):
-    self._shape = shape
     self._sides = short_side, long_side
     self.shapes: Shapes = {
       "image": ((*shape, 3), np.uint8),

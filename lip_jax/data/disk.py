@@ -14,6 +14,7 @@ from typing import TextIO
 from lip_jax.errors import UsageError, printable
 
 LOCK = ".lock"
+FOLDER = "folder:"  # begins the name of a data set that is an image folder
 
 _TAKEN = (errno.EAGAIN, errno.EACCES)  # by another; anything else: there are no locks here
 

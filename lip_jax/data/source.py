@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tensorflow_datasets.core import decode as tfds_decode
 
-from lip_jax.data import fake, imagenet, splits
+from lip_jax.data import disk, fake, imagenet, splits
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import ImageFolder
 from lip_jax.data.prepare import array_record_writer
@@ -17,7 +17,6 @@ from lip_jax.data.records import ImageLabelParser, ParsedRecords, Parser
 from lip_jax.data.tfrecord_index import FilePart, TFRecordFiles
 from lip_jax.errors import UsageError
 
-_FOLDER = "folder:"
 _FAKE = "fake"
 
 
@@ -115,7 +114,7 @@ def open_split(
       neither as ArrayRecord nor as TFRecord, files are missing or damaged, or it has no images with
       labels.
   """
-  if dataset.startswith(_FOLDER):
+  if dataset.startswith(disk.FOLDER):
     return _open_folder(dataset, split, train_split)
   if dataset == _FAKE or dataset.startswith(f"{_FAKE}:"):
     return _open_fake(dataset, split)
@@ -164,7 +163,7 @@ def open_records(
 
 
 def _open_folder(dataset: str, split: str, train_split: str) -> Source:
-  folder = ImageFolder(dataset.removeprefix(_FOLDER), train_split, split)
+  folder = ImageFolder(dataset.removeprefix(disk.FOLDER), train_split, split)
   if lost := folder.missing(split):
     raise UsageError(f"data set {dataset!r} has {lost}")
   split = re.sub(r"\bval\b", "validation", split) if "validation" in folder.splits else split

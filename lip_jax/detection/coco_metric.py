@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lip_jax.data.boxes import COCO_AREA_LIMITS
 from lip_jax.errors import UsageError
 
-# What separates small, medium and large objects, in pixels^2.
-AREA_LIMITS = (32.0**2, 96.0**2)
 SIZES = ("small", "medium", "large")
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
@@ -80,7 +79,7 @@ def score(
   ground_truth: Mapping[str, Any],
   results: Results,
   *,
-  area_limits: tuple[float, float] = AREA_LIMITS,
+  area_limits: tuple[float, float] = COCO_AREA_LIMITS,
 ) -> Score:
   """Average precision and recall as pycocotools defines them, over all images of `ground_truth`.
 
@@ -94,12 +93,10 @@ def score(
     UsageError: no library is installed.
   """
   library, coco, coco_eval = _library()
+  names = {one["id"]: str(one.get("name", one["id"])) for one in ground_truth["categories"]}
   truth = {
     "images": [{"id": image["id"]} for image in ground_truth["images"]],
-    "categories": [
-      {"id": one["id"], "name": str(one.get("name", one["id"]))}
-      for one in ground_truth["categories"]
-    ],
+    "categories": [{"id": number, "name": name} for number, name in names.items()],
     "annotations": [_annotation(*one) for one in enumerate(ground_truth["annotations"], start=1)],
   }
   bounds = [0.0, *area_limits, _LARGEST_AREA]
@@ -116,7 +113,6 @@ def score(
     evaluation.accumulate()
   precision = np.asarray(evaluation.eval["precision"])[..., -1]
   recall = np.asarray(evaluation.eval["recall"])  # [thresholds, classes, areas, most]
-  names = {one["id"]: str(one.get("name", one["id"])) for one in ground_truth["categories"]}
   return Score(
     _metrics(precision, recall),
     {

@@ -48,15 +48,12 @@ class Config(base.Config):
 
   task: str = "detection"
   data: Data
-  frozen_stages: tuple[
-    Literal["stem", "c2", "c3", "c4", "c5"], ...
-  ] = ()  # of the backbone, such as ("stem", "c2"): not trained
-  figure_images: Annotated[int, NOT_NEGATIVE] = (
-    4  # validation images in the picture of what is found; 0: none
-  )
-  picture_every_epochs: Annotated[float, NOT_NEGATIVE] = (
-    0.0  # the same picture for TensorBoard, with evaluations
-  )
+  # Of the backbone, such as ("stem", "c2"): not trained.
+  frozen_stages: tuple[Literal["stem", "c2", "c3", "c4", "c5"], ...] = ()
+  # Validation images in the picture of what is found; 0: none.
+  figure_images: Annotated[int, NOT_NEGATIVE] = 4
+  # The same picture for TensorBoard, with evaluations; 0: never.
+  picture_every_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
 
   may_change: ClassVar[frozenset[str]] = base.Config.may_change | {
     "figure_images",

@@ -80,7 +80,7 @@ class Detection(Task):
   def num_classes(self) -> int:
     return self.source.num_classes if self._num_classes is None else self._num_classes
 
-  @property
+  @functools.cached_property
   def num_train(self) -> int:
     data, options = self.config.data, self._resizing
     images = boxes_pipeline.train_images(

@@ -30,8 +30,6 @@ class TaskPlace(typing.NamedTuple):
   task: str
 
 
-FOLDER = "folder:"  # begins `config.data.dataset` where that is an image folder
-
 # By the value of `config.task`. Tasks are built on this room, which therefore cannot import them.
 TASKS = {
   "classification": TaskPlace(
@@ -209,8 +207,8 @@ def located(config: Config) -> Config:
   """The configuration with absolute paths, so that the run can be used from any directory."""
   data = config.data
   dataset = data.dataset
-  if dataset.startswith(FOLDER):
-    dataset = FOLDER + disk.absolute(dataset.removeprefix(FOLDER))
+  if dataset.startswith(disk.FOLDER):
+    dataset = disk.FOLDER + disk.absolute(dataset.removeprefix(disk.FOLDER))
   data_dir = data.data_dir and disk.absolute(data.data_dir)
   data = dataclasses.replace(data, dataset=dataset, data_dir=data_dir)
   return dataclasses.replace(config, data=data)
@@ -220,8 +218,8 @@ def differences(new: Config, old: Config) -> list[str]:
   """Fields that make `new` another run than `old`, as "key: new value (was old value)"."""
   new_flat, old_flat = (flatten(json.loads(to_json(config))) for config in (new, old))
   for flat in (new_flat, old_flat):
-    if flat["data.dataset"].startswith(FOLDER):
-      flat["data.dataset"] = FOLDER  # it is known by what it holds, wherever it lies
+    if flat["data.dataset"].startswith(disk.FOLDER):
+      flat["data.dataset"] = disk.FOLDER  # it is known by what it holds, wherever it lies
   return [
     f"{key}: {new_flat.get(key)!r} (was {old_flat.get(key)!r})"
     for key in sorted(new_flat | old_flat)

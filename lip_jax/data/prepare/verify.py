@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lip_jax.data import imagenet, preprocess, tfrecord
+from lip_jax.data import disk, imagenet, preprocess, tfrecord
 from lip_jax.data.boxes import COCO, open_boxes
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import FolderImages, ImageFolder, first_few
@@ -120,7 +120,7 @@ def verify(
 
   if dataset.startswith(COCO):
     return verify_boxes.verify_boxes(dataset, None, decode, workers)
-  if dataset.startswith("folder:"):
+  if dataset.startswith(disk.FOLDER):
     return _verify_folder(dataset, decode, workers)
   root = None if data_dir is None else os.fspath(data_dir)
   if root is not None and "://" in root:
@@ -360,7 +360,7 @@ def _note_strangers(result: VerificationResult, builder: Any) -> None:
 
 
 def _verify_folder(dataset: str, decode: str, workers: int) -> VerificationResult:
-  folder = ImageFolder(dataset.removeprefix("folder:"))
+  folder = ImageFolder(dataset.removeprefix(disk.FOLDER))
   splits = {name: folder.images(name) for name in folder.splits}
   result = VerificationResult(dataset, folder.directory, len(folder.class_names))
   with (

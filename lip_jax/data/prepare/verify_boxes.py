@@ -3,13 +3,11 @@
 import concurrent.futures
 import dataclasses
 import glob
-import io
 import os
 import re
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from lip_jax.data import boxes, preprocess
@@ -26,7 +24,6 @@ from lip_jax.data.prepare.verify import (
 from lip_jax.errors import UsageError
 
 _PART = 500  # images that a thread takes at a time
-_ORIENTATION = 0x0112  # EXIF's tag
 
 
 @dataclasses.dataclass
@@ -124,20 +121,9 @@ def _check_images(source: BoxSource, start: int, decode: str, progress: tqdm) ->
       found.unreadable.append(
         f"{where} has {size[1]}x{size[0]} pixels as stored, its boxes are of {width}x{height}"
       )
-    if _is_turned(data):
+    if preprocess.orientation_of(data) != 1:
       found.turned.append(where)
   return found
-
-
-def _is_turned(data: bytes) -> bool:
-  """Whether an EXIF orientation says that the stored pixels are not upright."""
-  if b"Exif" not in data[:65536]:
-    return False
-  try:
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-      return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-  except (OSError, SyntaxError, ValueError):
-    return False
 
 
 def _add_split(
