@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixture_runs import with_weights, write_checkpoints
+from flax import nnx
 from PIL import Image
 
 import lip_jax
@@ -28,7 +29,7 @@ MODEL = {
   "fpn_channels": 8,
   "head_convs": 0,
 }
-LOUD = {"head.class_logits.kernel": 40.0}  # so that some scores are high
+LOUD = {"head.class_logits.kernel": 10.0}  # so that scores differ
 
 
 def make_detector(num_classes=2, **changes):
@@ -80,7 +81,7 @@ def test_a_run_is_loaded_with_what_it_says(place, loaded):
   assert list(ours) == list(theirs)
   for name, variable in theirs.items():
     np.testing.assert_array_equal(variable[...], ours[name][...], err_msg=name)
-  norms = [part for _, part in detector.iter_modules() if hasattr(part, "use_running_average")]
+  norms = [part for _, part in nnx.iter_modules(detector) if hasattr(part, "use_running_average")]
   assert norms
   assert all(norm.use_running_average for norm in norms)
   assert detector.mask_detection
@@ -144,7 +145,7 @@ def test_boxes_are_those_of_the_image_alone(place, loaded):
   """By hand: resized, normalized, detected, and back; the detector's own size is a bucket's."""
   detector, config = loaded
   paths = [place / f"images/{k}.jpg" for k in (0, 1, 0)]
-  found = list(prediction.predict(detector, config, paths, threshold=0.1))
+  found = list(prediction.predict(detector, config, paths, threshold=0.9))
   np.testing.assert_array_equal(found[0].boxes.boxes, found[2].boxes.boxes)
   height, width = fixture_boxes.SIZES[0]
   assert found[0].pixels.shape == (height, width, 3)
@@ -156,7 +157,7 @@ def test_boxes_are_those_of_the_image_alone(place, loaded):
   batch[0, : size[0, 0], : size[0, 1]] = resized
   images = normalize(jnp.asarray(batch), jnp.asarray(size), (128.0,) * 3, (64.0,) * 3)
   direct = jax.device_get(jax.jit(lambda x, s: detector.detect(x, s))(images, size))
-  keep = direct.valid[0] & (direct.scores[0] >= 0.1)
+  keep = direct.valid[0] & (direct.scores[0] >= 0.9)
   assert 0 < keep.sum() < 100
   np.testing.assert_allclose(found[0].boxes.scores, direct.scores[0][keep], rtol=0.05)
   np.testing.assert_allclose(found[0].boxes.boxes, direct.boxes[0][keep] / scale, atol=0.5)
@@ -182,7 +183,7 @@ def test_the_command(place, tmp_path, capsys):
   image, damaged = place / "images/0.jpg", tmp_path / "damaged.jpg"
   damaged.write_bytes(b"no picture")
   picture, values = tmp_path / "x.png", tmp_path / "d.json"
-  options = ("--threshold=.2", f"--output={picture}", "--json", values, "--importance")
+  options = ("--threshold=.9", f"--output={picture}", "--json", values, "--importance")
   status, out, err = predicted(capsys, place / "run", image, damaged, *options)
   assert (status, out) == (1, "")
   assert err.splitlines()[0].startswith(f"error: cannot read {damaged}: no whole JPEG")
@@ -192,7 +193,7 @@ def test_the_command(place, tmp_path, capsys):
   height, width = fixture_boxes.SIZES[0]
   scores = [one["score"] for one in first["boxes"]]
   assert scores == sorted(scores, reverse=True)
-  assert min(scores) >= 0.2
+  assert min(scores) >= 0.9
   for one in first["boxes"]:
     x1, y1, x2, y2 = one["box"]
     assert 0 <= x1 < x2 <= width
@@ -201,7 +202,7 @@ def test_the_command(place, tmp_path, capsys):
   with Image.open(picture) as drawn:
     wide = drawn.size[0]
   # The same without the option, in words and without importance.
-  options = ("--threshold=.2", f"--output={picture}")
+  options = ("--threshold=.9", f"--output={picture}")
   status, out, err = predicted(capsys, place / "run", image, *options)
   assert status == 0
   lines = out.splitlines()
