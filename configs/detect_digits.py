@@ -51,6 +51,5 @@ def get_config() -> ConfigDict:
   config.optim.clip_norm = 35.0
 
   config.log_every_steps = 20
-  config.eval_every_epochs = 1.0
   config.checkpoint_every_steps = 200
   return config
