@@ -45,14 +45,17 @@ def add_commands(commands: Any) -> None:
 
 
 class _File(argparse.Action):
-  """An option with or without a file, known by its ending: what else follows is an image."""
+  """An option with or without a file to write: a file of another ending that is there is an image.
+
+  So images may follow the option.
+  """
 
   def __init__(self, *args: Any, images: argparse.Action, ends: Sequence[str], **settings: Any):
     super().__init__(*args, **settings)
     self._images, self._ends = images, tuple(ends)
 
   def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-    if values and not values.lower().endswith(self._ends):
+    if values and not values.lower().endswith(self._ends) and Path(values).is_file():
       namespace.first_images = [*getattr(namespace, "first_images", ()), values]
       self._images.required = False
       values = self.const
@@ -85,6 +88,8 @@ def _check_outputs(images: Sequence[str], picture: str | None, text: str | None)
 
   if picture:
     figures.check_format(picture)
+  if text and not text.lower().endswith(".json"):
+    raise UsageError(f"cannot write {text}: its name must end in .json; give --json={text}.json")
   taken = {Path(image).resolve() for image in images}
   for path in (picture, text):
     if path and Path(path).resolve() in taken:
