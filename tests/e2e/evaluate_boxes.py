@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import lip_jax
@@ -23,6 +24,7 @@ from lip_jax.detection.config import Data
 from lip_jax.detection.evaluation import Evaluator
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
+from lip_jax.models import description
 from lip_jax.training import train_state
 
 
@@ -35,22 +37,32 @@ def main(port, index, count, *datasets):
   if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
   assert (jax.process_count(), jax.device_count()) == (count, 4)
-  detector = lip_jax.create_detector(
-    "retinanet",
-    backbone="resnet_small",
-    num_classes=2,
-    mask_padding=True,
-    rngs=nnx.Rngs(0),
-    width=4,
-    fpn_channels=8,
-    head_convs=0,
-  )
-  # Untrained, it finds as much as it may, with scores that rounding does not swap.
-  last = detector.head.class_logits
-  last.kernel.set_value(100 * last.kernel[...])
-  last.bias.set_value(jnp.zeros_like(last.bias[...]))
+  detector = untrained()
   detector.eval()
   print(json.dumps([evaluate(detector, dataset, index == count - 1) for dataset in datasets]))
+
+
+def untrained():
+  """A detector that finds as much as it may, with scores that rounding does not swap."""
+  detector = nnx.eval_shape(
+    lambda: lip_jax.create_detector(
+      "retinanet",
+      backbone="resnet_small",
+      num_classes=2,
+      mask_padding=True,
+      rngs=nnx.Rngs(0),
+      width=4,
+      fpn_channels=8,
+      head_convs=0,
+    )
+  )
+  rng = np.random.default_rng(0)
+  for name, variable in description.flat_variables(detector).items():
+    value = np.full(variable.shape, float(name.endswith((".scale", ".var"))))
+    if len(variable.shape) > 1:
+      value = rng.normal(0, 0.1, variable.shape)
+    variable.set_value(jnp.asarray(value, variable.dtype))
+  return detector
 
 
 def evaluate(detector, dataset, asked_to_stop):

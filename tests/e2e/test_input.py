@@ -69,7 +69,7 @@ def test_detections_and_their_metric_are_the_same_on_any_number_of_processes(tmp
   ((reference,),) = evaluate(1, dataset, script="evaluate_boxes.py")
   _, seen, metrics, stopped = reference
   assert metrics["count"] == seen == 23
-  assert 0.0001 < metrics["AP"] < 0.5
+  assert 0.001 < metrics["AP"] < 0.5
   assert stopped is None
   for process_count in (2, 4):
     more = [damaged] if process_count == 2 else []
