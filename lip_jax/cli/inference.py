@@ -53,6 +53,7 @@ def add_commands(commands: Any) -> None:
     "instances_val2017.json (default: what the data set says)",
     "--save-detections D": "of a detector: write what it finds, as COCO's results",
     "--detections D": "in place of PATH: what a detector found, to compare with --annotations",
+    "--curves OUT.png": "of a detector: draw precision over recall",
     "--json": "every digit, for machines",
   }
   add(evaluate, arguments)
@@ -85,11 +86,14 @@ def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def _evaluate(args: argparse.Namespace) -> None:
   try:
     from lip_jax.classification.evaluation import evaluate_loaded
+    from lip_jax.visualize import figures
   except ImportError as error:
     raise UsageError(f"evaluation needs lip-jax[train] ({error}); install it") from error
 
   if (args.path is None) == (args.detections is None):
     raise UsageError("give a network to evaluate, or --detections with --annotations")
+  if args.curves:
+    figures.check_format(args.curves)  # before the work
   if args.path is None:
     return _evaluate_files(args)
   with distributed.joined(args, log=False) as first, working("loading the network"):
@@ -97,7 +101,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     progress("compiling")
     if config["task"] == "detection":
       results = _evaluate_detector(args, model, config)
-    elif args.annotations or args.save_detections:
+    elif args.annotations or args.save_detections or args.curves:
       raise UsageError(f"{args.path} is no detector's run; leave out --annotations and such")
     else:
       given = select(args, "data_dir", "split", "batch_size", "crops")
@@ -122,7 +126,7 @@ def _evaluate_files(args: argparse.Namespace) -> None:
 
   if args.annotations is None:
     raise UsageError(f"--detections {args.detections} needs --annotations, the ground truth")
-  results = run_evaluation.evaluate_files(args.detections, args.annotations)
+  results = run_evaluation.evaluate_files(args.detections, args.annotations, curves=args.curves)
   _print_scores(results, as_json=args.json)
 
 
@@ -133,7 +137,8 @@ def _evaluate_detector(
 
   if args.data or args.crops:
     raise UsageError(f"{args.path} is a detector's run; leave out --data and --crops")
-  given = select(args, "data_dir", "split", "batch_size", "annotations", "save_detections")
+  names = ("data_dir", "split", "batch_size", "annotations", "save_detections", "curves")
+  given = select(args, *names)
   return run_evaluation.evaluate_loaded(model, config, **given)
 
 

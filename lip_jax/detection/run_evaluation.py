@@ -11,6 +11,8 @@ from flax import nnx
 
 from lip_jax.data.boxes import open_boxes
 from lip_jax.detection import coco_metric, result_files
+from lip_jax.detection.coco_metric import Score
+from lip_jax.detection.curves import draw_curves
 from lip_jax.detection.evaluation import Evaluator
 from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.distributed import sharding
@@ -29,6 +31,7 @@ def evaluate_loaded(
   batch_size: int | None = None,
   annotations: str | Path | None = None,
   save_detections: str | Path | None = None,
+  curves: str | Path | None = None,
 ) -> dict[str, Any]:
   """COCO's metric of what `lip_jax.load` gives, on all devices; all processes call it together.
 
@@ -38,9 +41,11 @@ def evaluate_loaded(
     batch_size: images at once, made a multiple of the devices; None: the run's.
     annotations: file with the ground truth; None: what the data set says.
     save_detections: where to write what is found, as COCO's results.
+    curves: picture file for precision over recall.
 
   Returns:
-    `coco_metric.NAMES`, "count" of images, "data", "ground_truth" and "library" by name, "step".
+    `coco_metric.NAMES`, "AP_by_class", "count" of images, "data", "ground_truth" and "library" by
+    name, "step".
 
   Raises:
     UsageError: there is no such data set, or its classes are others.
@@ -72,7 +77,7 @@ def evaluate_loaded(
     if save_detections is not None:
       result_files.write_results(save_detections, results)
     score = coco_metric.score(truth, results, area_limits=source.area_limits)
-    values = {**score.metrics, "library": score.library}
+    values = _report(score, curves)
   return {
     **sharding.gather(values)[0],
     "count": len(source),
@@ -82,17 +87,24 @@ def evaluate_loaded(
   }
 
 
-def evaluate_files(detections: str | Path, annotations: str | Path) -> dict[str, Any]:
+def evaluate_files(
+  detections: str | Path, annotations: str | Path, *, curves: str | Path | None = None
+) -> dict[str, Any]:
   """COCO's metric of detections in a file, without a network: as `evaluate_loaded`, but "step"."""
   truth = result_files.read_ground_truth(annotations)
   score = coco_metric.score(truth, result_files.read_results(detections, truth))
   return {
-    **score.metrics,
-    "library": score.library,
+    **_report(score, curves),
     "count": len(truth["images"]),
     "data": str(detections),
     "ground_truth": str(annotations),
   }
+
+
+def _report(score: Score, curves: str | Path | None) -> dict[str, Any]:
+  if curves is not None:
+    draw_curves(score, curves)
+  return {**score.metrics, "AP_by_class": score.by_class, "library": score.library}
 
 
 def _truth(annotations: str | Path, source: Any) -> dict[str, Any]:
