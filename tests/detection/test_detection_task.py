@@ -234,6 +234,11 @@ def test_a_run_and_what_it_found_are_evaluated_by_a_command(finished, dataset, t
   ("text", "message"),
   [
     ("{", "holds no detections"),
+    ("{}", "a JSON dict"),
+    (
+      '[{"image_id": 9223372036854775808, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]',
+      "d.json",
+    ),
     ('[{"image_id": 1}]', "'category_id'"),
     ('[{"image_id": 1.5, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]', "whole numbers"),
     ('[{"image_id": 99, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]', "image_id 99"),
