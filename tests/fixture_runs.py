@@ -28,7 +28,11 @@ _CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
 
 def make_model(salt=""):
   """A network with arbitrary weights, without the time that initialisation takes."""
-  model = abstract_model(NAME, num_classes=len(CLASSES), **OPTIONS)
+  return with_weights(abstract_model(NAME, num_classes=len(CLASSES), **OPTIONS), salt)
+
+
+def with_weights(model, salt=""):
+  """A network of shapes, with arbitrary weights in their place."""
   for key, variable in flat_variables(model).items():
     name = salt + key.replace("var", "running_var")
     variable.set_value(jnp.asarray(weight(name, variable.shape), variable.dtype))
@@ -60,12 +64,18 @@ def write_run(workdir, images, metrics):
   values["eval_batch_size"] = 8
   config = config_lib.from_dict(values)
   workdir.mkdir(parents=True)
-  (workdir / "config.json").write_text(config_lib.to_json(config))
   (workdir / class_names.FILE).write_text(class_names.to_json(CLASSES))
+  models = {step: make_model(str(step)) for step in metrics}
+  write_checkpoints(workdir, config, models, metrics, "top1")
+
+
+def write_checkpoints(workdir, config, models, metrics, best_metric):
+  """The configuration, and models and their validation results by step, of two groups."""
+  (workdir / "config.json").write_text(config_lib.to_json(config))
   optimizer = optim.optimizer(config.optim, optax.constant_schedule(0.0))
-  with Checkpoints(workdir, best_metric="top1") as checkpoints:
+  with Checkpoints(workdir, best_metric=best_metric) as checkpoints:
     for step, result in metrics.items():
-      params, batch_stats = train_state.split(make_model(str(step)))
+      params, batch_stats = train_state.split(models[step])
       batch_stats = jax.tree.map(lambda stat: jnp.stack([stat, stat]), batch_stats)  # two groups
       state = TrainState(jnp.int32(step), params, batch_stats, optimizer.init(params))
       state = jax.device_put(state, sharding.replicated(sharding.make_mesh()))

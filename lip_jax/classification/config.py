@@ -1,9 +1,16 @@
 """What a training of a classifier is configured by, beside what every training has."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
+from etils import epath
+from flax import nnx
+from flax.typing import Dtype
+
 from lip_jax.errors import UsageError
+from lip_jax.export import class_names
+from lip_jax.models import description
 from lip_jax.training import config as base
 from lip_jax.training.config import NOT_NEGATIVE, POSITIVE, Bound
 
@@ -111,6 +118,15 @@ class Config(base.Config):
       "mean": list(self.data.mean),
       "std": list(self.data.std),
     }
+
+  def network(
+    self, shapes: Mapping[str, tuple[int, ...]], where: str, dtype: Dtype
+  ) -> tuple[nnx.Module, int]:
+    classes = description.count_classes(shapes, where)
+    return description.build(self.model, classes, where, dtype), classes
+
+  def known(self, workdir: epath.Path, num_classes: int) -> dict[str, Any]:
+    return {"class_names": class_names.of_run(workdir, self, num_classes)}
 
   def check(self) -> None:
     super().check()

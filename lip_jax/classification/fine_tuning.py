@@ -25,7 +25,7 @@ def start_from(
   Raises:
     UsageError: there is no such network, or its arrays are not those of the run's network.
   """
-  model, found = loading.load(path)
+  model, found = loading.load_classifier(path)
   same_classes = found["num_classes"] == len(classes) and (
     found["class_names"] in (None, class_names.for_people(classes))
   )

@@ -10,12 +10,34 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lip_jax import __version__
-from lip_jax.cli import compile, convert, data, doctor, export, inference, tables, train, visualize
+from lip_jax.cli import (
+  compile,
+  convert,
+  data,
+  doctor,
+  export,
+  inference,
+  prediction,
+  tables,
+  train,
+  visualize,
+)
 from lip_jax.errors import UsageError, printable
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
 # that --help and mistakes are answered at once.
-_COMMANDS = (train, inference, visualize, tables, convert, export, data, doctor, compile)
+_COMMANDS = (
+  train,
+  inference,
+  prediction,
+  visualize,
+  tables,
+  convert,
+  export,
+  data,
+  doctor,
+  compile,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

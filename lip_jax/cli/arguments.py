@@ -47,6 +47,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
   "K": int,
   "Q": int,
   "RATE": float,
+  "SCORE": float,
   "SECONDS": float,
 }
 

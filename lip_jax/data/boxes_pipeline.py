@@ -64,6 +64,17 @@ def resized(
   return np.maximum((sizes * scales[:, None] + 0.5).astype(np.int64), 1), scales
 
 
+def resize(image: np.ndarray, short_side: float, long_side: float) -> tuple[np.ndarray, float]:
+  """(image uint8 [H', W', 3], factor): as `resized` says, bilinear, without antialiasing.
+
+  Args:
+    image: uint8 [H, W, 3].
+  """
+  sizes, scales = resized(np.array([image.shape[:2]]), short_side, long_side)
+  height, width = sizes[0].tolist()
+  return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), float(scales[0])
+
+
 def assign_buckets(
   source: BoxSource, buckets: Sequence[str], short_side: float, long_side: float
 ) -> np.ndarray:
@@ -252,16 +263,15 @@ class _Resize:
         f"{annotated[1]}x{annotated[0]} pixels"
         + (", turned as its EXIF orientation says" if stored == annotated[::-1] else "")
       )
-    sizes, scales = resized(np.array([stored]), *self._sides)
-    height, width = sizes[0].tolist()
-    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    image, scale = resize(image, *self._sides)
+    height, width = image.shape[:2]
     out = row["image"]
     out[:height, :width] = image[:, ::-1] if flip else image
     out[height:] = 0
     out[:height, width:] = 0
     row["size"][...] = height, width
     row["image_id"][...] = example["image_id"]
-    return float(scales[0])
+    return scale
 
 
 class _TrainBoxes(_Resize):

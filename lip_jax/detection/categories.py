@@ -33,11 +33,18 @@ def to_json(category_ids: Sequence[int]) -> str:
   return json.dumps({_KEY: list(category_ids)}) + "\n"
 
 
-def read(workdir: epath.Path) -> list[int] | None:
+def classes(category_ids: Sequence[int], preset: Preset, num_outputs: int) -> np.ndarray:
+  """The class of a data set for each output of a network, int32 [num_outputs]; -1: of none."""
+  found = np.full(num_outputs, -1, np.int32)
+  found[outputs(category_ids, preset)] = np.arange(len(category_ids))
+  return found
+
+
+def read(workdir: epath.Path, num_classes: int) -> list[int] | None:
   """The ids in a run's `categories.json`, in the order of its classes; None without such a file.
 
   Raises:
-    UsageError: the file is damaged.
+    UsageError: the file is damaged, or is not of so many classes.
   """
   path = workdir / FILE
   text = read_text(path)
@@ -45,6 +52,8 @@ def read(workdir: epath.Path) -> list[int] | None:
     return None
   ids: Any = parse_json(text, str(path)).get(_KEY)
   whole = isinstance(ids, list) and all(type(one) is int for one in ids)
-  if not whole or len(set(ids)) != len(ids):
-    raise UsageError(f"{path} is damaged: expected different whole numbers; copy the run again")
+  if not whole or len(set(ids)) != num_classes or len(ids) != num_classes:
+    raise UsageError(
+      f"{path} is damaged: expected {num_classes} different whole numbers; copy the run again"
+    )
   return ids

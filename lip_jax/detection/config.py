@@ -1,10 +1,18 @@
 """What a training of a detector is configured by, beside what every training has."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+from etils import epath
+from flax import nnx
+from flax.typing import Dtype
+
 from lip_jax.data.buckets import parse_buckets
+from lip_jax.detection import categories, registry
 from lip_jax.errors import UsageError
+from lip_jax.export import class_names, validation
+from lip_jax.models import description
 from lip_jax.training import config as base
 from lip_jax.training.config import NOT_NEGATIVE, POSITIVE
 
@@ -71,6 +79,20 @@ class Config(base.Config):
       "long_side": data.long_side,
       "mean": list(data.mean),
       "std": list(data.std),
+    }
+
+  def network(
+    self, shapes: Mapping[str, tuple[int, ...]], where: str, dtype: Dtype
+  ) -> tuple[nnx.Module, int]:
+    classes = registry.count_classes(self.model, shapes, where)
+    return description.build(self.model, classes, where, dtype, registry.abstract_detector), classes
+
+  def known(self, workdir: epath.Path, num_classes: int) -> dict[str, Any]:
+    names = class_names.read(workdir)
+    where = str(workdir / class_names.FILE)
+    return {
+      "class_names": validation.check_class_names(names, num_classes, where),
+      "category_ids": categories.read(workdir, num_classes),
     }
 
   def check(self) -> None:

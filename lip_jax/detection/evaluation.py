@@ -19,6 +19,7 @@ from lip_jax.detection import categories, coco_metric
 from lip_jax.detection.coco_metric import Results
 from lip_jax.detection.config import Data
 from lip_jax.detection.inputs import normalize
+from lip_jax.detection.prediction import looker
 from lip_jax.detection.presets import Preset
 from lip_jax.distributed import sharding
 from lip_jax.training import evaluation, train_state
@@ -114,9 +115,8 @@ class Evaluator:
     self._mesh = mesh
     self._num_figures = num_figures
     self._step: Any = jitted_step(data, graph, mesh)
-    outputs = categories.outputs(source.category_ids, preset)
-    self._labels = np.full(outputs.max() + 1, -1)  # of the data set, by a network's output
-    self._labels[outputs] = np.arange(len(outputs))
+    outputs = preset.outputs(len(source.category_ids))
+    self._labels = categories.classes(source.category_ids, preset, outputs)
 
   def __call__(
     self, params: Tree, batch_stats: Tree, stop: Callable[[], bool] = lambda: False
@@ -183,9 +183,7 @@ class Evaluator:
     data = self._data
     sizes = batch["size"][rows]
     images = normalize(jnp.asarray(batch["image"][rows]), jnp.asarray(sizes), data.mean, data.std)
-    found = jax.device_get(jax.jit(nnx.merge(*nnx.split(model)).detect)(images, sizes))
-    maps = visualize.importance_maps(model.backbone, images)
-    importance = visualize.pixel_importance(maps, model.backbone, batch["image"].shape[1:3])
+    found, importance = looker(model)(images, sizes)
     by_id = {int(key): index for index, key in enumerate(self._source.table.image_ids)}
     pictures = []
     for k, row in enumerate(rows):
@@ -211,7 +209,7 @@ class Evaluator:
     corners = found["boxes"].astype(np.float64) / found["scale"][:, None, None]
     corners = np.clip(corners, 0, np.concatenate([width, height] * 2, axis=1)[:, None])
     boxes = np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=2)
-    labels = self._labels[np.minimum(found["labels"], len(self._labels) - 1)]
+    labels = self._labels[found["labels"]]
     valid = found["valid"] & (labels >= 0)
     ids = np.broadcast_to(found["image_id"][:, None], valid.shape)
     return Results(

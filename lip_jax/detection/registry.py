@@ -1,6 +1,7 @@
 """Detectors by name."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.detection import presets
+from lip_jax.detection.anchors import ANCHORS
 from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.errors import UsageError
 from lip_jax.models import create_model
+from lip_jax.models.description import check_num_classes
 
 _DETECTORS = {"retinanet": RetinaNet}
 
@@ -76,3 +79,27 @@ def create_detector(
     rngs=rngs,
     **{option: value for option, value in options.items() if option in own},
   )
+
+
+def abstract_detector(name: str, *, mask_padding: bool = True, **options: Any) -> Any:
+  """The detector that a training run makes of a description, with shapes in place of arrays.
+
+  Unlike `create_detector` it computes each image as if it were alone unless told otherwise.
+  """
+  return nnx.eval_shape(
+    lambda: create_detector(name, mask_padding=mask_padding, rngs=nnx.Rngs(0), **options)
+  )
+
+
+def count_classes(
+  model: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> int:
+  """Number of classes of the detector of a description, by the shapes of its weights.
+
+  Raises:
+    UsageError: it has no such weights.
+  """
+  preset = presets.find(str(model.get("preset", "mmdet1")))
+  bias = shapes.get("head.class_logits.bias") or (0,)
+  outputs = bias[0] // ANCHORS["retinanet", preset.name].per_cell
+  return check_num_classes(80 if outputs == preset.outputs(80) else outputs, where)

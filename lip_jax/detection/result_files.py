@@ -34,6 +34,8 @@ def read_results(path: str | Path, ground_truth: Mapping[str, Any]) -> Results:
   """
   try:
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(rows, list):
+      raise ValueError(f"a JSON {type(rows).__name__}")
     columns = [[row[key] for row in rows] for key in _KEYS]
     ids, categories, boxes, scores = (np.array(column) for column in columns)
     whole = all(type(one) is int for column in columns[:2] for one in column)
@@ -45,7 +47,7 @@ def read_results(path: str | Path, ground_truth: Mapping[str, Any]) -> Results:
     )
   except OSError as error:
     raise UsageError(f"cannot read the detections in {path}: {error.strerror}") from None
-  except (KeyError, TypeError, ValueError, RecursionError) as error:
+  except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
     raise UsageError(
       f"{path} holds no detections ({type(error).__name__}: {error}); expected a JSON list of "
       f"objects with {', '.join(_KEYS)}"

@@ -32,6 +32,7 @@ Targets = Mapping[str, jax.Array]
 _STAGES = ("c3", "c4", "c5")
 _NORMAL = nnx.initializers.normal(0.01)
 _STDS = (1, 1, 1, 1)
+_MOST_CONVS = 100  # of a tower: far above any detector's
 
 
 class Outputs(NamedTuple):
@@ -132,6 +133,8 @@ class RetinaNet(nnx.Module):
   ):
     layers.check_sizes(num_classes=num_outputs, fpn_channels=fpn_channels)
     layers.check_sizes(least=0, head_convs=head_convs)
+    if head_convs > _MOST_CONVS:
+      raise UsageError(f"head_convs must be at most {_MOST_CONVS}, got {head_convs}")
     rules = preset.retinanet
     channels, strides = _stages(backbone)
     self.backbone = backbone

@@ -200,7 +200,7 @@ class Detection(Task):
     if str(path).endswith(_PYTORCH):
       model, found = loading.load_file(path, backbone)
     else:
-      model, found = loading.load(path)
+      model, found = loading.load_classifier(path)
     state = initial_weights.fill(
       state,
       model,

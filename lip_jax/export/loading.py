@@ -15,8 +15,11 @@ from lip_jax.errors import UsageError
 from lip_jax.export import folders, hub, validation
 from lip_jax.models import description
 
+_NETWORK = ("model", "num_classes", "preprocess", "class_names")  # of what `load` says
+
 if TYPE_CHECKING:
   from lip_jax.training.checkpoint.checkpoints import Checkpoints
+  from lip_jax.training.config import Config
 
 
 def load(
@@ -39,12 +42,15 @@ def load(
   Returns:
     (model, config). Whatever the path, config has
 
-    - "model": name and options of `create_model`;
-    - "num_classes": number of logits;
+    - "task": "classification", or "detection" for a detector, of a training run;
+    - "model": name and options of `create_model`, or of `create_detector`;
+    - "num_classes": number of logits, or of a detector's classes;
     - "preprocess": how images are prepared: the shorter side is resized to "resize" pixels, the
       central "image_size" pixels are cut out, and "mean" and "std", three numbers for RGB in
-      [0, 255], are subtracted and divided by; None where it is not known;
+      [0, 255], are subtracted and divided by; None where it is not known. For a detector: as large
+      as it can be with a shorter side up to "short_side" and a longer one up to "long_side";
     - "class_names": in the order of the logits; None where they are not known;
+    - "category_ids": for a detector alone: the classes' ids in annotation files, or None;
     - "evaluation": "data" (its name), "count" of images and the task's metrics, such as "top1",
       "top5" and "loss", if it was evaluated; or None;
     - "data": "dataset", "data_dir" and "validation_split" of a training run; else None;
@@ -75,14 +81,21 @@ def load(
   return model, _config(values, "exported folder", str(Path(path).resolve()))
 
 
-def task_of(path: str | Path) -> str | None:
-  """The task that a training run is of; None if there is no run at `path`."""
-  run = None if "://" in str(path) else folders.find_run(path)
-  if run is None and not str(path).startswith("gs://"):
-    return None
-  from lip_jax.training import config as config_lib
+def load_classifier(
+  path: str | Path, *, dtype: Dtype | None = jnp.float32
+) -> tuple[nnx.Module, dict[str, Any]]:
+  """As `load`, for what is done with classifiers only.
 
-  return config_lib.load(run[0] if run else str(path)).task
+  Raises:
+    UsageError: also for a detector.
+  """
+  model, config = load(path, dtype=dtype)
+  if config["task"] != "classification":
+    raise UsageError(
+      f"{path} is a run of {config['task']}, and this takes classifiers only; detectors can be "
+      "loaded, evaluated and used to predict"
+    )
+  return model, config
 
 
 def load_file(
@@ -113,7 +126,6 @@ def _load_run(
   run: Path | str, step: str | None, dtype: Dtype | None
 ) -> tuple[nnx.Module, dict[str, Any]]:
   try:
-    from lip_jax.export import class_names
     from lip_jax.training import config as config_lib
     from lip_jax.training.checkpoint.checkpoints import Checkpoints
     from lip_jax.training.workdir import absolute
@@ -123,8 +135,6 @@ def _load_run(
       "lip-jax[train], or export the run where it was trained and load that folder"
     ) from error
   config = config_lib.load(run)
-  if config.task != "classification":
-    raise UsageError(f"{run} is a run of {config.task}; classifiers alone can be loaded so far")
   if isinstance(run, Path):
     validation.check_links(run / "checkpoints")
   with Checkpoints(run, read_only=True) as checkpoints:
@@ -132,23 +142,25 @@ def _load_run(
     number = checkpoints.resolve(step or best)
     metrics = checkpoints.metrics(number)
     model, classes = _read_checkpoint(
-      checkpoints, number, config.model, jnp.dtype(config.dtype if dtype is None else dtype)
+      checkpoints, number, config, jnp.dtype(config.dtype if dtype is None else dtype)
     )
   data = config.data
   values: dict[str, Any] = {
     "model": dict(config.model),
     "num_classes": classes,
     "preprocess": config.preprocess(),
-    "class_names": class_names.of_run(absolute(run), config, classes),
+    **config.known(absolute(run), classes),
   }
   if metrics:
     values["evaluation"] = {**metrics, "data": f"{data.dataset} {data.validation_split}"}
   images = {key: getattr(data, key) for key in ("dataset", "data_dir", "validation_split")}
-  return model, _config(values, "training run", str(run), data=images, step=number)
+  more = {key: value for key, value in values.items() if key not in ("evaluation", *_NETWORK)}
+  known = _config(values, "training run", str(run), data=images, step=number)
+  return model, {**known, "task": config.task, **more}
 
 
 def _read_checkpoint(
-  checkpoints: "Checkpoints", step: int, options: Mapping[str, Any], dtype: Dtype
+  checkpoints: "Checkpoints", step: int, config: "Config", dtype: Dtype
 ) -> tuple[nnx.Module, int]:
   """The network of a checkpoint in evaluation mode, and its number of classes."""
   from lip_jax.training import train_state
@@ -164,13 +176,12 @@ def _read_checkpoint(
   # Statistics have an axis of batch-norm groups in front.
   found |= {name: (array.shape[1:], array.dtype.name) for name, array in batch_stats.items()}
   shapes = {name: shape for name, (shape, _) in found.items()}
-  classes = description.count_classes(shapes, str(where))
-  model = description.build(options, classes, str(where), dtype)
+  model, classes = config.network(shapes, str(where), dtype)
   variables = description.flat_variables(model)
   description.check_weights(
     found,
     variables,
-    f"{where} does not fit {options['name']} as the run's config.json describes it",
+    f"{where} does not fit {config.model['name']} as the run's config.json describes it",
   )
   params, batch_stats = checkpoints.restore_weights(step)
   for tree in (params, train_state.averaged(batch_stats)):
@@ -187,7 +198,8 @@ def _config(values: Mapping[str, Any], kind: str, path: str, **known: Any) -> di
   complete = isinstance(results, Mapping) and {"data", "count"} <= set(results)
   step = (values.get("source") or {}).get("step", known.get("step"))
   return {
-    **{key: values.get(key) for key in ("model", "num_classes", "preprocess", "class_names")},
+    "task": "classification",
+    **{key: values.get(key) for key in _NETWORK},
     "data": known.get("data"),
     "evaluation": results if complete else None,
     "source": {"kind": kind, "path": path, "step": step, "revision": known.get("revision")},

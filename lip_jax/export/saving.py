@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.export import destination, folders, inference, stablehlo_onnx, validation
+from lip_jax.export import destination, folders, inference, loading, stablehlo_onnx, validation
 from lip_jax.models.description import flat_variables
 from lip_jax.training.json_files import read_json
 
@@ -78,12 +77,12 @@ def write(
   if form == "folder":
     folders.check_free(out, overwrite=overwrite)
     results = None if evaluation is None else _read_evaluation(Path(evaluation))
-    model, config = lip_jax.load(source)
+    model, config = loading.load_classifier(source)
     return _write_folder(out, model, config, jnp.dtype(dtype), image_size, results)
   if evaluation is not None:
     raise UsageError("an evaluation can be kept in a folder only; leave it out")
   destination.check_file(out, overwrite=overwrite)
-  model, config = lip_jax.load(source, dtype=jnp.dtype(dtype))
+  model, config = loading.load_classifier(source, dtype=jnp.dtype(dtype))
   config = {**config, "source": folders.public_source(config)}
   return _write_file(out, form, inference.prepare(model, config, image_size))
 

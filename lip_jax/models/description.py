@@ -3,7 +3,7 @@
 Nothing in a description is trusted: what it says is bounded before a network is built from it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -64,9 +64,16 @@ def count_classes(shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
 
 
 def build(
-  model: Mapping[str, Any], num_classes: int, where: str, dtype: Dtype = jnp.float32
+  model: Mapping[str, Any],
+  num_classes: int,
+  where: str,
+  dtype: Dtype = jnp.float32,
+  make: Callable[..., Any] = abstract_model,
 ) -> nnx.Module:
   """The network of a description that was checked, with shapes in place of arrays.
+
+  Args:
+    make: what makes it, of its name, num_classes, dtype and options.
 
   Raises:
     UsageError: there is no such network; `where` its description stands.
@@ -79,7 +86,7 @@ def build(
       f"{where}: {', '.join(reserved)} is not among the options of a model; leave it out"
     )
   try:
-    return abstract_model(name, num_classes=num_classes, dtype=dtype, **options)
+    return make(name, num_classes=num_classes, dtype=dtype, **options)
   except UsageError:
     raise
   except Exception as error:  # options of a wrong type can raise anything

@@ -16,6 +16,10 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+from etils import epath
+from flax import nnx
+from flax.typing import Dtype
+
 from lip_jax.data import disk
 from lip_jax.errors import UsageError
 from lip_jax.models.description import check_model
@@ -143,6 +147,28 @@ class Config:
   def preprocess(self) -> dict[str, Any] | None:
     """How inputs are prepared in evaluation, for who loads the network; None: there is no more."""
     return None
+
+  def network(
+    self, shapes: Mapping[str, tuple[int, ...]], where: str, dtype: Dtype
+  ) -> tuple[nnx.Module, int]:
+    """The run's network with shapes in place of arrays, and how many classes it has.
+
+    Args:
+      shapes: of its weights and statistics, by their paths in the network.
+      where: they are kept, for errors.
+
+    Raises:
+      UsageError: no network is described, or the task's cannot be loaded.
+    """
+    raise UsageError(f"{where} is of a run of {self.task}, whose networks cannot be loaded")
+
+  def known(self, workdir: epath.Path, num_classes: int) -> dict[str, Any]:
+    """What else a network of the run in `workdir` is to be used with, such as "class_names".
+
+    Raises:
+      UsageError: the task's files there are damaged.
+    """
+    return {"class_names": None}
 
   def check(self) -> None:
     """Raises UsageError for values that no run can have."""

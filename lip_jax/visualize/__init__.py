@@ -25,7 +25,12 @@ from lip_jax.visualize.figures import (
   save_figure,
 )
 from lip_jax.visualize.grids import Grid, feature_grids, layer_grids, to_input
-from lip_jax.visualize.importance import importance_maps, pixel_importance, window_importance
+from lip_jax.visualize.importance import (
+  importance_maps,
+  pixel_importance,
+  window_importance,
+  with_importance,
+)
 from lip_jax.visualize.robustness import (
   DeletionCurve,
   deletion_curve,
@@ -65,4 +70,5 @@ __all__ = [
   "shift_consistency",
   "to_input",
   "window_importance",
+  "with_importance",
 ]

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import lip_jax
 from lip_jax.errors import UsageError, printable
-from lip_jax.export import class_names
+from lip_jax.export import class_names, loading
 from lip_jax.ops.images import normalize
 from lip_jax.visualize import robustness
 from lip_jax.visualize.attribution import attend, class_activation_maps
@@ -88,7 +87,8 @@ def load_networks(paths: Sequence[str], names: Sequence[str] | None = None) -> l
   if len(names) != len(paths):
     raise UsageError(f"{len(names)} names for {len(paths)} networks; give one for each")
   networks = [
-    Network(name, path, *lip_jax.load(path)) for name, path in zip(names, paths, strict=True)
+    Network(name, path, *loading.load_classifier(path))
+    for name, path in zip(names, paths, strict=True)
   ]
   for network in networks:
     missing = {"image_size", "resize", "mean", "std"} - set(network.config.get("preprocess") or ())

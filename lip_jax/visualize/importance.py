@@ -24,13 +24,22 @@ def importance_maps(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array
     [N, H', W'] at the resolution of what the layer pools, scaled so that each map has a mean of
     one; in the order of the computation. Empty for a model without LIP.
   """
+  return with_importance(model, lambda copy, images: copy(images))(images)[1]
 
-  def importance(layer: LIP, logits: jax.Array) -> jax.Array:
-    logits = logits.astype(jnp.float32)
-    values = jnp.exp(logits - logits.max(axis=(1, 2, 3), keepdims=True)).mean(axis=3)
-    return values / values.mean(axis=(1, 2), keepdims=True)
 
-  return _of_each_layer(model, images, importance)
+def with_importance(
+  model: nnx.Module, function: Callable[..., Any]
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+  """`function(model, *inputs)`, compiled, and the importance of the LIP layers in it.
+
+  Args:
+    model: in eval mode.
+
+  Returns:
+    A function of `inputs`, that is compiled once for each shape of them. It gives what `function`
+    gives, and maps as of `importance_maps`, by the layers' paths in the model.
+  """
+  return _watched(model, function, _importance)
 
 
 def window_importance(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
@@ -48,7 +57,7 @@ def window_importance(model: nnx.Module, images: jax.Array) -> dict[str, jax.Arr
     pool = SoftPool(window=layer.window, stride=layer.stride, padding=layer.padding)
     return pool.importance(logits)
 
-  return _of_each_layer(model, images, shares)
+  return _watched(model, lambda copy, images: copy(images), shares)(images)[1]
 
 
 def pixel_importance(
@@ -82,21 +91,32 @@ def main_layers(maps: Mapping[str, Any]) -> dict[str, Any]:
   return {name: values for name, values in maps.items() if not name.endswith("shortcut_pool")}
 
 
-def _of_each_layer(
-  model: nnx.Module, images: jax.Array, function: Callable[[LIP, jax.Array], jax.Array]
-) -> dict[str, jax.Array]:
-  """`function` of each LIP layer and its logits, by the layer's path."""
+def _importance(layer: LIP, logits: jax.Array) -> jax.Array:
+  logits = logits.astype(jnp.float32)
+  values = jnp.exp(logits - logits.max(axis=(1, 2, 3), keepdims=True)).mean(axis=3)
+  return values / values.mean(axis=(1, 2), keepdims=True)
+
+
+def _watched(
+  model: nnx.Module,
+  function: Callable[..., Any],
+  of_layer: Callable[[LIP, jax.Array], jax.Array],
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+  """`function`, and beside what it gives `of_layer` of each LIP layer and its logits, by path."""
   graph, state = nnx.split(model)
+  order: list[str] = []  # the same for all shapes of inputs
 
   @jax.jit
-  def run(state, images):
+  def run(state: Any, *inputs: Any) -> tuple[Any, list[jax.Array]]:
     copy = nnx.merge(graph, state, copy=True)
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(copy)}
     with record_logits() as records:
-      copy(images)
-    order.extend(paths[id(layer)] for layer, _ in records)
-    return [function(layer, logits) for layer, logits in records]
+      result = function(copy, *inputs)
+    order[:] = [paths[id(layer)] for layer, _ in records]
+    return result, [of_layer(layer, logits) for layer, logits in records]
 
-  order: list[str] = []
-  values = run(state, images)
-  return dict(zip(order, values, strict=True))
+  def watched(*inputs: Any) -> tuple[Any, dict[str, jax.Array]]:
+    result, values = run(state, *inputs)
+    return result, dict(zip(order, values, strict=True))
+
+  return watched

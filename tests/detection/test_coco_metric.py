@@ -1,7 +1,9 @@
 """COCO's metric against reference values, and on what a run may meet."""
 
+import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -59,6 +61,59 @@ def test_images_without_detections_count():
   found = results_of([{**one, "score": 0.9} for one in boxes(1, [3])])
   assert coco_metric.score(expected, found).metrics["AP"] == pytest.approx(51 / 101)
   assert coco_metric.score(expected, NOTHING).metrics["AP"] == 0
+
+
+def test_images_without_detections_lower_it():
+  """100 objects in 33 images with one detection each, 50 in 17 images without."""
+  counts = [4] + [3] * 48 + [2]
+  objects = [boxes(image, [3] * count) for image, count in enumerate(counts)]
+  right = [33, 30, 27, 24, 21, 18, 12, 7, 4, 2]  # detections at an IoU of 0.5, 0.55, ...
+  found = []
+  for image in range(33):
+    iou = 0.47 + 0.05 * sum(count > image for count in right)
+    x, y, width, height = objects[image][0]["bbox"]
+    box = [x, y, width * iou, height]
+    found.append({"image_id": image, "category_id": 3, "bbox": box, "score": 0.9})
+  for images, expected in ((33, 0.186), (50, 0.126)):
+    ground_truth = truth([*itertools.chain(*objects[:images])], range(images))
+    ap = coco_metric.score(ground_truth, results_of(found)).metrics["AP"]
+    assert round(ap, 3) == expected
+
+
+def test_five_thousand_images_take_seconds():
+  """As many as COCO's validation images, objects and classes, with 100 detections each."""
+  rng = np.random.default_rng(0)
+  images, objects, most = 5000, 36781, 100
+
+  def random_boxes(count):
+    sizes = np.exp(rng.uniform(np.log(6), np.log(300), (count, 2)))
+    return np.concatenate([rng.uniform(0, 1, (count, 2)) * (640 - sizes), sizes], axis=1)
+
+  where, labels = rng.integers(0, images, objects), rng.integers(1, 81, objects)
+  rows = zip(where.tolist(), labels.tolist(), random_boxes(objects).tolist(), strict=True)
+  ground_truth = {
+    "images": [{"id": image} for image in range(images)],
+    "categories": [{"id": label, "name": str(label)} for label in range(1, 81)],
+    "annotations": [
+      {"image_id": image, "category_id": label, "bbox": box} for image, label, box in rows
+    ],
+  }
+  number = images * most
+  found = Results(
+    np.repeat(np.arange(images), most),
+    rng.integers(1, 81, number),
+    random_boxes(number),
+    rng.uniform(0.05, 1, number),
+  )
+  # Some are right: the first of each image that has an object.
+  first = np.unique(where, return_index=True)[1]
+  found.boxes[where[first] * most] = [ground_truth["annotations"][k]["bbox"] for k in first]
+  found.category_ids[where[first] * most] = labels[first]
+  start = time.perf_counter()
+  metrics = coco_metric.score(ground_truth, found).metrics
+  seconds = time.perf_counter() - start
+  assert 0 < metrics["AP"] < 0.2
+  assert seconds < 5
 
 
 def test_without_objects_nothing_is_defined_and_all_is_json():

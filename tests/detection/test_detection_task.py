@@ -220,14 +220,25 @@ def test_a_run_and_what_it_found_are_evaluated_by_a_command(finished, dataset, t
   assert found["ground_truth"] == annotations
   assert found["count"] == COUNT
   np.testing.assert_allclose(found["AP"], result.metrics["AP"], atol=1e-3)
-  again = evaluated(capsys, "--detections", tmp_path / "d.json", "--annotations", annotations)
+  assert found["AP"] == pytest.approx(np.mean(list(found["AP_by_class"].values())))
+  picture = tmp_path / "curves.png"
+  files = ("--detections", tmp_path / "d.json", "--annotations", annotations)
+  again = evaluated(capsys, *files, "--curves", picture)
   assert all(again[name] == found[name] for name in coco_metric.NAMES)
+  assert picture.read_bytes().startswith(b"\x89PNG")
+  assert cli.main(["evaluate", *map(str, files), "--curves", "c.jpeg"]) == 1
+  assert "must end in .png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
   ("text", "message"),
   [
     ("{", "holds no detections"),
+    ("{}", "a JSON dict"),
+    (
+      '[{"image_id": 9223372036854775808, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]',
+      "d.json",
+    ),
     ('[{"image_id": 1}]', "'category_id'"),
     ('[{"image_id": 1.5, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]', "whole numbers"),
     ('[{"image_id": 99, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]', "image_id 99"),

@@ -39,7 +39,7 @@ def test_all_start_alike_and_name_one_repository():
     assert f"colab.research.google.com/github/{repository}/blob/main/colab/{name}.ipynb" in text
     starts.add(install)
     repositories.add(repository)
-  assert len(NAMES) == 4
+  assert len(NAMES) == 5
   assert len(starts) == len(repositories) == 1
 
 
@@ -50,10 +50,10 @@ def execute(tmp_path_factory):
   Returns: name -> (folder, what its cells have printed).
   """
   folder = tmp_path_factory.mktemp("colab")
-  prepare_digits(folder / "tfds", "tiny")
-  (folder / "tfds" / "cluttered_digits" / "tiny").rename(
-    folder / "tfds" / "cluttered_digits" / "classify"
-  )
+  for name in ("classify", "detect_small"):
+    prepare_digits(folder / "tfds", f"{name}_tiny", like=name)
+    made = folder / "tfds" / "cluttered_digits" / f"{name}_tiny"
+    made.rename(made.with_name(name))
   environment = {
     **os.environ,
     "LIP_JAX_SMALL": "1",
@@ -129,4 +129,14 @@ def test_your_own_logit_module(execute):
   for name in ("average", "projection", "neighbours"):
     assert 0 <= percent(f"{name:12} top-1:", printed) <= 100
   assert is_picture(folder / "neighbours.png")
+  assert len(shown) == 2
+
+
+@pytest.mark.slow
+def test_detect_small_objects(execute):
+  folder, printed, shown = execute("detect_small_objects")
+  assert "20 validation images of the digits 0, 1, 2, 3" in printed
+  assert re.search(r"AP: -?\d\.\d{3}, of small digits: -?\d\.\d{3}", printed)
+  assert all(is_picture(folder / f"{name}.png") for name in ("images", "found"))
+  assert is_picture(folder / "runs" / "detect_digits" / "detections.png")
   assert len(shown) == 2

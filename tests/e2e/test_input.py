@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fixture_boxes
 import fixture_numbered
 import pytest
 import read_numbered
@@ -26,16 +27,13 @@ def start(script, *arguments, **options):
   return subprocess.Popen(command, env=environment, text=True, **options)
 
 
-def evaluate(process_count, *folders):
+def evaluate(process_count, *data, script="evaluate_numbered.py"):
   """What each process printed."""
   port = free_port()
   processes = [
-    start(
-      "evaluate_numbered.py", port, p, process_count, *folders,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
+    start(*(script, port, p, process_count, *data), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for p in range(process_count)
-  ]  # fmt: skip
+  ]
   outputs = [process.communicate(timeout=120) for process in processes]
   assert [process.returncode for process in processes] == [0] * process_count, outputs
   return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
@@ -60,6 +58,28 @@ def test_evaluation_is_the_same_on_any_number_of_processes(tmp_path):
       for message in result[2:]:
         assert "2 of 37 images of numbered train are unreadable" in message
         assert message.index("(3.JPEG)") < message.index("(30.JPEG)")
+
+
+def test_detections_and_their_metric_are_the_same_on_any_number_of_processes(tmp_path):
+  """23 images of two shapes at batch 8, which no number of processes divides."""
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  dataset, damaged = (fixture_boxes.write(folder) for folder in (whole, broken))
+  for k in (3, 20):
+    (broken / "images" / f"{k}.jpg").write_bytes(b"")
+  ((reference,),) = evaluate(1, dataset, script="evaluate_boxes.py")
+  _, seen, metrics, stopped = reference
+  assert metrics["count"] == seen == 23
+  assert 0.001 < metrics["AP"] < 0.5
+  assert stopped is None
+  for process_count in (2, 4):
+    more = [damaged] if process_count == 2 else []
+    for same, *messages in evaluate(process_count, dataset, *more, script="evaluate_boxes.py"):
+      assert same == reference
+      # Every process names what any of them could not read.
+      for message in messages:
+        assert "2 of 23 images" in message
+        assert "3.jpg" in message
+        assert "20.jpg" in message
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])

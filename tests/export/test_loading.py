@@ -32,7 +32,7 @@ from lip_jax.models.torch_names import to_torch_state_dict
 from lip_jax.training import config as config_lib
 
 ROOT = Path(__file__).parents[2]
-KEYS = ["model", "num_classes", "preprocess", "class_names", "data", "evaluation", "source"]
+KEYS = ["task", "model", "num_classes", "preprocess", "class_names", "data", "evaluation", "source"]
 RESULTS = {"data": "x y", "top1": 0.5, "top5": 1, "loss": 0.25, "count": 2}
 SMALL = {"image_size": SIZE, "resize": SIZE, "mean": [128.0] * 3, "std": [64.0] * 3}
 
