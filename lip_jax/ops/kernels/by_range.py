@@ -1,0 +1,78 @@
+"""`lip_pool` in plain XLA by a look at its logits, for CPUs.
+
+Where all logits lie within 80 of each other, one shift for each channel of each image is as exact as
+one for each window, and takes a third of the time; else the safe form computes what it always does.
+The result is the same up to rounding.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lip_jax.ops.kernels import xla
+from lip_jax.ops.windows import Geometry
+
+# exp(+-40) leaves room in float32 for features and gradients up to the bound, and windows of 16.
+SPREAD = 80.0
+_BOUND = 1e9
+
+
+class Windows(NamedTuple):
+  """`xla.Windows`, and what was subtracted from each channel's logits, [N, C]; NaN: the largest.
+
+  Where that is known `largest` repeats it, so that the safe gradient holds in any case.
+  """
+
+  y: jax.Array
+  largest: jax.Array
+  total: jax.Array
+  shift: jax.Array
+
+
+def forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
+  """Pools x, [N, H, W, C], by logits h as `xla.forward` without a shift."""
+  logits = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+  low, high = logits.min(axis=(1, 2)), logits.max(axis=(1, 2))
+  spread = high.max(initial=-jnp.inf) - low.min(initial=jnp.inf)
+  middle = low + (high - low) / 2
+
+  def one_shift(x, h, middle):
+    y, _, total = xla.forward(x, h, None, geometry, middle[:, None, None])[1]
+    middle = middle.astype(y.dtype)
+    return Windows(y, jnp.broadcast_to(middle[:, None, None], total.shape), total, middle)
+
+  # NaN and infinity are not within, so that the safe form says what becomes of them.
+  within = (spread <= SPREAD) & _bounded(x)
+  return lax.cond(within, one_shift, lambda x, h, _: safe_forward(x, h, geometry), x, h, middle)
+
+
+def safe_forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
+  """As `forward`, each window by its own largest logit."""
+  y, largest, total = xla.forward(x, h, None, geometry, None)[1]
+  return Windows(y, largest, total, total[:, 0, 0] * jnp.nan)
+
+
+def backward(
+  x: jax.Array, h: jax.Array, windows: Windows, g: jax.Array, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
+  """Gradients of `forward` with respect to x and the logits, given that of y, g [N, H', W', C]."""
+
+  def one_shift(x, h, windows, g):
+    shift = windows.shift[:, None, None]
+    return xla.backward(x, h, None, windows[:3], g, geometry, shift)[:2]
+
+  within = jnp.isfinite(windows.shift).all() & _bounded(g)
+  return lax.cond(within, one_shift, lambda *args: safe_backward(*args, geometry), x, h, windows, g)
+
+
+def safe_backward(
+  x: jax.Array, h: jax.Array, windows: Windows, g: jax.Array, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
+  """As `backward`, by each window's `largest`."""
+  return xla.backward(x, h, None, windows[:3], g, geometry, None)[:2]
+
+
+def _bounded(a: jax.Array) -> jax.Array:
+  return jnp.abs(a).max(initial=0) <= _BOUND
