@@ -75,4 +75,4 @@ def safe_backward(
 
 
 def _bounded(a: jax.Array) -> jax.Array:
-  return jnp.abs(a).max(initial=0) <= _BOUND
+  return jnp.abs(a).max(initial=0).astype(jnp.float32) <= _BOUND
