@@ -307,7 +307,10 @@ def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:
     return kernel(*jax.tree.unflatten(tree, leaves))
 
   def partition(mesh, arg_shapes, result_shape):
-    place = lambda shape: NamedSharding(mesh, shape.sharding.spec)  # noqa: E731
+    def place(shape):  # inside `jax.set_mesh` the compiler's own, which names no axes
+      known = isinstance(shape.sharding, NamedSharding)
+      return NamedSharding(mesh, shape.sharding.spec) if known else shape.sharding
+
     return mesh, flat, jax.tree.map(place, result_shape), tuple(map(place, arg_shapes))
 
   call = custom_partitioning(flat)
