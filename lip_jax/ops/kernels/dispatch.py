@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lip_jax.ops.kernels import by_range, gate, gpu, tpu, xla
 from lip_jax.ops.kernels.gate import Affine
@@ -207,13 +207,13 @@ def _looks(x: jax.Array, h: jax.Array, shift: float | None) -> bool:
 
 
 def _look_forward(x, h, geometry):
-  rule = "n h w c, n h w k -> n i j c, n i j k, n i j k, n k"
+  rule = "n h w c, n h w k -> n i j c, n i j k, n i j k, n p q k"
   windows = _on_cpu(by_range.forward, by_range.safe_forward, rule, geometry, x, h)
   return windows.y.astype(x.dtype), windows
 
 
 def _look_backward(x, h, windows, g, geometry):
-  rule = "n h w c, n h w k, n i j c, n i j k, n i j k, n k, n i j c -> n h w c, n h w k"
+  rule = "n h w c, n h w k, n i j c, n i j k, n i j k, n p q k, n i j c -> n h w c, n h w k"
   return _on_cpu(by_range.backward, by_range.safe_backward, rule, geometry, x, h, windows, g)
 
 
@@ -297,19 +297,26 @@ def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:
   """`kernel(*args)` of arrays that may be split over devices along the batch and the channels.
 
   The compiler cannot divide a kernel; it is told here that each device runs it for its part. The
-  rule names the axes of arguments and results, rows and columns by h and w, i and j; by k the one
-  channel of logits that all channels share, which then stay together, too.
+  rule names the axes of arguments and results: n and c, rows and columns by h and w, i and j, p and
+  q; by k the one channel of logits that all channels share, which then stay together, too.
   """
   leaves, tree = jax.tree.flatten(args)
-  whole = "hwijkc" if "k" in rule else "hwij"
+  whole = "hwckijpq" if "k" in rule else "hwijpq"  # in the order in which rules name them
 
   def flat(*leaves):
     return kernel(*jax.tree.unflatten(tree, leaves))
 
   def partition(mesh, arg_shapes, result_shape):
-    def place(shape):  # inside `jax.set_mesh` the compiler's own, which names no axes
-      known = isinstance(shape.sharding, NamedSharding)
-      return NamedSharding(mesh, shape.sharding.spec) if known else shape.sharding
+    first = arg_shapes[0].sharding  # x's, which all other maps follow
+    named = isinstance(first, NamedSharding)  # not so in `jax.set_mesh`
+    if named:
+      n, *_, c = first.spec
+      first = NamedSharding(mesh, PartitionSpec(n, None, None, None if "k" in rule else c))
+
+    def place(shape):
+      if len(shape.shape) == 4:
+        return first
+      return NamedSharding(mesh, PartitionSpec(n, c)) if named else shape.sharding
 
     return mesh, flat, jax.tree.map(place, result_shape), tuple(map(place, arg_shapes))
 
