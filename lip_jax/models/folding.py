@@ -23,10 +23,10 @@ def fold_batch_norm(model: Model) -> Model:
   """A copy of a network for evaluation alone, in which convolutions do what batch norms did.
 
   Each convolution whose output goes into a batch norm takes the latter's running statistics, scale
-  and bias into its kernel and a bias of its own: the same results up to rounding, with one pass over
-  the activations less. What is folded are batch norms in evaluation mode, or frozen ones, of the
-  networks of this library, those inside of detectors, too; others stay, such as the DenseNets' in
-  front of a ReLU. Also inside `jax.jit`.
+  and bias into its kernel and a bias of its own: the same results up to rounding, without the batch
+  norm. What is folded are batch norms in evaluation mode, or frozen ones, of the networks of this
+  library, those inside of detectors, too; others stay, such as a DenseNet's in front of a ReLU.
+  Works inside of `jax.jit`, too.
 
   The copy has other parameters than its name says: keep and save the network itself.
   """

@@ -1,8 +1,9 @@
 """Local importance-based pooling with its gradient, by the best form for the platform.
 
 Pallas kernels on TPU and on NVIDIA GPUs, plain XLA elsewhere and for what the kernels do not
-support; on CPUs by the range that the logits have, where it is not given. The choice is made when a program is compiled, among the forms for the devices of this
-process and, if it compiles for TPUs that are not there (`jax.experimental.topologies`), for those.
+support; on CPUs by the range that the logits have, where it is not given. The choice of the form is
+made when a program is compiled, among those for the devices of this process and, if it compiles for
+TPUs that are not there (`jax.experimental.topologies`), for those.
 """
 
 import functools
