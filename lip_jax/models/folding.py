@@ -47,8 +47,8 @@ def fold_batch_norm(model: Model) -> Model:
 
 def _fold(conv: nnx.Conv, norm: BatchNorm) -> None:
   gain, offset = norm.factors()
-  kernel = conv.kernel[...]
-  conv.kernel[...] = kernel * gain.reshape(1, 1, 1, -1).astype(kernel.dtype)
+  # In the precision of the statistics, which kernels of half the size do not have.
+  conv.kernel = nnx.Param(conv.kernel[...] * gain.reshape(1, 1, 1, -1))
   if conv.bias is None:
     conv.bias = nnx.Param(offset)
     conv.use_bias = True

@@ -1,4 +1,4 @@
-"""`lip_pool` of logits whose range is not given: by one shift where it is narrow, safe elsewhere."""
+"""`lip_pool` of logits whose range is not given: by one shift where it is narrow, else safe."""
 
 import jax
 import jax.numpy as jnp

@@ -59,11 +59,11 @@ def backward(
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients of `forward` with respect to x and the logits, given that of y, g [N, H', W', C]."""
   largest = _largest(g)
-  scale = jnp.maximum(largest / _BOUND, 1)  # gradients are linear in g
+  scale = jnp.minimum(_BOUND / largest, 1)  # gradients are linear in g
 
   def one_shift(x, h, windows, g):
-    gradients = xla.backward(x, h, None, windows[:3], g / scale, geometry, windows.shift)[:2]
-    return tuple((a * scale).astype(a.dtype) for a in gradients)
+    gradients = xla.backward(x, h, None, windows[:3], g * scale, geometry, windows.shift)[:2]
+    return tuple((a / scale).astype(a.dtype) for a in gradients)
 
   within = jnp.isfinite(windows.shift).all() & jnp.isfinite(largest)
   return lax.cond(within, one_shift, lambda *args: safe_backward(*args, geometry), x, h, windows, g)
