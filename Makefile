@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Material for MkDocs otherwise prints news of other projects at each start.
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help train test compare small_objects lint docs docs-serve ci clean interpreter
+.PHONY: help train detect test compare small_objects lint docs docs-serve ci clean interpreter
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
@@ -15,6 +15,9 @@ help:  ## Show what can be made.
 
 train: $(VENV)/.train  ## Train the embedded job (about 5 minutes on 2 cores) into runs/cluttered_digits.
 	$(BIN)/python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
+
+detect: $(VENV)/.train  ## Train the embedded detector (about 8 minutes on 2 cores) into runs/detect_digits.
+	$(BIN)/python train.py --config=configs/detect_digits.py --workdir=runs/detect_digits
 
 test: $(VENV)/.test  ## Run all tests.
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal

@@ -28,7 +28,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from lip_jax.data import preprocess
+from lip_jax.data import image_parts, preprocess
 
 SIZE = 224
 SCALE = (0.08, 1.0)
@@ -158,7 +158,7 @@ def draw_items(encoded: list[bytes], count: int) -> list[Item]:
     data = encoded[seed % len(encoded)]
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     rng = np.random.default_rng(seed)
-    part = preprocess._random_part(height, width, rng, SCALE, RATIO)
+    part = image_parts.random_part(height, width, rng, SCALE, RATIO)
     items.append(Item(data, part, seed, rng))
   return items
 

@@ -157,7 +157,7 @@ def _ours(network: str, args: argparse.Namespace) -> Candidate:
   config = config_lib.from_dict(values.to_dict())
   task = task_lib.make(config, num_classes=CLASSES)
   program = Program(task, steps_per_epoch=1e6, devices=jax.local_devices()[:1])
-  compiled = program.update.lower(*program.arguments()).compile()
+  compiled = program.update.lower(*program.arguments("all")).compile()
   memory = compiled.memory_analysis()
   peak = None
   if memory is not None:

@@ -16,8 +16,16 @@ def one_line(error: BaseException, length: int = 300) -> str:
   return " ".join(str(error).split())[:length]
 
 
+def printable(text: str, keep: str = "") -> str:
+  """Text for a terminal: what could steer it, or has no glyph of its own, as an escape.
+
+  Args:
+    keep: characters that stay, such as a newline.
+  """
+  return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
 def shown(value: object) -> str:
   """A value as part of an error's line, cut where it is long."""
-  text = value if isinstance(value, str) else repr(value)
-  text = text if text.isprintable() else repr(text)
+  text = printable(value if isinstance(value, str) else repr(value))
   return text if len(text) <= 80 else f"{text[:77]}..."

@@ -80,11 +80,12 @@ class Toy(task.Task):
   best_metric = "accuracy"
   shown = ("bias",)
   num_train = 64
+  batch_norm_group = 0
 
   def train_loader(self):
     return Numbers(self.config.global_batch_size)
 
-  def batch_shapes(self, size):
+  def batch_shapes(self, size, bucket):
     shapes = {"x": (size, 4), "y": (size,), "known": (size,)}
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
@@ -105,7 +106,7 @@ class Toy(task.Task):
   def evaluator(self, graph, mesh):
     return Evaluator()
 
-  def lower_evaluation(self, graph, mesh, params, batch_stats):
+  def lower_evaluation(self, graph, mesh, params, batch_stats, bucket):
     raise NotImplementedError
 
   def summary(self, metrics):
@@ -121,7 +122,7 @@ base.TASKS["toy"] = base.TaskPlace("fixture_toy:Config", "fixture_toy:Toy")
 def make_config(**changes):
   """24 steps of 16 numbers each, a checkpoint every 5, validation every 8."""
   values = {
-    "model": {"name": "linear", "bn_group_size": 1},
+    "model": {"name": "linear"},
     "data": base.Data(dataset="none"),
     "optim": base.Optim(base_lr=1.6, momentum=0.5, step_epochs=(), weight_decay=0.0),
     "num_epochs": 6,

@@ -47,7 +47,6 @@ def training_images(images: jax.Array, key: jax.Array, data: Data) -> jax.Array:
 
   Args:
     images: uint8 RGB [N, H, W, 3].
-    key: where the randomness comes from.
 
   Returns:
     float32 [N, H, W, 3].
@@ -93,7 +92,6 @@ def mix(
   Args:
     images: float [N, H, W, C].
     labels: int [N].
-    key: where the randomness comes from.
 
   Returns:
     The images and their labels; unchanged, with share 1, where both are off.
@@ -135,7 +133,6 @@ def random_erasing(images: jax.Array, key: jax.Array, probability: float) -> jax
 
   Args:
     images: float [N, H, W, C].
-    key: where the randomness comes from.
   """
   count, height, width = images.shape[:3]
   on, area, aspect, top, left = jax.random.uniform(key, (5, count, 1))
@@ -164,7 +161,6 @@ def color_jitter(
 
   Args:
     images: RGB [N, H, W, 3], 0 to 255.
-    key: where the randomness comes from.
     brightness: x for the brightness; 0 leaves it.
 
   Returns:
@@ -190,7 +186,6 @@ def randaugment(images: jax.Array, key: jax.Array, num_ops: int, magnitude: floa
 
   Args:
     images: RGB [N, H, W, 3], 0 to 255.
-    key: where the randomness comes from.
     magnitude: 0 to 30, at which a rotation is 30 degrees, a shear 0.3, a shift 0.45 of the side, a
       factor 0.1 or 1.9, posterization 4 bits, and solarization all of the image.
 

@@ -1,59 +1,58 @@
 """What a training of a classifier is configured by, beside what every training has."""
 
 import dataclasses
-import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from lip_jax.errors import UsageError
 from lip_jax.training import config as base
-from lip_jax.training.config import check_positive
+from lip_jax.training.config import NOT_NEGATIVE, POSITIVE, Bound
+
+_FRACTION = Bound("at least 0 and at most 1", lambda part: 0 <= part <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
   """What the device does to training images beside mirroring them; all of it is off by default."""
 
-  mixup: float = 0.0  # alpha of the Beta distribution of the share of the other image; 0: off
-  cutmix: float = 0.0  # the same for the area of the rectangle from the other image; 0: off
-  cutmix_probability: float = 0.5  # of CutMix for a batch, else mixup, where both are on
-  erasing: float = 0.0  # probability that a random rectangle of an image is erased
-  brightness: float = 0.0  # factors are drawn from 1 - this to 1 + this; 0: off
-  contrast: float = 0.0
-  saturation: float = 0.0
-  randaugment_ops: int = 0  # operations on each image; 0: off
-  randaugment_magnitude: float = 9.0  # their strength, 0 to 30
-
-  def check(self) -> None:
-    """Raises UsageError for values out of range."""
-    limits = {
-      "cutmix_probability": 1,
-      "erasing": 1,
-      "brightness": 1,
-      "contrast": 1,
-      "saturation": 1,
-      "randaugment_magnitude": 30,
-    }
-    for name, value in dataclasses.asdict(self).items():
-      limit = limits.get(name, math.inf)
-      if not 0 <= value <= limit or value == math.inf:
-        upper = "" if limit == math.inf else f" and at most {limit}"
-        raise UsageError(
-          f"config.data.augment.{name} must be a number, at least 0{upper}, got {value!r}"
-        )
+  # Alpha of the Beta distribution of the share of the other image; 0: off.
+  mixup: Annotated[float, NOT_NEGATIVE] = 0.0
+  # The same for the area of the rectangle from the other image; 0: off.
+  cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
+  # Of CutMix for a batch, else mixup, where both are on.
+  cutmix_probability: Annotated[float, _FRACTION] = 0.5
+  # Probability that a random rectangle of an image is erased.
+  erasing: Annotated[float, _FRACTION] = 0.0
+  # Factors are drawn from 1 - this to 1 + this; 0: off.
+  brightness: Annotated[float, _FRACTION] = 0.0
+  contrast: Annotated[float, _FRACTION] = 0.0
+  saturation: Annotated[float, _FRACTION] = 0.0
+  randaugment_ops: Annotated[int, NOT_NEGATIVE] = 0  # operations on each image; 0: off
+  randaugment_magnitude: Annotated[
+    float, Bound("at least 0 and at most 30", lambda strength: 0 <= strength <= 30)
+  ] = 9.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(base.Data):
   """Where images come from and what the host does to them; the defaults are ImageNet's."""
 
-  image_size: int | tuple[int, int] = 224  # that the network sees, in pixels; or (height, width)
+  # That the network sees, in pixels; or (height, width).
+  image_size: Annotated[int | tuple[int, int], POSITIVE] = 224
   crop_scale: tuple[float, float] | None = (0.08, 1.0)  # area of the random crop; None: no crop
   eval_resize: int | None = 256  # shorter side before the central crop; None: image_size
+  # Turn images as their EXIF orientation says; None: in image folders and copies of them, not in
+  # data sets of TFDS. ImageNet's published numbers are of images as they are stored: False.
+  upright: bool | None = None
   flip: bool = True  # mirror half of the training images
   mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, in [0, 255]; one number: grey images
-  std: tuple[float, ...] = (58.395, 57.12, 57.375)
-  eval_crops: int = 1  # of which logits are averaged: 1 central, 5 with corners, 10 with mirrored
+  std: Annotated[tuple[float, ...], POSITIVE] = (58.395, 57.12, 57.375)
+  # Of which logits are averaged: 1 central, 5 with corners, 10 with mirrored.
+  eval_crops: Annotated[int, Bound("1, 5 or 10", lambda count: count in (1, 5, 10))] = 1
   augment: Augment = Augment()
+
+  def turns(self, source_upright: bool) -> bool:
+    """Whether images of a source are turned, which by itself says yes or no."""
+    return source_upright if self.upright is None else self.upright
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -64,28 +63,13 @@ class Data(base.Data):
 
   def check(self) -> None:
     """Raises UsageError for values that no run can have."""
-    for name in ("mean", "std"):
-      value = getattr(self, name)
-      if not isinstance(value, tuple) or len(value) not in (1, 3):
-        raise UsageError(
-          f"config.data.{name} must be three numbers, for R, G and B, or one, for grey images, "
-          f"got {value}"
-        )
-    if len(self.mean) != len(self.std):
+    if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
       raise UsageError(
-        f"config.data.mean has {len(self.mean)} number(s) and config.data.std {len(self.std)}; "
-        "give as many of each"
+        "config.data.mean and config.data.std must be three numbers, for R, G and B, or one, for "
+        f"grey images, got {self.mean} and {self.std}"
       )
-    if isinstance(self.image_size, tuple) and len(self.image_size) != 2:
-      raise UsageError(f"config.data.image_size must be (height, width), got {self.image_size}")
-    for pixels in self.shape[:2]:
-      check_positive("config.data.image_size", pixels)
-    if min(self.std) <= 0:
-      raise UsageError(f"config.data.std must be positive, got {self.std}")
     scale = self.crop_scale
-    if scale is not None and not (
-      isinstance(scale, tuple) and len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
-    ):
+    if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
       raise UsageError(
         "config.data.crop_scale must be (least, greatest) with 0 < least <= greatest <= 1, "
         f"got {scale}"
@@ -95,9 +79,6 @@ class Data(base.Data):
         f"config.data.eval_resize={self.eval_resize} must be at least config.data.image_size="
         f"{self.image_size}"
       )
-    if self.eval_crops not in (1, 5, 10):
-      raise UsageError(f"config.data.eval_crops must be 1, 5 or 10, got {self.eval_crops}")
-    self.augment.check()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,9 +87,12 @@ class Config(base.Config):
 
   task: str = "classification"
   data: Data
-  label_smoothing: float = 0.0  # share of the target that is spread over all classes
-  importance_images: int = 8  # validation images in the picture drawn at the end; 0: none
-  importance_every_epochs: float = 0.0  # the same picture for TensorBoard, with evaluations
+  # Share of the target that is spread over all classes.
+  label_smoothing: Annotated[float, Bound("in [0, 1)", lambda share: 0 <= share < 1)] = 0.0
+  # Validation images in the picture drawn at the end; 0: none.
+  importance_images: Annotated[int, NOT_NEGATIVE] = 8
+  # The same picture for TensorBoard, with evaluations; 0: never.
+  importance_every_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
 
   may_change: ClassVar[frozenset[str]] = base.Config.may_change | {
     "data.eval_crops",
@@ -136,14 +120,6 @@ class Config(base.Config):
       raise UsageError(
         f"config.model.in_channels={taken}, but images have {channels} channel(s), as many as "
         "config.data.mean has numbers; set both alike"
-      )
-    if not 0 <= self.label_smoothing < 1:
-      raise UsageError(f"config.label_smoothing must be in [0, 1), got {self.label_smoothing}")
-    if self.importance_images < 0:
-      raise UsageError(f"config.importance_images must be at least 0, got {self.importance_images}")
-    if not 0 <= self.importance_every_epochs < math.inf:
-      raise UsageError(
-        f"config.importance_every_epochs must be at least 0, got {self.importance_every_epochs}"
       )
     if self.importance_every_epochs and not self.importance_images:
       raise UsageError(

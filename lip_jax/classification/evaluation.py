@@ -261,6 +261,7 @@ class Evaluator:
         self._data.eval_resize,
         crops=min(self._data.eval_crops, 5),  # mirrored on the device
         channels=len(self._data.mean),
+        upright=self._data.turns(self._source.upright),
       ),
       global_batch_size=self._batch_size,
       num_threads=self._data.num_threads,
@@ -330,19 +331,27 @@ def evaluate_loaded(
   data = Data(
     dataset=own.dataset if own else str(dataset),
     data_dir=data_dir or (own.data_dir if own else None),
-    train_split="train",
+    train_split=own.train_split if own else "train",
     validation_split=split or (own.validation_split if own else "validation"),
     image_size=prepared["image_size"],
     crop_scale=None,
     eval_resize=prepared["resize"],
+    upright=own.upright if own else None,
     flip=False,
     mean=tuple(prepared["mean"]),
     std=tuple(prepared["std"]),
     num_threads=run.data.num_threads if run else min(os.cpu_count() or 1, 32),
     eval_crops=crops or (run.data.eval_crops if run else 1),
   )
-  images = open_split(data.dataset, data.validation_split, data.data_dir)
+  images = open_split(
+    data.dataset, data.validation_split, data.data_dir, train_split=data.train_split
+  )
   class_names.check(config["num_classes"], config["class_names"], images.class_names, images.name)
   batch_size = batch_size or (run.eval_batch_size if run else 128)
   results = evaluate_model(model, images, data, batch_size)
+  if not math.isfinite(results["loss"]):
+    raise UsageError(
+      f"the loss over {images.name} is not finite ({results['loss']}): the weights of "
+      f"{source['path']} have diverged, or are damaged; take another checkpoint"
+    )
   return {**results, "data": images.name}

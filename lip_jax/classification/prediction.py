@@ -32,11 +32,14 @@ class Image(NamedTuple):
   error: str | None  # why it is unreadable
 
 
-def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Image]:
+def read(
+  paths: Sequence[str | Path], config: Mapping[str, Any], *, upright: bool = True
+) -> Iterator[Image]:
   """Decodes image files and cuts out what the network sees.
 
   Args:
     config: from `lip_jax.load`.
+    upright: whether to turn them as their EXIF orientation says.
 
   Raises:
     UsageError: the network does not say how images are prepared, or nothing here can decode them.
@@ -54,7 +57,7 @@ def read(paths: Sequence[str | Path], config: Mapping[str, Any]) -> Iterator[Ima
   for path in paths:
     try:
       pixels = preprocess.decode_center_crop(
-        Path(path).read_bytes(), prepared["image_size"], prepared["resize"]
+        Path(path).read_bytes(), prepared["image_size"], prepared["resize"], upright=upright
       )
       yield Image(str(path), transforms.in_channels(pixels, len(prepared["mean"])), None)
     except OSError as error:

@@ -59,13 +59,15 @@ class Classification(Task):
   def source(self) -> Any:
     """Training images."""
     data = self.config.data
-    return open_split(data.dataset, data.train_split, data.data_dir)
+    return open_split(data.dataset, data.train_split, data.data_dir, train_split=data.train_split)
 
   @functools.cached_property
   def validation(self) -> Any:
     """Validation images."""
     data = self.config.data
-    return open_split(data.dataset, data.validation_split, data.data_dir)
+    return open_split(
+      data.dataset, data.validation_split, data.data_dir, train_split=data.train_split
+    )
 
   @property
   def num_classes(self) -> int:
@@ -79,7 +81,12 @@ class Classification(Task):
     data = self.config.data
     return pipeline.train_loader(
       self.source,
-      transforms.TrainCrop(data.image_size, data.crop_scale, channels=len(data.mean)),
+      transforms.TrainCrop(
+        data.image_size,
+        data.crop_scale,
+        channels=len(data.mean),
+        upright=data.turns(self.source.upright),
+      ),
       global_batch_size=self.config.global_batch_size,
       seed=self.config.seed,
       num_threads=data.num_threads,
@@ -87,7 +94,7 @@ class Classification(Task):
       process_count=jax.process_count(),
     )
 
-  def batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  def batch_shapes(self, size: int, bucket: str) -> dict[str, jax.ShapeDtypeStruct]:
     return {
       "image": jax.ShapeDtypeStruct((size, *self.config.data.shape), jnp.uint8),
       "label": jax.ShapeDtypeStruct((size,), jnp.int32),
@@ -131,7 +138,7 @@ class Classification(Task):
     )
 
   def lower_evaluation(
-    self, graph: nnx.GraphDef, mesh: Mesh, params: Tree, batch_stats: Tree
+    self, graph: nnx.GraphDef, mesh: Mesh, params: Tree, batch_stats: Tree, bucket: str
   ) -> jax.stages.Lowered:
     config = self.config
     return evaluation.lower(config.data, config.eval_batch_size, graph, mesh, params, batch_stats)
@@ -150,16 +157,4 @@ class Classification(Task):
     return {class_names.FILE: class_names.to_json(self.source.class_names)}
 
   def check_same(self, workdir: epath.Path) -> None:
-    before = class_names.read(workdir)
-    names = class_names.for_people(self.source.class_names)
-    if before is None or before == names:
-      return
-    pairs = enumerate(zip(before, names, strict=False))
-    first = next((k for k, (old, new) in pairs if old != new), min(len(before), len(names)))
-    old, new = (
-      f"{one[first]!r}" if first < len(one) else f"none of {len(one)}" for one in (before, names)
-    )
-    raise UsageError(
-      f"{workdir} holds a run that learned other classes: class {first} was {old} and is {new} in "
-      f"{self.source.name}. Take another --workdir, or give the data that the run was started with"
-    )
+    class_names.check_same(workdir, self.source.class_names, self.source.name)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from typing import NoReturn
 
 from lip_jax import __version__
 from lip_jax.cli import compile, convert, data, doctor, export, inference, tables, train, visualize
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, printable
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
 # that --help and mistakes are answered at once.
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed end the process with 2.
   """
   argv = sys.argv[1:] if argv is None else argv
+  if isinstance(sys.stdout, io.TextIOWrapper):  # of any encoding, which may lack characters
+    sys.stdout.reconfigure(errors="backslashreplace")
   args = _parse(argv)
   try:
     status = args.run(args) or 0
@@ -40,8 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return 0
   except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     return error.status
+  except OSError as error:
+    if error.filename is None:
+      raise
+    # Of files and folders of people; what belongs to the machine has no name.
+    print(
+      f"error: {printable(str(error.filename))}: {error.strerror}; see that it is there and that "
+      "this user may use it",
+      file=sys.stderr,
+    )
+    return 1
   except KeyboardInterrupt:
     print("error: interrupted", file=sys.stderr)
     return 130
@@ -51,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
   """Says what is wrong in one line."""
 
   def error(self, message: str) -> NoReturn:
-    self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+    self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

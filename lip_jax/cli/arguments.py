@@ -9,6 +9,11 @@ DATA_DIR = {
   "--data-dir DIR": "directory of the data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
 }
 
+AS_STORED = {
+  "--as-stored": "do not turn photographs as their EXIF orientation says; so ImageNet's published "
+  "numbers were measured"
+}
+
 
 def positive(text: str) -> int:
   """A whole number above zero."""

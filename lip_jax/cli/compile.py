@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -49,7 +50,8 @@ def _compile(args: argparse.Namespace) -> None:
   from lip_jax.training import task as task_lib
 
   config = configuration.load(args.config, args.set)
-  task_lib.make(config)  # which refuses unknown options, before a compiler is looked for
+  # Which refuses unknown options, before a compiler is looked for.
+  buckets = task_lib.make(config).buckets
   topology = aot_compile.topology(args.topology)
   chips = len(topology.devices)
   if args.per_device_batch:
@@ -59,12 +61,13 @@ def _compile(args: argparse.Namespace) -> None:
   functions = {"train": aot_compile.train_step, "eval": aot_compile.eval_step}
   batches = {"train": config.global_batch_size, "eval": config.eval_batch_size}
   steps = {}
-  for step in [args.only] if args.only else _STEPS:
+  for step, bucket in itertools.product([args.only] if args.only else _STEPS, buckets):
+    name = step if len(buckets) == 1 else f"{step} {bucket}"
     started = time.monotonic()
     with _busy(f"compiling the {_STEPS[step]} for {chips} chips"):
-      figures = functions[step](config, classes, topology.devices)
-    steps[step] = _values(figures, topology.chip, batches[step] / chips)
-    steps[step]["compile_seconds"] = time.monotonic() - started
+      figures = functions[step](config, classes, topology.devices, bucket)
+    steps[name] = _values(figures, topology.chip, batches[step] / chips)
+    steps[name]["compile_seconds"] = time.monotonic() - started
   values = {
     "model": dict(config.model),
     "dtype": config.dtype,

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import difflib
 import runpy
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,39 +56,26 @@ def _change(values: dict[str, Any], cls: Any, change: str) -> None:
   key, equals, text = change.partition("=")
   if not equals:
     raise UsageError(f"{change!r} is not of the form KEY=VALUE, such as dtype=bfloat16")
-  where, *rest = "config", *key.split(".")
-  for name in rest[:-1]:
-    cls = _field(cls, name, where)
-    values = values.setdefault(name, {})
-    where = f"{where}.{name}"
-    if not isinstance(values, dict):
-      raise UsageError(f"{where} must hold settings, and is {values!r} in the file")
-  if not all(rest):
+  *sections, name = key.split(".")
+  if not (name and all(sections)):
     raise UsageError(f"{change!r} lacks a key: write KEY=VALUE, such as dtype=bfloat16")
-  kind = _field(cls, rest[-1], where)
-  if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is Mapping:
-    raise UsageError(f"{where}.{rest[-1]} holds settings; set one of them, {rest[-1]}.NAME=VALUE")
-  values[rest[-1]] = _parse(text, kind)
+  for section in sections:
+    values, cls = values.setdefault(section, {}), _kind(cls, section)
+    if not isinstance(values, dict):
+      raise UsageError(f"{change!r}: {section} must hold settings, and is {values!r} in the file")
+  values[name] = _parse(text, _kind(cls, name))
 
 
-def _field(cls: Any, name: str, where: str) -> Any:
-  """Type of a field of a configuration's class; any in settings that a constructor checks."""
-  if typing.get_origin(cls) is Mapping:
-    return Any
+def _kind(cls: Any, name: str) -> Any:
+  """Type of a field; any where there is none, which `from_dict` says, or a constructor checks."""
   fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-  kinds = {field.name: field.type for field in fields}
-  if name not in kinds:
-    near = difflib.get_close_matches(name, kinds, 1)
-    raise UsageError(
-      f"{where} has no key {name!r}; valid keys: {', '.join(kinds) or 'none'}"
-      + (f"; did you mean {near[0]}?" if near else "")
-    )
-  return kinds[name]
+  return next((field.type for field in fields if field.name == name), Any)
 
 
 def _parse(text: str, kind: Any) -> Any:
   """A value as the field's type has it, or the text where it is none; `from_dict` says so."""
-  kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+  union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+  kinds = typing.get_args(kind) if union else (kind,)
   if text == "None" and (types.NoneType in kinds or kind is Any):
     return None
   if (bool in kinds or kind is Any) and text.lower() in ("true", "false"):

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from lip_jax.cli.arguments import add, add_command, option, select
+from lip_jax.cli.output import say
 from lip_jax.errors import UsageError
 
 
@@ -30,4 +31,4 @@ def _convert(args: argparse.Namespace) -> None:
   flags = {"model": "--model", "num_classes": "--num-classes", "overwrite": "--overwrite"}
   for name in options.keys() & flags.keys():
     raise UsageError(f"{name} is no option of a model; give it as {flags[name]}")
-  print(convert_weights(args.source, args.out, **select(args, *flags), **options))
+  say(convert_weights(args.source, args.out, **select(args, *flags), **options))

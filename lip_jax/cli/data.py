@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from lip_jax.cli.arguments import DATA_DIR, add, add_command, positive, select
+from lip_jax.cli.output import say
 
 
 def add_commands(commands: Any) -> None:
@@ -42,7 +43,7 @@ def add_commands(commands: Any) -> None:
   text = "read a whole data set and say what is wrong with it; exit status 1 if anything is"
   verify = add_command(actions, "verify", _verify_data, text, parents=[directory, workers])
   arguments = {
-    "dataset DATASET": "TFDS name, or folder:DIR",
+    "dataset DATASET": "TFDS name, folder:DIR, or coco:ANNOTATIONS.json@IMAGES",
     "--decode {sample,all,none}": "which images to decode as well (default: sample, one in 64)",
   }
   add(verify, arguments)
@@ -69,13 +70,13 @@ def _add_bench(actions: Any, directory: argparse.ArgumentParser) -> None:
 def _prepare_imagenet(args: argparse.Namespace) -> None:
   from lip_jax.data.prepare.imagenet import prepare_imagenet
 
-  print(prepare_imagenet(args.train_tar, args.val_tar, args.data_dir, **_writing(args)))
+  say(prepare_imagenet(args.train_tar, args.val_tar, args.data_dir, **_writing(args)))
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
   from lip_jax.data.prepare.folder import prepare_folder
 
-  print(prepare_folder(args.folder, args.name, args.data_dir, **_writing(args)))
+  say(prepare_folder(args.folder, args.name, args.data_dir, **_writing(args)))
 
 
 def _writing(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,14 +87,14 @@ def _convert_data(args: argparse.Namespace) -> None:
   from lip_jax.data.prepare.convert import convert_to_array_record
 
   workers = args.num_workers
-  print(convert_to_array_record(args.dataset, args.data_dir, args.out_dir, num_workers=workers))
+  say(convert_to_array_record(args.dataset, args.data_dir, args.out_dir, num_workers=workers))
 
 
 def _verify_data(args: argparse.Namespace) -> int:
   from lip_jax.data.prepare.verify import verify
 
   result = verify(args.dataset, args.data_dir, decode=args.decode, num_workers=args.num_workers)
-  print(result)
+  say(result)
   return 0 if result.ok else 1
 
 
@@ -102,4 +103,4 @@ def _bench_data(args: argparse.Namespace) -> None:
 
   rates = {} if args.images_per_second is None else {"step_rates": args.images_per_second}
   given = select(args, "data_dir", "split", "image_size", "num_threads", "seconds")
-  print(bench.bench(args.source, **given, **rates))
+  say(bench.bench(args.source, **given, **rates))

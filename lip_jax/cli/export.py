@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from lip_jax.cli.arguments import add, add_command, select
-from lip_jax.cli.output import working
+from lip_jax.cli.output import say, working
 
 
 def add_commands(commands: Any) -> None:
@@ -49,7 +49,7 @@ def _export(args: argparse.Namespace) -> None:
   given = select(args, "dtype", "image_size", "evaluation", "overwrite")
   with working(f"exporting {args.path} and checking what is written"):
     report = saving.write(args.path, args.out, form=args.format, **given)
-  print(report)
+  say(report)
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -57,11 +57,11 @@ def _push(args: argparse.Namespace) -> None:
 
   if args.dry_run:
     upload = hub.preview(args.folder, args.name, licence=args.licence)
-    print(upload.card)
+    say(upload.card)
     for file, size in upload.sizes.items():
-      print(f"would upload {file}: {size:,} bytes")
-    print(f"to {upload.url}")
+      say(f"would upload {file}: {size:,} bytes")
+    say(f"to {upload.url}")
     return
   with working(f"uploading {args.folder}"):
     url = hub.push(args.folder, args.name, licence=args.licence, private=args.private)
-  print(f"{url}\nload it with: lip_jax.load('hf://{args.name}')")
+  say(f"{url}\nload it with: lip_jax.load('hf://{args.name}')")

@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from lip_jax.cli import distributed
-from lip_jax.cli.arguments import DATA_DIR, add, add_command, option, select
-from lip_jax.cli.output import progress, table, working
-from lip_jax.errors import UsageError
+from lip_jax.cli.arguments import AS_STORED, DATA_DIR, add, add_command, option, select
+from lip_jax.cli.output import progress, say, table, working
+from lip_jax.errors import UsageError, printable
 
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
+_PATH = {
+  "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
+  "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model"
+}
 _DRAWN = 16  # images in a picture of importance maps, at most
 
 
 def add_commands(commands: Any) -> None:
   """Adds `evaluate` and `predict` to the subparsers `commands`."""
   network = argparse.ArgumentParser(add_help=False)
-  arguments = {
-    "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
-    "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model",
-    "--model NAME": "for a file of weights: of which model",
-  }
-  add(network, arguments)
+  add(network, {"--model NAME": "for a file of weights: of which model"})
   text = "for a file of weights: an option of the model; may be repeated"
   add(network, {"--option KEY=VALUE": text}, action="append", default=[], type=option)
   arguments = {
@@ -33,8 +32,10 @@ def add_commands(commands: Any) -> None:
   }
   add(network, arguments)
 
-  text = "evaluate a network: exact top-1, top-5 and loss over all images of a split"
-  evaluate = add_command(commands, "evaluate", _evaluate, text, parents=[network])
+  text = "evaluate a network over all images of a split: top-1, top-5 and loss; or COCO's metric"
+  more = " of a detector's run, or of detections in a file. All are exact."
+  evaluate = add_command(commands, "evaluate", _evaluate, text, more, parents=[network])
+  add(evaluate, _PATH, nargs="?")
   arguments = {
     "--data DATASET": "TFDS name such as imagenet2012, or folder:DIR (default: that of the "
     "training run)",
@@ -46,15 +47,24 @@ def add_commands(commands: Any) -> None:
   add(evaluate, arguments)
   text = "of which logits are averaged: centre, with corners, with mirrored (default: 1)"
   evaluate.add_argument("--crops", type=int, choices=(1, 5, 10), help=text)
+  arguments = {
+    "--annotations J": "of a detector: file with the ground truth, such as "
+    "instances_val2017.json (default: what the data set says)",
+    "--save-detections D": "of a detector: write what it finds, as COCO's results",
+    "--detections D": "in place of PATH: what a detector found, to compare with --annotations",
+  }
+  add(evaluate, arguments)
   distributed.add_flags(evaluate)
 
   text = "print the most probable classes of images; exit status 1 if any cannot be read"
   predict = add_command(commands, "predict", _predict, text, parents=[network])
+  add(predict, _PATH)
   arguments = {
     "images IMAGE...": "JPEG, PNG or other file",
     "--top N": "(default: 5)",
     "--importance OUT.png": "draw what each LIP layer finds important in the images, of the "
     f"first {_DRAWN}",
+    **AS_STORED,
   }
   add(predict, arguments)
   predict.set_defaults(top=5)
@@ -85,9 +95,16 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def _evaluate(args: argparse.Namespace) -> None:
   try:
     from lip_jax.classification.evaluation import evaluate_loaded
+    from lip_jax.export import loading
   except ImportError as error:
     raise UsageError(f"evaluation needs lip-jax[train] ({error}); install it") from error
 
+  if (args.path is None) == (args.detections is None):
+    raise UsageError("give a network to evaluate, or --detections with --annotations")
+  if args.path is None or loading.task_of(args.path) == "detection":
+    return _evaluate_detector(args)
+  if args.annotations or args.save_detections:
+    raise UsageError(f"{args.path} is no detector's run; leave out --annotations and such")
   given = select(args, "data_dir", "split", "batch_size", "crops")
   with distributed.joined(args, log=False) as first, working("loading the network"):
     model, config = _load(args)
@@ -99,11 +116,44 @@ def _evaluate(args: argparse.Namespace) -> None:
     values = {key: config[key] for key in ("model", "source")}
     print(json.dumps({**results, **values}, indent=2))
     return
-  print(f"top-1: {100 * results['top1']:.2f}%")
-  print(f"top-5: {100 * results['top5']:.2f}%")
-  print(f"loss: {results['loss']:.4f}")
-  print(f"{results['count']} images of {results['data']}, {results['images_per_second']:.1f}/s")
-  print(f"network: {config['model']['name']}, {_named(config['source'])}")
+  say(f"top-1: {100 * results['top1']:.2f}%")
+  say(f"top-5: {100 * results['top5']:.2f}%")
+  say(f"loss: {results['loss']:.4f}")
+  say(f"{results['count']} images of {results['data']}, {results['images_per_second']:.1f}/s")
+  say(f"network: {config['model']['name']}, {_named(config['source'])}")
+
+
+def _evaluate_detector(args: argparse.Namespace) -> None:
+  from lip_jax.detection import run_evaluation
+  from lip_jax.export import folders
+
+  if args.path is None:
+    if args.annotations is None:
+      raise UsageError(f"--detections {args.detections} needs --annotations, the ground truth")
+    results = run_evaluation.evaluate_files(args.detections, args.annotations)
+    return _print_scores(results, as_json=args.json)
+  if args.data or args.crops or args.model:
+    raise UsageError(f"{args.path} is a detector's run; leave out --data, --crops and --model")
+  given = select(
+    args, "checkpoint", "data_dir", "split", "batch_size", "annotations", "save_detections"
+  )
+  with distributed.joined(args, log=False) as first, working("loading the network"):
+    run, step = folders.find_run(args.path) or (args.path, None)
+    results = run_evaluation.evaluate_run(run, **{"checkpoint": step, **given})
+  if first:
+    _print_scores(results, as_json=args.json)
+
+
+def _print_scores(results: dict[str, Any], *, as_json: bool) -> None:
+  if as_json:
+    print(json.dumps(results, indent=2))
+    return
+  from lip_jax.detection.coco_metric import NAMES
+
+  for name in NAMES:
+    say(f"{name}: {100 * results[name]:.1f}" if results[name] >= 0 else f"{name}: no object")
+  say(f"{results['count']} images of {results['data']}")
+  say(f"ground truth: {results['ground_truth']}; by {results['library']}")
 
 
 def _named(source: dict[str, Any]) -> str:
@@ -123,7 +173,7 @@ def _predict(args: argparse.Namespace) -> int:
   with working("loading the network"):
     model, config = _load(args)
     progress("computing")
-    images = list(prediction.read(args.images, config))
+    images = list(prediction.read(args.images, config, upright=not args.as_stored))
     readable = [image for image in images if image.pixels is not None]
     pixels = np.array([image.pixels for image in readable])
     predictions = prediction.predict(model, config, pixels, args.top) if readable else []
@@ -132,12 +182,12 @@ def _predict(args: argparse.Namespace) -> int:
   for image in images:
     if image.error is not None:
       values.append({"image": image.path, "error": image.error})
-      print(f"error: cannot read {image.path}: {image.error}", file=sys.stderr)
+      print(printable(f"error: cannot read {image.path}: {image.error}"), file=sys.stderr)
       continue
     best = next(found)
     values.append({"image": image.path, "classes": [one._asdict() for one in best]})
     if not args.json:
-      print(image.path)
+      say(image.path)
       print(table([(f"  {100 * one.probability:.2f}%", one.name) for one in best], right=(0,)))
   if args.json:
     print(json.dumps(values, indent=2))

@@ -5,6 +5,7 @@ from typing import Any
 
 from lip_jax.cli import configuration, distributed
 from lip_jax.cli.arguments import add, add_command
+from lip_jax.cli.output import say
 from lip_jax.errors import UsageError
 
 _EPILOG = """
@@ -47,18 +48,17 @@ def _train(args: argparse.Namespace) -> int:
   config = configuration.load(args.config, args.set)
   # Imported here, so that --help and mistakes are answered at once.
   with distributed.joined(args) as first:
-    from lip_jax.training import task, trainer
+    from lip_jax.training import trainer
 
     result = trainer.train(config, args.workdir, start_from=args.start_from, weights=args.weights)
     if not result.finished:
       # On every process: what keeps the run running on a host has only this to go by.
       place = f"from {result.checkpoint}" if result.checkpoint else "from the start"
-      print(f"stopped at step {result.step}; the same command goes on {place}")
+      say(f"stopped at step {result.step}; the same command goes on {place}")
     elif first:
-      for line in task.make(config).summary(result.metrics):
-        print(line)
-      print(f"checkpoint: {result.checkpoint}")
-      print(f"TensorBoard: tensorboard --logdir {args.workdir}/tensorboard")
+      say("\n".join(result.summary))
+      say(f"checkpoint: {result.checkpoint}")
+      say(f"TensorBoard: tensorboard --logdir {args.workdir}/tensorboard")
       for name, path in result.pictures.items():
-        print(f"{name} picture: {path}")
+        say(f"{name} picture: {path}")
   return 0

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lip_jax.cli.arguments import DATA_DIR, add, add_command
-from lip_jax.cli.output import progress, table, working
+from lip_jax.cli.arguments import AS_STORED, DATA_DIR, add, add_command
+from lip_jax.cli.output import progress, say, table, working
 from lip_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def add_commands(commands: Any) -> None:
     "printed)",
     "--names NAME...": "of the networks (default: of their folders)",
     "--count N": "images of the data set (default: 2 to draw, 8 with --layers, 200 to measure)",
+    **AS_STORED,
   }
   add(visualize, arguments)
   add(
@@ -111,9 +112,11 @@ def _visualize(args: argparse.Namespace) -> None:
 
     def images(default_count: int, margin: int = 0) -> "Images":
       if files:
-        return compare.read_images(networks, files, margin)
+        return compare.read_images(networks, files, margin, upright=not args.as_stored)
       data = compare.Data(args.data, args.split, args.data_dir) if args.data else None
-      return compare.first_images(networks, data, args.count or default_count, margin)
+      return compare.first_images(
+        networks, data, args.count or default_count, margin, upright=not args.as_stored
+      )
 
     if measuring:
       _measure(args, networks, images, out)
@@ -126,7 +129,7 @@ def _visualize(args: argparse.Namespace) -> None:
     else:
       _draw(args, networks, images(2), out or _OUT)
   if out is not None and not args.json:
-    print(f"figure: {out}")
+    say(f"figure: {out}")
 
 
 def _draw(args: argparse.Namespace, networks: "list[Network]", images: "Images", out: str) -> None:
@@ -146,25 +149,17 @@ def _measure(
   images: "Callable[..., Images]",
   out: str | None,
 ) -> None:
-  from lip_jax.visualize import compare, figures
+  from lip_jax.visualize import figures
 
-  values: list[dict[str, Any]] = [{"name": n.name, "path": n.path} for n in networks]
-  report: dict[str, Any] = {"networks": values}
+  report: dict[str, Any] = {"networks": [{"name": n.name, "path": n.path} for n in networks]}
   plots = []
-
-  def show(text: str, plot: "Plot") -> None:
-    plots.append(plot)
-    progress("")
-    if not args.json:
-      print(text)
-
-  if args.shift_consistency:
-    border = args.border or ("crop" if compare.room(networks) >= compare.SHIFTS[-1] else "reflect")
-    show(*_shifts(networks, images, border, values))
-    report |= {"border": border, "directions": 8}
-  if args.deletion:
-    show(*_deletion(args, networks, images, values))
-    report |= {"fill": args.fill}
+  for wanted, measure in ((args.shift_consistency, _shifts), (args.deletion, _deletion)):
+    if wanted:
+      text, plot = measure(args, networks, images, report)
+      plots.append(plot)
+      progress("")
+      if not args.json:
+        say(text)
   if args.json:
     print(json.dumps(report, indent=2))
   if out is not None:
@@ -172,16 +167,18 @@ def _measure(
 
 
 def _shifts(
+  args: argparse.Namespace,
   networks: "list[Network]",
   images: "Callable[..., Images]",
-  border: Any,
-  values: list[dict[str, Any]],
+  report: dict[str, Any],
 ) -> "tuple[str, Plot]":
-  """Measures, adds to `values`, and returns what to print and to draw."""
+  """Measures, adds to the report, and returns what to print and to draw."""
   from lip_jax.visualize import compare
   from lip_jax.visualize.figures import Curve, Plot
 
   most, room = compare.SHIFTS[-1], compare.room(networks)
+  border: Any = args.border or ("crop" if room >= most else "reflect")
+  report |= {"border": border, "directions": 8}
   if border == "crop" and room < most:
     raise UsageError(
       f"--border=crop needs {most} pixels around the central crop, and there are {room}; take "
@@ -189,7 +186,7 @@ def _shifts(
     )
   chosen = images(200, most if border == "crop" else 0)
   lines, curves = [], []
-  for network, entry in zip(networks, values, strict=True):
+  for network, entry in zip(networks, report["networks"], strict=True):
     found = compare.shift_consistency(network, chosen, border, _watch)
     mean = sum(found.values()) / len(found)
     entry["images"] = len(chosen.pixels)
@@ -211,16 +208,17 @@ def _deletion(
   args: argparse.Namespace,
   networks: "list[Network]",
   images: "Callable[..., Images]",
-  values: list[dict[str, Any]],
+  report: dict[str, Any],
 ) -> "tuple[str, Plot]":
-  """Measures, adds to `values`, and returns what to print and to draw."""
+  """Measures, adds to the report, and returns what to print and to draw."""
   from lip_jax.visualize import compare
   from lip_jax.visualize.figures import Curve, Plot
 
   chosen = images(200)
+  report["fill"] = args.fill
   parts = (0, 0.1, 0.2, 0.3, 0.5, 0.8, 1)
   lines, curves = [], []
-  for network, entry in zip(networks, values, strict=True):
+  for network, entry in zip(networks, report["networks"], strict=True):
     scores, found = compare.deletion_curves(
       network, chosen, scores=args.by, fill=args.fill, watch=_watch
     )

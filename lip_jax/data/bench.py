@@ -96,7 +96,7 @@ def bench(
 
   loader = train_loader(
     source,
-    TrainCrop(image_size, crop_scale),
+    TrainCrop(image_size, crop_scale, upright=source.upright),
     global_batch_size=batch_size,
     seed=0,
     num_threads=num_threads,
@@ -114,7 +114,9 @@ def bench(
 
   def decode(data: bytes) -> None:
     try:
-      preprocess.decode_random_resized_crop(data, rng, image_size, crop_scale)
+      preprocess.decode_random_resized_crop(
+        data, rng, image_size, crop_scale, upright=source.upright
+      )
     except preprocess.CorruptImage:
       return  # the pipeline skips them, too
 

@@ -3,7 +3,6 @@
 import difflib
 import importlib.util
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from etils import epath
 from tensorflow_datasets.core import constants as tfds_constants
 from tensorflow_datasets.core import read_only_builder
 
-from lip_jax.data import imagenet
+from lip_jax.data import disk, imagenet
 from lip_jax.data.prepare import cluttered_digits
 from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.errors import UsageError
@@ -35,7 +34,7 @@ def open_builder(dataset: str, data_dir: str | None, *, prepare: bool = False) -
   Raises:
     UsageError: there is no such data set or configuration, or it is not prepared.
   """
-  root = os.path.expanduser(data_dir or tfds_constants.DATA_DIR)
+  root = disk.absolute(data_dir or tfds_constants.DATA_DIR)
   _check_bucket(root)
   name, _, config = dataset.partition("/")
   if name == ClutteredDigits.name and (not config or config in ClutteredDigits.builder_configs):

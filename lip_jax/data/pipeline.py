@@ -1,14 +1,15 @@
 """From a source to batches: `train_loader` and `eval_batches`.
 
 Every position of the endless training stream has an image and a random generator that depend on
-(seed, position) alone. Global batch j of size B is the positions [j * B, (j + 1) * B), and process
-p of P has the p-th of its P equal parts. So what a batch holds depends neither on the number of
+(seed, position) alone, if images are of several shapes on (seed, position, batch size). Global
+batch j of size B is the positions [j * B, (j + 1) * B), and process p of P has the p-th of its P
+equal parts. So what a batch holds depends neither on the number of
 processes nor on that of threads, all of a loader's state is the number of its next batch, and a run
 goes on exactly with another number of processes.
 """
 
 import contextlib
-import math
+import itertools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import grain
 import numpy as np
 
 from lip_jax.data.buffers import Buffers
-from lip_jax.data.order import shuffled
+from lip_jax.data.order import InOrder, Order, Shuffled
 from lip_jax.data.preprocess import CorruptImage
 from lip_jax.data.skips import Skips
 from lip_jax.data.source import Source
@@ -149,10 +150,11 @@ def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def train_loader(
   source: Source,
-  transform: Transform,
+  transform: Transform | Sequence[Transform],
   *,
   global_batch_size: int,
   seed: int,
+  order: Order | None = None,
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int | None = None,
@@ -165,8 +167,10 @@ def train_loader(
 
   Args:
     source: where the images come from.
-    transform: makes the rows of batches, such as `transforms.TrainCrop(224, (0.08, 1.0))`.
+    transform: makes the rows of batches, such as `transforms.TrainCrop(224, (0.08, 1.0))`; or one
+      for each group of `order`.
     seed: decides on the order and on what is random in `transform`.
+    order: another than that: `order.ShuffledGroups`, of the same seed and batch size.
     process_index: which process this is, of `process_count` that share each batch.
     process_count: see `process_index`.
     num_threads: threads that read and decode, each one batch at a time; None is one for each core,
@@ -178,39 +182,37 @@ def train_loader(
       images in a row are unreadable, or a file is damaged.
   """
   local_batch_size = _local_batch_size(global_batch_size, process_index, process_count)
+  transforms = _as_sequence(transform)
   skips = Skips(source.describe)
-  image_at = shuffled(len(source), seed)
+  order = order or Shuffled(len(source), seed)
 
-  def fill(position: int, rng: np.random.Generator, row: Row) -> None:
-    index = image_at(position)
-    attempts = min(_MAX_SKIPS, len(source))
-    for candidate in ((index + attempt) % len(source) for attempt in range(attempts)):
+  def fill(position: int, group: int, rng: np.random.Generator, row: Row) -> None:
+    tried = []
+    for candidate in itertools.islice(order.candidates(position), _MAX_SKIPS):
       try:
-        return transform(source[candidate], rng, row)
+        return transforms[group](source[candidate], rng, row)
       except CorruptImage as error:
         skips.note(candidate, position // global_batch_size, error)
+        tried.append(candidate)
     raise UsageError(
-      f"{attempts} images in a row are unreadable, from {source.describe(index)} on; "
+      f"{len(tried)} images in a row are unreadable, from {source.describe(tried[0])} on; "
       f"{source.remedy}"
     )
 
   options = _read_options(num_threads, prefetch)
-  make = _BatchMaker(fill, transform.shapes, local_batch_size, seed, options)
+  shapes = [each.shapes for each in transforms]
+  make = _BatchMaker(fill, order.group, shapes, local_batch_size, seed, options)
   parts = grain.MapDataset.range(_POSITIONS // local_batch_size)[process_index::process_count]
-  identity = {
-    "source": source.name,
-    "num_examples": len(source),
-    "seed": seed,
-    "global_batch_size": global_batch_size,
-  }
+  identity = {"source": source.identity, **order.identity, "global_batch_size": global_batch_size}
   return TrainLoader(iter(parts.map(make).to_iter_dataset(options)), identity, skips)
 
 
 def eval_batches(
   source: Source,
-  transform: Transform,
+  transform: Transform | Sequence[Transform],
   *,
   global_batch_size: int,
+  groups: Sequence[np.ndarray] | None = None,
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int | None = None,
@@ -221,7 +223,9 @@ def eval_batches(
   Yields the transform's arrays, stacked: [local batch, ...]; and "mask": float32 [local batch], 1
   for images and 0 for the rows that fill up the last batches, which are zero.
 
-  `transform` may be `transforms.EvalCrop(224, 256)`; the others as for `train_loader`.
+  `transform` may be `transforms.EvalCrop(224, 256)`; with `groups`, the images that each of several
+  transforms takes, there are whole batches of one group after the other. The others as for
+  `train_loader`.
 
   Raises:
     UsageError: `global_batch_size` cannot be divided among the processes. When iterating: a file is
@@ -230,13 +234,15 @@ def eval_batches(
       it names those of this process.
   """
   local_batch_size = _local_batch_size(global_batch_size, process_index, process_count)
+  transforms = _as_sequence(transform)
+  order = InOrder([range(len(source))] if groups is None else groups, global_batch_size)
   faults: dict[int, str] = {}
 
-  def fill(index: int, rng: np.random.Generator, row: Row) -> None:
+  def fill(position: int, group: int, rng: np.random.Generator, row: Row) -> None:
     row["mask"][...] = 0
-    if index < len(source):
+    for index in order.candidates(position):
       try:
-        transform(source[index], rng, row)
+        transforms[group](source[index], rng, row)
         row["mask"][...] = 1
         return
       except CorruptImage as error:
@@ -245,10 +251,9 @@ def eval_batches(
       array[...] = 0
 
   options = _read_options(num_threads, prefetch)
-  shapes: Shapes = {**transform.shapes, "mask": ((), np.float32)}
-  make = _BatchMaker(fill, shapes, local_batch_size, 0, options)
-  num_parts = math.ceil(len(source) / global_batch_size) * process_count
-  parts = grain.MapDataset.range(num_parts)[process_index::process_count]
+  shapes: list[Shapes] = [{**each.shapes, "mask": ((), np.float32)} for each in transforms]
+  make = _BatchMaker(fill, order.group, shapes, local_batch_size, 0, options)
+  parts = grain.MapDataset.range(order.num_batches * process_count)[process_index::process_count]
 
   def checked() -> Generator[Batch, None, None]:
     """Passes batches on and ends the threads with the last one, an error, or the consumer."""
@@ -268,26 +273,32 @@ class _BatchMaker:
 
   def __init__(
     self,
-    fill: Callable[[int, np.random.Generator, Row], None],
-    shapes: Shapes,
+    fill: Callable[[int, int, np.random.Generator, Row], None],
+    group: Callable[[int], int],
+    shapes: Sequence[Shapes],
     size: int,
     seed: int,
     options: grain.ReadOptions,
   ):
-    """`fill` writes the row of a position in the stream; `size` is the number of rows."""
+    """`fill` writes the row of a position in the stream, whose `group` is that of the whole batch;
+    `shapes` has the arrays of each group, and `size` is the number of rows.
+    """
     self._fill = fill
+    self._group = group
     self._size = size
     # As many as are made ahead, and two that the consumer is at work on.
     most = options.prefetch_buffer_size + 2
-    self._buffers = {
-      name: Buffers((size, *shape), dtype, most) for name, (shape, dtype) in shapes.items()
-    }
+    self._buffers = [
+      {name: Buffers((size, *shape), dtype, most) for name, (shape, dtype) in each.items()}
+      for each in shapes
+    ]
     # Another word than 1, with which Grain derives the seed of its order.
     self._key = np.random.SeedSequence((seed, 2)).generate_state(2, np.uint64)
 
   def __call__(self, part: int) -> Batch:
     """`part`: number of the batch if every process's part of a global batch counts as one."""
-    batch = {name: buffers.take() for name, buffers in self._buffers.items()}
+    group = self._group(part * self._size)
+    batch = {name: buffers.take() for name, buffers in self._buffers[group].items()}
     # To set a generator's counter takes a tenth of the time of making another one.
     bits = np.random.Philox(key=self._key)
     rng, state = np.random.Generator(bits), bits.state
@@ -296,8 +307,12 @@ class _BatchMaker:
       # The second of its words, each a 64-bit number: the first counts an image's own draws.
       state["state"]["counter"][1] = position
       bits.state = state
-      self._fill(position, rng, {name: array[row, ...] for name, array in batch.items()})
+      self._fill(position, group, rng, {name: array[row, ...] for name, array in batch.items()})
     return batch
+
+
+def _as_sequence(transform: Transform | Sequence[Transform]) -> Sequence[Transform]:
+  return transform if isinstance(transform, Sequence) else [transform]
 
 
 def _local_batch_size(global_batch_size: int, process_index: int, process_count: int) -> int:

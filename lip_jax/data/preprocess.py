@@ -9,13 +9,15 @@ Pillow, which torchvision uses. docs/input_benchmark.md has what both cost.
 
 import contextlib
 import io
-import math
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
+
+from lip_jax.data import orientation
+from lip_jax.data.image_parts import copied, random_part, resize_part
 
 # The pipeline's threads are the parallelism. OpenCV's own would compete with them for the cores.
 cv2.setNumThreads(0)
@@ -56,15 +58,35 @@ def height_and_width(size: Size) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
+def image_size(data: bytes) -> tuple[int, int]:
+  """(height, width) of an image as `decode_jpeg` would give it, of its header alone.
+
+  Raises:
+    CorruptImage: not an image, or one of more than `MAX_PIXELS` pixels.
+  """
+  header = _read_header(data) if data.startswith(_JPEG_START) else None
+  if header is not None:
+    return header.height, header.width
+  try:
+    with Image.open(io.BytesIO(data), formats=_OTHER_FORMATS) as image:
+      _check_size(image.height, image.width, data)
+      return image.height, image.width
+  except (OSError, SyntaxError, ValueError, *_BOMBS) as error:
+    raise CorruptImage(f"{error} ({len(data)} bytes)") from error
+
+
+def decode_jpeg(
+  data: bytes, warnings: list[str] | None = None, *, upright: bool = False
+) -> np.ndarray:
   """Decodes a JPEG of any kind, or a PNG, which ImageNet also contains, as Pillow does.
 
-  Grey and CMYK images become RGB, transparency is dropped, and an EXIF orientation is ignored, as
-  the usual ImageNet pipelines do. Of 16 bits the upper 8 are kept.
+  Grey and CMYK images become RGB, transparency is dropped. Of 16 bits the upper 8 are kept.
 
   Args:
     warnings: gets what the decoder says of a JPEG that is taken in spite of it. Whole files of
       ImageNet have such warnings, but so have files that were overwritten in the middle.
+    upright: whether to turn the image as its EXIF orientation says, which the usual ImageNet
+      pipelines ignore.
 
   Returns:
     RGB pixels, uint8 [H, W, 3].
@@ -74,7 +96,17 @@ def decode_jpeg(data: bytes, warnings: list[str] | None = None) -> np.ndarray:
   """
   header = _read_header(data) if data.startswith(_JPEG_START) else None
   if header is None:
-    return _decode_other(data)
+    return _decode_other(data, upright)
+  image = _decode_color(data, header, warnings)
+  return orientation.turn(image, orientation_of(data)) if upright else image
+
+
+def orientation_of(data: bytes) -> int:
+  """The EXIF orientation of an encoded image, 1 to 8; 1: it is stored upright."""
+  return orientation.read(data, _OTHER_FORMATS)
+
+
+def _decode_color(data: bytes, header: "_Header", warnings: list[str] | None) -> np.ndarray:
   if header.colorspace not in _INKS:
     return _decode(data, header, warnings=warnings)
   # libjpeg leaves the inks to us. Pillow's formula, and Adobe's convention: 255 is no ink.
@@ -91,6 +123,7 @@ def decode_random_resized_crop(
   ratio: tuple[float, float] = _RATIO,
   *,
   out: np.ndarray | None = None,
+  upright: bool = False,
 ) -> np.ndarray:
   """Decodes a random part of an image, resized: for training.
 
@@ -102,6 +135,7 @@ def decode_random_resized_crop(
     data: the encoded image, of a kind that `decode_jpeg` takes.
     rng: where the randomness comes from.
     out: contiguous memory for the result, such as an image of a batch; None makes an array.
+    upright: as for `decode_jpeg`.
 
   Returns:
     uint8 [*size, 3]; `out`, if given.
@@ -111,29 +145,32 @@ def decode_random_resized_crop(
       should be is not noticed.
   """
   header = _read_header(data) if data.startswith(_JPEG_START) else None
-  if header is None or header.colorspace in _INKS:
-    image = random_resized_crop(decode_jpeg(data), rng, size, scale, ratio)
-    return image if out is None else _copied(image, out)
+  turned = upright and orientation_of(data) != 1
+  if header is None or header.colorspace in _INKS or turned:
+    image = random_resized_crop(decode_jpeg(data, upright=upright), rng, size, scale, ratio)
+    return image if out is None else copied(image, out)
   size = height_and_width(size)
-  top, left, height, width = _random_part(header.height, header.width, rng, scale, ratio)
+  top, left, height, width = random_part(header.height, header.width, rng, scale, ratio)
   reduction = 1
   least = min(height / size[0], width / size[1])
   while reduction < 8 and least >= 2 * reduction * _REDUCTION_MARGIN:
     reduction *= 2
   image = _decode_rows(data, header, top + height, reduction)
-  return _resize_part(
+  return resize_part(
     image, top / reduction, left / reduction, height / reduction, width / reduction, size, out
   )
 
 
-def decode_center_crop(data: bytes, size: Size, resize: Size) -> np.ndarray:
+def decode_center_crop(
+  data: bytes, size: Size, resize: Size, *, upright: bool = False
+) -> np.ndarray:
   """`resize_and_center_crop` of `decode_jpeg`: for evaluation.
 
   Raises:
     CorruptImage: as `decode_jpeg`, for damage anywhere in the image.
     ValueError: `resize` is smaller than `size`.
   """
-  return resize_and_center_crop(decode_jpeg(data), size, resize)
+  return resize_and_center_crop(decode_jpeg(data, upright=upright), size, resize)
 
 
 def random_resized_crop(
@@ -148,8 +185,8 @@ def random_resized_crop(
   Ten draws of an area and an aspect ratio; if none fits into the image, the largest central part
   whose aspect ratio is allowed. uint8 [H, W, 3] -> [*size, 3]; see `decode_random_resized_crop`.
   """
-  top, left, height, width = _random_part(image.shape[0], image.shape[1], rng, scale, ratio)
-  return _resize_part(image, top, left, height, width, height_and_width(size))
+  top, left, height, width = random_part(image.shape[0], image.shape[1], rng, scale, ratio)
+  return resize_part(image, top, left, height, width, height_and_width(size))
 
 
 def resize_and_center_crop(image: np.ndarray, size: Size, resize: Size) -> np.ndarray:
@@ -267,20 +304,18 @@ def _decode_rows(data: bytes, header: _Header, rows: int, reduction: int) -> np.
   return _decode(data, header, reduction=reduction, fast=True)
 
 
-def _decode_other(data: bytes) -> np.ndarray:
+def _decode_other(data: bytes, upright: bool) -> np.ndarray:
   """Decodes what is no JPEG, or an unusual one, through Pillow."""
   if not data:
     raise CorruptImage("no data (0 bytes)")
   try:
     with Image.open(io.BytesIO(data), formats=_OTHER_FORMATS) as image:
       _check_size(image.height, image.width, data)
-      if image.mode.startswith("I"):
-        # Pillow would clip 16 bits of grey to 255.
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return np.repeat(grey[..., None], 3, axis=-1).clip(0, 255).astype(np.uint8)
-      image.load()
+      image.load()  # which turns a TIFF
+      turn_by = orientation.of_image(image) if upright else 1
       image.info.pop("transparency", None)
-      return np.array(image.convert("RGB"))
+      pixels = _upper_bits(image) if image.mode[0] in "IF" else np.array(image.convert("RGB"))
+      return orientation.turn(pixels, turn_by)
   except CorruptImage:
     raise
   except UnidentifiedImageError as error:
@@ -291,92 +326,14 @@ def _decode_other(data: bytes) -> np.ndarray:
     raise CorruptImage(f"{error} ({len(data)} bytes)") from error
 
 
-def _random_part(
-  image_height: int,
-  image_width: int,
-  rng: np.random.Generator,
-  scale: tuple[float, float],
-  ratio: tuple[float, float],
-) -> tuple[int, int, int, int]:
-  """Draws (top, left, height, width) in pixels."""
-  for _ in range(10):
-    area = image_height * image_width * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    width = round(math.sqrt(area * aspect))
-    height = round(math.sqrt(area / aspect))
-    if 0 < width <= image_width and 0 < height <= image_height:
-      top = int(rng.integers(image_height - height, endpoint=True))
-      left = int(rng.integers(image_width - width, endpoint=True))
-      return top, left, height, width
-  width = min(image_width, max(1, round(image_height * ratio[1])))
-  height = min(image_height, max(1, round(image_width / ratio[0])))
-  return (image_height - height) // 2, (image_width - width) // 2, height, width
-
-
-def _copied(image: np.ndarray, out: np.ndarray) -> np.ndarray:
-  out[...] = image
-  return out
-
-
-def _resize_part(
-  image: np.ndarray,
-  top: float,
-  left: float,
-  height: float,
-  width: float,
-  size: tuple[int, int],
-  out: np.ndarray | None = None,
-) -> np.ndarray:
-  """Resizes a part of an image, without aliasing.
-
-  Bilinear interpolation of an image that was smoothed as much as it shrinks. Bilinear resizing with
-  a support that grows with the factor f, which is Pillow's, smoothes by a triangle of variance
-  f^2 / 6 source pixels; interpolation alone by 1 / 6. A Gaussian makes up the difference: faster
-  than area averages, and nearer to Pillow (docs/input_benchmark.md).
-
-  The part's edges may lie between pixels. Returns uint8 [*size, 3].
-  """
-  first_row, first_column = math.floor(top), math.floor(left)
-  image = image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)]
-  rows, sigma_rows = _smoothing(height / size[0])
-  columns, sigma_columns = _smoothing(width / size[1])
-  if rows > 1 or columns > 1:
-    image = cv2.GaussianBlur(
-      image,
-      (columns, rows),
-      sigmaX=sigma_columns,
-      sigmaY=sigma_rows,
-      borderType=cv2.BORDER_REPLICATE,
+def _upper_bits(image: Image.Image) -> np.ndarray:
+  """Grey of up to 16 bits as RGB; Pillow would clip it to 255."""
+  tags = getattr(image, "tag_v2", {258: (16,)})  # a TIFF's say how many bits
+  bits = tags.get(258, (16,))[0]
+  if image.mode == "F" or bits > 16 or (image.mode == "I" and image.format == "TIFF"):
+    raise CorruptImage(
+      f"grey as {'floats' if image.mode == 'F' else 'whole numbers of 32 bits or with a sign'}, of "
+      "which nothing says what is white; save it with 8 or 16 bits"
     )
-  if image.shape[:2] == (height, width):
-    if (height, width) == size:
-      return image if out is None else _copied(image, out)
-    return cv2.resize(image, size[::-1], dst=out, interpolation=cv2.INTER_LINEAR)
-  # From the result's coordinates to the image's, whose pixels have their centres at whole numbers.
-  y, x = height / size[0], width / size[1]
-  to_source = np.array(
-    [[x, 0, left - first_column + (x - 1) / 2], [0, y, top - first_row + (y - 1) / 2]]
-  )
-  return cv2.warpAffine(
-    image,
-    to_source,
-    size[::-1],
-    dst=out,
-    flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-    borderMode=cv2.BORDER_REPLICATE,
-  )
-
-
-def _smoothing(factor: float) -> tuple[int, float]:
-  """Taps and standard deviation of the Gaussian that precedes a shrinking by `factor`."""
-  variance = (factor**2 - 1) / 6
-  if variance < 0.1:
-    # Costs more than it gives, up to a factor of 1.26.
-    return 1, 1.0
-  if variance < 0.8:
-    # Three taps (a, 1 - 2 a, a) have the variance 2 a. OpenCV wants the Gaussian that they are of,
-    # and is twice as fast if they are (1, 2, 1) / 4, which serves factors from 1.6 to 2.4.
-    a = variance / 2 if variance < 0.26 else 1 / 4
-    return 3, math.sqrt(-0.5 / math.log(a / (1 - 2 * a)))
-  sigma = math.sqrt(variance)
-  return 2 * math.ceil(2 * sigma) + 1, sigma
+  grey = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+  return np.repeat(grey[..., None], 3, axis=-1)

@@ -4,16 +4,17 @@ import bisect
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorflow_datasets.core import decode as tfds_decode
 
 from lip_jax.data import fake, imagenet, splits
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import ImageFolder
+from lip_jax.data.prepare import array_record_writer
 from lip_jax.data.preprocess import CorruptImage
 from lip_jax.data.records import ImageLabelParser, ParsedRecords, Parser
-from lip_jax.data.tfrecord_index import TFRecordFiles
+from lip_jax.data.tfrecord_index import FilePart, TFRecordFiles
 from lip_jax.errors import UsageError
 
 _FOLDER = "folder:"
@@ -31,6 +32,8 @@ class Source:
     directory: where the files are.
     class_names: in the order of the labels.
     remedy: what to do about unreadable images, a sentence.
+    identity: by which a run knows it again, wherever it lies.
+    upright: whether images are to be turned as their EXIF orientation says.
   """
 
   def __init__(
@@ -41,8 +44,12 @@ class Source:
     class_names: list[str],
     *,
     remedy: str | None = None,
+    identity: str | None = None,
+    upright: bool = False,
   ):
     self.name = name
+    self.identity = identity or name
+    self.upright = upright
     self.directory = directory
     self.class_names = class_names
     self.remedy = remedy or (
@@ -85,6 +92,7 @@ def open_split(
   *,
   prepare: bool = True,
   parser: Callable[[Mapping[str, Any], str], Parser] = ImageLabelParser,
+  train_split: str = "train",
 ) -> Source:
   """Opens a split of a data set.
 
@@ -100,6 +108,7 @@ def open_split(
       the index of TFRecord files, which else is made when the first example is read.
     parser: makes, of (TFDS features, name of the data set), what reads the records; raises
       UsageError if the features are not those that it needs.
+    train_split: of an image folder: says what the classes are, if it is there.
 
   Raises:
     UsageError: there is no such data set, configuration, split or folder, it is not prepared, or
@@ -107,42 +116,70 @@ def open_split(
       labels.
   """
   if dataset.startswith(_FOLDER):
-    return _open_folder(dataset, split)
+    return _open_folder(dataset, split, train_split)
   if dataset == _FAKE or dataset.startswith(f"{_FAKE}:"):
     return _open_fake(dataset, split)
+  found = open_records(dataset, split, data_dir, parser, prepare=prepare)
+  names = found.parse.class_names
+  # A copy of an image folder shows the same images as the folder.
+  upright = array_record_writer.made_from(found.directory) == "image folder"
+  return Source(f"{dataset} {split}", found.directory, found.examples, names, upright=upright)
+
+
+class Records(NamedTuple):
+  """The records of a split of a TFDS data set."""
+
+  directory: str
+  file_format: str
+  parts: list[FilePart]
+  parse: Any
+  examples: ParsedRecords
+
+
+def open_records(
+  dataset: str,
+  split: str,
+  data_dir: str | None,
+  parser: Callable[[Mapping[str, Any], str], Parser],
+  *,
+  prepare: bool,
+) -> Records:
+  """Opens a split of a TFDS data set, as `open_split` does."""
   builder = open_builder(dataset, data_dir, prepare=prepare)
   parse = parser(dict(builder.info.features), dataset)
   directory = str(builder.data_dir)
   file_format = record_format(builder)
-  files = splits.select(builder.info.splits, dataset, split)
-  splits.check_files(files, directory)
+  parts = splits.select(builder.info.splits, dataset, split)
+  splits.check_files(parts, directory)
   records: Any
   if file_format == "tfrecord":
-    records = TFRecordFiles(files)
+    records = TFRecordFiles(parts)
     if prepare:
       records.open()
   else:
     records = builder.as_data_source(
       split, deserialize_method=tfds_decode.DeserializeMethod.RAW_BYTES, file_format=file_format
     )
-  examples = ParsedRecords(records, parse, directory)
-  return Source(f"{dataset} {split}", directory, examples, parse.class_names)
+  return Records(directory, file_format, parts, parse, ParsedRecords(records, parse, directory))
 
 
-def _open_folder(dataset: str, split: str) -> Source:
-  folder = ImageFolder(dataset.removeprefix(_FOLDER))
+def _open_folder(dataset: str, split: str, train_split: str) -> Source:
+  folder = ImageFolder(dataset.removeprefix(_FOLDER), train_split, split)
+  if lost := folder.missing(split):
+    raise UsageError(f"data set {dataset!r} has {lost}")
   split = re.sub(r"\bval\b", "validation", split) if "validation" in folder.splits else split
-  # Listing a million files takes seconds: only of the splits that are named, or as it seems.
-  named = [name for name in folder.splits if name in split] or list(folder.splits)
-  images = {name: folder.images(name) for name in named}
+  # Listing a million files takes seconds: only of the splits that are named.
+  images = {name: folder.images(name) for name in folder.parts(split)}
   lengths = {name: len(images.get(name, ())) for name in folder.splits}
   parts = splits.select_indices(lengths, dataset, split)
   return Source(
     f"{dataset} {split}",
     folder.directory,
-    _Joined([(images[name], indices) for name, indices in parts]),
+    Joined([(images[name], indices) for name, indices in parts]),
     folder.class_names,
     remedy=f"Replace these images in {folder.directory}, or take them out",
+    identity=f"{folder.identity(images)}: {split}",
+    upright=True,
   )
 
 
@@ -154,15 +191,15 @@ def _open_fake(dataset: str, split: str) -> Source:
       raise UsageError(f"data set {dataset!r}: expected fake, or fake:N with N images a split")
     lengths = dict.fromkeys(lengths, int(count))
   parts = splits.select_indices(lengths, dataset, split)
-  examples = _Joined([(fake.FakeImages(name, lengths[name]), indices) for name, indices in parts])
+  examples = Joined([(fake.FakeImages(name, lengths[name]), indices) for name, indices in parts])
   names = [str(label) for label in range(fake.NUM_CLASSES)]
   return Source(f"{dataset} {split}", "memory", examples, names)
 
 
-class _Joined(Sequence[dict[str, Any]]):
+class Joined(Sequence[dict[str, Any]]):
   """Parts of several splits, one after the other: those examples whose indices are in the range."""
 
-  def __init__(self, parts: Sequence[tuple[Any, range]]):
+  def __init__(self, parts: Sequence[tuple[Any, Sequence[int]]]):
     self._parts = parts
     self._ends = list(itertools.accumulate(len(indices) for _, indices in parts))
 

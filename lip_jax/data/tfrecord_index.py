@@ -1,35 +1,25 @@
 """TFRecord files read at random, by an index of where their records start.
 
-The index of a file is made once, which takes a look at every record's header, and kept beside the
-data in `.record_index/`, or in the user's cache directory where the data cannot be written. It is
-used while the file's size and time of modification are what they were. Processes that make the same
-indices at once share the work, as far as they see each other's; each index appears as a whole.
+The index of a file is made once, which takes a look at every record's header.
 """
 
 import bisect
-import hashlib
 import itertools
-import logging
-import os
-import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
-from etils import epath
-from tqdm import tqdm
 
 from lip_jax.data import tfrecord
+from lip_jax.data.file_index import FileIndex
 from lip_jax.errors import UsageError
 
-DIRECTORY = ".record_index"
-
-_MAX_THREADS = 32  # they wait for the disk, or for the bucket
-
-logger = logging.getLogger(__name__)
+_INDEX = FileIndex(
+  "record_index",
+  lambda path: np.array(tfrecord.record_offsets(path), "<i8").tobytes(),
+  "TFRecord files",
+)
 
 
 class FilePart(NamedTuple):
@@ -93,105 +83,11 @@ def find_offsets(paths: Iterable[str]) -> dict[str, np.ndarray]:
   Raises:
     UsageError: a file is damaged.
   """
-  paths = list(paths)
-  pool = futures.ThreadPoolExecutor(min(_MAX_THREADS, len(paths)))
   try:
-    found = dict(zip(paths, pool.map(_read_index, paths), strict=True))
-    missing = [path for path, offsets in found.items() if offsets is None]
-    if missing:
-      directory = os.path.dirname(missing[0])
-      how = ", which reads all of them" if "://" in directory else ""
-      logger.info("indexing %d TFRecord files in %s, this once%s", len(missing), directory, how)
-      # Processes that begin together meet different files.
-      random.Random(os.urandom(8)).shuffle(missing)
-      jobs = {pool.submit(_make_index, path): path for path in missing}
-      lost = 0
-      with tqdm(total=len(paths), desc="indexing", unit=" files", disable=None) as progress:
-        progress.update(len(paths) - len(missing))
-        for job in futures.as_completed(jobs):
-          found[jobs[job]], kept = job.result()
-          lost += not kept
-          progress.update()
-      if lost:
-        logger.warning(
-          "%d indices cannot be kept in %s, and will be made anew", lost, list(_places(missing[0]))
-        )
+    found = _INDEX.find(paths)
   except tfrecord.CorruptFile as error:
     raise _damaged(error) from error
-  finally:
-    pool.shutdown(cancel_futures=True)
-  return {path: offsets for path, offsets in found.items() if offsets is not None}
-
-
-def _make_index(path: str) -> tuple[np.ndarray, bool]:
-  """The offsets of a file, and whether they are kept."""
-  known = _read_index(path)  # by now, of another process
-  if known is not None:
-    return known, True
-  version = _version(path)
-  offsets = tfrecord.record_offsets(path)
-  data = _with_checksum(np.array([*version, *offsets.tolist()], "<i8").tobytes())
-  for place in _places(path):
-    try:
-      _replace(place, data)
-    except Exception as error:  # a bucket's clients have errors of their own
-      logger.debug("cannot write %s: %s", place, error)
-    else:
-      return offsets, True
-  return offsets, False
-
-
-def _read_index(path: str) -> np.ndarray | None:
-  """The offsets that are kept for a file; None if there are none of it as it is now."""
-  version = None
-  for place in _places(path):
-    try:
-      data = place.read_bytes()
-    except Exception:  # not there, or out of reach
-      continue
-    if len(data) < 28 or len(data) % 8 != 4 or data != _with_checksum(data[4:]):
-      continue  # damaged
-    values = np.frombuffer(data[4:], "<i8")
-    version = version or _version(path)
-    if tuple(values[:2].tolist()) == version:
-      return values[2:]
-  return None
-
-
-def _with_checksum(data: bytes) -> bytes:
-  return google_crc32c.value(data).to_bytes(4, "little") + data
-
-
-def _version(path: str) -> tuple[int, int]:
-  """Size and time of modification."""
-  if "://" in path:
-    found = epath.Path(path).stat()
-    return found.length, found.mtime
-  status = os.stat(path)
-  return status.st_size, status.st_mtime_ns
-
-
-def _places(path: str) -> Iterator[epath.Path]:
-  """Where the index of a file may be, the best first."""
-  directory, name = os.path.split(path)
-  yield epath.Path(directory) / DIRECTORY / name
-  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  key = hashlib.sha256((path if "://" in path else os.path.realpath(path)).encode()).hexdigest()
-  yield epath.Path(cache).expanduser() / "lip_jax" / "record_index" / key
-
-
-def _replace(place: epath.Path, data: bytes) -> None:
-  """Writes a file so that others see all of it or nothing."""
-  if "://" in str(place):
-    place.write_bytes(data)
-    return
-  place.parent.mkdir(parents=True, exist_ok=True)
-  part = place.with_name(f"{place.name}.{os.getpid()}.{threading.get_ident()}.part")
-  try:
-    part.write_bytes(data)
-    os.replace(part, place)
-  finally:
-    part.unlink(missing_ok=True)
+  return {path: np.frombuffer(offsets, "<i8") for path, offsets in found.items()}
 
 
 def _damaged(error: tfrecord.CorruptFile) -> UsageError:

@@ -47,27 +47,39 @@ class TrainCrop:
     scale: least and greatest area of the part, in parts of the image's; None takes the whole
       image, scaled, and cut to shape.
     channels: 3, or 1 for grey.
+    upright: whether images are turned as their EXIF orientation says.
   """
 
-  def __init__(self, size: Size, scale: tuple[float, float] | None = None, *, channels: int = 3):
+  def __init__(
+    self,
+    size: Size,
+    scale: tuple[float, float] | None = None,
+    *,
+    channels: int = 3,
+    upright: bool = False,
+  ):
     self._size = height, width = preprocess.height_and_width(size)
+    self._upright = upright
     self._scale = scale
     # So that images are stretched as little as for a square.
     self._ratio = (3 / 4 * (width / height), 4 / 3 * (width / height))
     self.shapes: Shapes = _labelled((height, width), channels)
 
   def __call__(self, example: Example, rng: np.random.Generator, out: Row) -> None:
-    image = out["image"]
+    image, data, upright = out["image"], example["image"], self._upright
     if self._scale is None:
-      _write(preprocess.decode_center_crop(example["image"], self._size, self._size), image)
-    elif image.shape[-1] == 3:
-      preprocess.decode_random_resized_crop(
-        example["image"], rng, self._size, self._scale, self._ratio, out=image
-      )
+      crop = preprocess.decode_center_crop(data, self._size, self._size, upright=upright)
     else:
       crop = preprocess.decode_random_resized_crop(
-        example["image"], rng, self._size, self._scale, self._ratio
+        data,
+        rng,
+        self._size,
+        self._scale,
+        self._ratio,
+        out=image if image.shape[-1] == 3 else None,
+        upright=upright,
       )
+    if crop is not image:
       _write(crop, image)
     out["label"][...] = example["label"]
 
@@ -81,12 +93,22 @@ class EvalCrop:
     crops: 1, the centre, or 5, also the corners of the central part of the size `resize`
       (Krizhevsky et al. 2012, section 4.1).
     channels: 3, or 1 for grey.
+    upright: whether images are turned as their EXIF orientation says.
 
   Raises:
     UsageError: `resize` is smaller than `size`, or `crops` is another number.
   """
 
-  def __init__(self, size: Size, resize: Size | None = None, *, crops: int = 1, channels: int = 3):
+  def __init__(
+    self,
+    size: Size,
+    resize: Size | None = None,
+    *,
+    crops: int = 1,
+    channels: int = 3,
+    upright: bool = False,
+  ):
+    self._upright = upright
     self._size = preprocess.height_and_width(size)
     self._resize = preprocess.height_and_width(size if resize is None else resize)
     if self._resize[0] < self._size[0] or self._resize[1] < self._size[1]:
@@ -97,11 +119,13 @@ class EvalCrop:
     self.shapes: Shapes = _labelled((5,) * (crops == 5) + self._size, channels)
 
   def __call__(self, example: Example, rng: np.random.Generator, out: Row) -> None:
+    size = self._size if self._crops == 1 else self._resize
+    whole = preprocess.decode_center_crop(
+      example["image"], size, self._resize, upright=self._upright
+    )
     if self._crops == 1:
-      image = preprocess.decode_center_crop(example["image"], self._size, self._resize)
-      _write(image, out["image"])
+      _write(whole, out["image"])
     else:
-      whole = preprocess.decode_center_crop(example["image"], self._resize, self._resize)
       height, width = self._size
       bottom, right = self._resize[0] - height, self._resize[1] - width
       corners = ((0, 0), (0, right), (bottom, 0), (bottom, right))

@@ -318,7 +318,9 @@ def _stages(backbone: Network) -> tuple[list[int], list[int]]:
   graph, state = nnx.split(backbone)
 
   def run(state: Any, images: jax.Array) -> dict[str, jax.Array]:
-    return nnx.merge(graph, state, copy=True).features(images)
+    network = nnx.merge(graph, state, copy=True)
+    network.eval()  # in training a batch norm may want more images than one
+    return network.features(images)
 
   size = 64
   images = jax.ShapeDtypeStruct((1, size, size, backbone.in_channels), jnp.float32)

@@ -36,7 +36,7 @@ def make_mesh(
 
   Args:
     devices: whose number is divisible by `fsdp` and `group_span`.
-    group_span: devices over which a group of batch norm is spread; 1 if it fits on one.
+    group_span: devices over which a group of batch norm is spread; 0 or 1: over no more than one.
 
   Raises:
     UsageError: the devices cannot be divided like this.
@@ -56,18 +56,17 @@ def make_mesh(
 
 
 def group_span(
-  global_batch_size: int, accumulation_steps: int, group_size: int | None, num_devices: int
+  global_batch_size: int, accumulation_steps: int, group_size: int, num_devices: int
 ) -> int:
   """Devices over which a batch-norm group is spread; 1 if whole groups fit on a device.
 
   Args:
     global_batch_size: images per step, divisible by `num_devices`.
-    group_size: images per group; None or 0 for the whole batch.
+    group_size: images per group; 0: there are no groups, and the span is 0.
 
   Raises:
     UsageError: groups would have to be cut.
   """
-  size = group_size or global_batch_size
   local, rest = divmod(global_batch_size // num_devices, accumulation_steps)
   if rest:
     raise UsageError(
@@ -75,22 +74,24 @@ def group_span(
       f"{global_batch_size // num_devices} images that each of {num_devices} devices has of "
       f"config.global_batch_size={global_batch_size}; change one of them"
     )
-  if local % size == 0:
+  if group_size == 0:
+    return 0
+  if local % group_size == 0:
     return 1
   share = f"{global_batch_size // num_devices} images of a step"
   if accumulation_steps > 1:
     raise UsageError(
-      f"batch norm over {size} images (config.model.bn_group_size) needs them at once, but each "
-      f"device takes its {share} in {accumulation_steps} parts of {local}; lower "
+      f"batch norm over {group_size} images (config.model.bn_group_size) needs them at once, but "
+      f"each device takes its {share} in {accumulation_steps} parts of {local}; lower "
       "config.accumulation_steps, or raise config.global_batch_size"
     )
-  if size % local or num_devices % (size // local):
+  if group_size % local or num_devices % (group_size // local):
     raise UsageError(
-      f"batch norm over groups of {size} images (config.model.bn_group_size) does not fit {share} "
-      f"on each of {num_devices} devices: one has to be a multiple of the other; change "
+      f"batch norm over groups of {group_size} images (config.model.bn_group_size) does not fit "
+      f"{share} on each of {num_devices} devices: one has to be a multiple of the other; change "
       "config.global_batch_size"
     )
-  return size // local
+  return group_size // local
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -104,8 +105,9 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 
 
 def over_groups(mesh: Mesh, group_span: int) -> NamedSharding:
-  """First axis, that of batch-norm groups: each group is where its images are."""
-  return NamedSharding(mesh, PartitionSpec(AXES if group_span == 1 else "data"))
+  """First axis, that of batch-norm groups: each is where its images are; a span of 0: on all."""
+  axes = {0: None, 1: AXES}.get(group_span, "data")
+  return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
 def fsdp_axis(shape: Sequence[int], mesh: Mesh) -> int:

@@ -36,10 +36,32 @@ def of_run(workdir: epath.Path, config: Config, num_classes: int) -> list[str] |
     from lip_jax.data.source import open_split
 
     data = config.data
-    source = open_split(data.dataset, data.validation_split, data.data_dir, prepare=False)
+    source = open_split(
+      data.dataset,
+      data.validation_split,
+      data.data_dir,
+      prepare=False,
+      train_split=data.train_split,
+    )
   except (ImportError, UsageError):
     return None  # a run from another machine, most likely
   return for_people(source.class_names) if source.num_classes == num_classes else None
+
+
+def check_same(workdir: epath.Path, class_names: Sequence[str], source: str) -> None:
+  """Raises UsageError if the run in `workdir` learned other classes than those of the source."""
+  before, names = read(workdir), for_people(class_names)
+  if before is None or before == names:
+    return
+  pairs = enumerate(zip(before, names, strict=False))
+  first = next((k for k, (old, new) in pairs if old != new), min(len(before), len(names)))
+  old, new = (
+    f"{one[first]!r}" if first < len(one) else f"none of {len(one)}" for one in (before, names)
+  )
+  raise UsageError(
+    f"{workdir} holds a run that learned other classes: class {first} was {old} and is {new} in "
+    f"{source}. Take another --workdir, or give the data that the run was started with"
+  )
 
 
 def for_people(names: Sequence[str]) -> list[str]:

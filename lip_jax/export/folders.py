@@ -21,7 +21,7 @@ import lip_jax
 from lip_jax.errors import UsageError
 from lip_jax.export import validation
 from lip_jax.export.destination import replacing
-from lip_jax.models.description import build, flat_variables
+from lip_jax.models.description import build, check_weights, flat_variables
 from lip_jax.training.json_files import read_json
 
 FORMAT = 1
@@ -59,7 +59,7 @@ def save(
   text = json.dumps(config, indent=2) + "\n"
   variables = flat_variables(model)
   arrays = {key: np.asarray(variable.get_value(), order="C") for key, variable in variables.items()}
-  validation.check_weights(
+  check_weights(
     {key: (array.shape, array.dtype.name) for key, array in arrays.items()},
     flat_variables(build(config["model"], config["num_classes"], CONFIG)),
     "the model is not what its name and options describe; was it built with other options?",
@@ -94,7 +94,7 @@ def load(
       raise FileNotFoundError("there is no such file")
     with safetensors.safe_open(path / WEIGHTS, framework="numpy") as tensors:
       slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
-      validation.check_weights(
+      check_weights(
         {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()},
         variables,
         f"{path / WEIGHTS} does not fit {config['model']['name']} as {CONFIG} describes it",

@@ -75,6 +75,16 @@ def load(
   return model, _config(values, "exported folder", str(Path(path).resolve()))
 
 
+def task_of(path: str | Path) -> str | None:
+  """The task that a training run is of; None if there is no run at `path`."""
+  run = None if "://" in str(path) else folders.find_run(path)
+  if run is None and not str(path).startswith("gs://"):
+    return None
+  from lip_jax.training import config as config_lib
+
+  return config_lib.load(run[0] if run else str(path)).task
+
+
 def load_file(
   path: str | Path,
   name: str,
@@ -157,7 +167,7 @@ def _read_checkpoint(
   classes = description.count_classes(shapes, str(where))
   model = description.build(options, classes, str(where), dtype)
   variables = description.flat_variables(model)
-  validation.check_weights(
+  description.check_weights(
     found,
     variables,
     f"{where} does not fit {options['name']} as the run's config.json describes it",

@@ -1,6 +1,7 @@
 """Weights from files under PyTorch names to exported folders, and back."""
 
 import collections
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lip_jax.export.torch_files import read_torch_checkpoint
 from lip_jax.models import list_models
 from lip_jax.models.cost import count_parameters
 from lip_jax.models.description import CLASSIFIERS, build
-from lip_jax.models.torch_names import load_torch_weights, to_torch_state_dict
+from lip_jax.models.torch_names import WRAPPERS, load_torch_weights, to_torch_state_dict
 
 # How images are prepared for the authors' and torchvision's networks: ImageNet's RGB moments.
 PREPROCESS = {
@@ -29,6 +30,7 @@ PREPROCESS = {
 }
 
 _CLASSIFIERS = [f"{name}.weight" for name in CLASSIFIERS]
+_CLASSIFIER = re.compile(rf"(?:{'|'.join(WRAPPERS)})*(?:{'|'.join(_CLASSIFIERS)})")
 _TORCH_SUFFIXES = (".pth", ".pt")
 _SUFFIXES = (".safetensors", ".npz", *_TORCH_SUFFIXES)
 
@@ -168,7 +170,7 @@ def _done(source: Path, out: Path, network: nnx.Module, config: Mapping[str, Any
 
 def _num_classes(state_dict: Mapping[str, np.ndarray], source: Path) -> int:
   for name, array in state_dict.items():
-    if name.removeprefix("module.") in _CLASSIFIERS and array.ndim == 2:
+    if _CLASSIFIER.fullmatch(name) and array.ndim == 2:
       return array.shape[0]
   raise UsageError(
     f"{source} has no {' or '.join(_CLASSIFIERS)} to take the number of classes from (it begins "

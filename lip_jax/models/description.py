@@ -1,9 +1,9 @@
-"""Networks described by data, {"name": ..., **options}: what configurations and folders hold.
+"""Networks described by data, {"name": ..., **options}, and weights by their shapes.
 
 Nothing in a description is trusted: what it says is bounded before a network is built from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ CLASSIFIERS = ("fc", "classifier")  # the last linear layer of a network, here a
 _MAX_NUMBER = 10**7
 _MAX_BLOCKS = 150  # densenet201 has 98; building takes a quarter of a second for each
 _MAX_CLASSES = 2**20
+# Parameters and statistics are in one of these, as safetensors and NumPy call them.
+_FLOATS = ("f16", "bf16", "f32", "f64", "float16", "bfloat16", "float32", "float64")
 
 
 def check_model(model: Any, where: str) -> None:
@@ -91,3 +93,41 @@ def flat_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
   """Parameters and batch statistics under their paths, dots between the parts."""
   state = nnx.state(model, (nnx.Param, nnx.BatchStat))
   return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def check_weights(
+  found: Mapping[str, tuple[tuple[int, ...], str]],
+  variables: Mapping[str, Any],
+  what: str,
+  faults: Sequence[str] = (),
+  most: int | None = 20,
+) -> None:
+  """Compares what a file announces with what a network has, before any of it is read.
+
+  Args:
+    found: shape and name of the dtype of each array.
+    variables: of the network, from `flat_variables`, or anything else with a shape.
+    faults: that are known already.
+    most: faults that are named; None: all.
+
+  Raises:
+    UsageError: `what`, and which arrays are missing, left over, of another shape or no
+      floating-point numbers.
+  """
+  faults = [*faults]
+  faults += [f"missing {key}" for key in variables if key not in found]
+  faults += [
+    f"shape of {key} is {found[key][0]}, expected {variable.shape}"
+    for key, variable in variables.items()
+    if key in found and found[key][0] != variable.shape
+  ]
+  faults += [f"unexpected {key}" for key in found if key not in variables]
+  faults += [
+    f"{key} is of {dtype}, expected floating point"
+    for key, (_, dtype) in found.items()
+    if dtype.lower() not in _FLOATS
+  ]
+  if faults:
+    named = "; ".join(faults[:most])
+    more = f"; and {len(faults) - most} more" if most and len(faults) > most else ""
+    raise UsageError(f"{what} ({len(faults)} faults): {named}{more}")

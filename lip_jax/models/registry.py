@@ -118,6 +118,12 @@ def create_model(
   )
 
 
+def network_class(name: str) -> type[Network]:
+  """The class of a model's network, whose `stages` name its parts."""
+  check_options(name, ())
+  return _MODELS[name][0]
+
+
 def abstract_model(name: str, **options: Any) -> Any:
   """`create_model(name, **options)` with shapes in place of arrays: quick to build."""
   return nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options))

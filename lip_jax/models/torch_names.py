@@ -1,18 +1,23 @@
 """Weights in the authors' PyTorch names and layouts <-> our parameter tree."""
 
 import functools
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lip_jax.errors import UsageError
 from lip_jax.models.densenet import DenseNet
+from lip_jax.models.description import check_weights
 from lip_jax.models.lan import LIP
 from lip_jax.models.network import Network
 from lip_jax.models.resnet import ResNet
+
+log = logging.getLogger("lip_jax")
 
 # Patterns and what takes their places, as of `re.sub`.
 Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
@@ -50,6 +55,9 @@ SPELLINGS: Rules = (
   (r"\bdownsample\.1\.", "downsample.bn."),
   (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
 )
+# What wraps a network puts in front of its names: training on several GPUs, torch.compile,
+# Lightning, detectors and other networks that it is a part of.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 _COUNTER = "num_batches_tracked"  # PyTorch's, in each batch norm; we keep none
 
 
@@ -57,9 +65,10 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
   """Replaces all parameters and running statistics of `model`, in place.
 
   Understands the published LIP networks and torchvision's plain ResNets and DenseNets, and, with
-  either as a backbone, detectors of torchvision and of mmdetection 0.6, by their preset; also with
-  the prefix `module.` that training on several GPUs leaves. `num_batches_tracked` entries are
-  ignored. LIP layers that pool by averages at first (`average_steps`) are past that.
+  either as a backbone, detectors of torchvision and of mmdetection 0.6, by their preset. Any of
+  `WRAPPERS` in front of names is taken off where that makes them fit, and logged; so is what such
+  files hold beside the network. `num_batches_tracked` entries are ignored. LIP layers that pool by
+  averages at first (`average_steps`) are past that.
 
   Args:
     model: a network of `create_model` or `create_detector`; without a classifier, that of the state
@@ -71,44 +80,66 @@ def load_torch_weights(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) 
     UsageError: names that are missing or left over, and shapes that differ: all of them in one
       message. The model is then unchanged.
   """
-  names = list(torch_names(model))
+  variables = dict(torch_names(model))
   head = None
   if isinstance(model, Network) and getattr(model, model.classifier_name) is None:
     head = model.classifier_name
   source: dict[str, np.ndarray] = {}
-  faults: list[str] = []
+  twice: list[str] = []
+  others: list[str] = []
+  wrappers: set[str] = set()
   for given, value in state_dict.items():
     if given.endswith(_COUNTER):
       continue
-    name = given.removeprefix("module.")
-    if name.split(".")[0] == head:
-      continue
-    for pattern, replacement in spellings(model):
-      name = re.sub(pattern, replacement, name)
-    if name in source:
-      faults.append(f"{name} twice, the second time as {given}")
-    source[name] = np.asarray(value)
-  found: list[tuple[nnx.Variable, np.ndarray]] = []
-  for name, variable in names:
-    if name not in source:
-      faults.append(f"missing {name}")
-      continue
-    value = source.pop(name)
-    expected = _torch_shape(variable.shape)
-    if value.shape != expected:
-      faults.append(f"shape of {name} is {value.shape}, expected {expected}")
-    found.append((variable, _to_our_layout(value)))
-  faults += [f"unexpected {name}" for name in source]
-  if faults:
-    raise UsageError(
-      f"the weights do not fit the model ({len(faults)} faults; is it another depth, width or "
-      f"number of classes?): {'; '.join(faults)}"
+    wrapper, name = _unwrapped(given, variables.keys(), spellings(model), head)
+    if name is None:
+      others.append(given)
+    elif name.split(".")[0] != head:
+      if name in source:
+        twice.append(f"{name} twice, the second time as {given}")
+      wrappers.add(wrapper)
+      source[name] = np.asarray(value)
+  beside = [name for name in others if not name.startswith(tuple(wrappers))]
+  if len(beside) < len(others) or len(source) < len(variables):
+    source |= {name: np.asarray(state_dict[name]) for name in others}  # which makes them faults
+  check_weights(
+    {name: (array.shape, array.dtype.name) for name, array in source.items()},
+    {
+      name: jax.ShapeDtypeStruct(_torch_shape(variable.shape), variable.dtype)
+      for name, variable in variables.items()
+    },
+    "the weights do not fit the model; is it of another depth, width or number of classes?",
+    twice,
+    most=None,
+  )
+  for name, variable in variables.items():
+    variable.set_value(jnp.asarray(_to_our_layout(source[name]), variable.dtype))
+  if beside or wrappers - {"", "module."}:
+    log.warning(
+      "weights: %s was taken off their names%s",
+      ", ".join(sorted(wrappers - {""})),
+      f", and {len(beside)} others were left out, such as {beside[0]}" if beside else "",
     )
-  for variable, value in found:
-    variable.set_value(jnp.asarray(value, variable.dtype))
   for layer in _lip_layers(model):
     if layer.steps is not None:
       layer.steps.set_value(jnp.asarray(layer.average_steps, jnp.int32))
+
+
+def _unwrapped(
+  given: str, wanted: Set[str], rules: Rules, head: str | None
+) -> tuple[str, str | None]:
+  """What is in front of a name, and the name that is wanted; None if it is none of these."""
+  name = given
+  while True:
+    spelt = name
+    for pattern, replacement in rules:
+      spelt = re.sub(pattern, replacement, spelt)
+    if spelt in wanted or spelt.split(".")[0] == head:
+      return given.removesuffix(name), spelt
+    wrapper = next((one for one in WRAPPERS if name.startswith(one)), None)
+    if wrapper is None:
+      return "", None
+    name = name.removeprefix(wrapper)
 
 
 def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:

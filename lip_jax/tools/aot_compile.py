@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 from lip_jax.tools import paper
 from lip_jax.tools.collectives import Collective, collectives
@@ -130,28 +129,27 @@ def topology(name: str) -> Topology:
 
 
 def num_classes(config: Config) -> int:
-  """Classes of a run's data set, which need not be there if it is ImageNet.
+  """Classes of a run's data set, which need not be there if it is ImageNet or COCO.
 
   Raises:
     UsageError: the data set is needed, and not there.
   """
-  if config.data.dataset.partition(":")[0] == paper.DATASET:
-    return 1000
-  data = config.data
-  return open_split(data.dataset, data.validation_split, data.data_dir).num_classes
+  known = {paper.DATASET: 1000, paper.DETECTION_DATASET: 80}
+  return known.get(config.data.dataset.partition(":")[0]) or task_lib.make(config).num_classes
 
 
-def train_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> Figures:
+def train_step(config: Config, classes: int, devices: Sequence[jax.Device], bucket: str) -> Figures:
   """Figures of the training step of a run; minutes for a large network.
 
   Args:
     devices: to compile for, of a `Topology` or of this machine.
+    bucket: which of the task's, as batches of another shape are another program.
 
   Raises:
     UsageError: a batch that cannot be divided among the devices, or too little memory.
   """
   _, program = _program(config, classes, devices)
-  found = _compile(lambda: program.update.lower(*program.arguments()))
+  found = _compile(lambda: program.update.lower(*program.arguments(bucket)))
   if devices[0].platform != "tpu":
     return found
   # The compiler for TPUs counts one round of a loop. What is outside, the update of the parameters,
@@ -162,11 +160,13 @@ def train_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> F
   )
 
 
-def eval_step(config: Config, classes: int, devices: Sequence[jax.Device]) -> Figures:
+def eval_step(config: Config, classes: int, devices: Sequence[jax.Device], bucket: str) -> Figures:
   """Figures of the evaluation step of a run, as `train_step`."""
   task, program = _program(config, classes, devices)
-  weights = jax.eval_shape(program.weights, program.state)
-  return _compile(lambda: task.lower_evaluation(program.graph, program.mesh, *weights))
+  params, batch_stats = jax.eval_shape(program.weights, program.state)
+  return _compile(
+    lambda: task.lower_evaluation(program.graph, program.mesh, params, batch_stats, bucket)
+  )
 
 
 def _program(config: Config, classes: int, devices: Sequence[jax.Device]) -> tuple[Task, Program]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lip_jax.data import disk
 from lip_jax.distributed import service_log, startup
 from lip_jax.errors import UsageError
 from lip_jax.tools import machine
@@ -180,7 +181,7 @@ def _workdir(subject: Subject) -> Iterator[Verdict]:
 def _data_dir(subject: Subject) -> Iterator[Verdict]:
   from tensorflow_datasets.core import constants
 
-  directory = os.path.expanduser(subject.data_dir or constants.DATA_DIR)
+  directory = disk.absolute(subject.data_dir or constants.DATA_DIR)
   if workdir_lib.in_bucket(directory):
     path = workdir_lib.absolute(directory)
     yield "ok", f"{path}: {len(list(path.iterdir()))} entries; in a bucket, which is read only here"

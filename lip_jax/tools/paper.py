@@ -42,6 +42,7 @@ COLUMNS = {
 }
 
 DATASET = "imagenet2012"
+DETECTION_DATASET = "coco/2017"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +50,7 @@ def result(row: paper.Row, runs: str | Path) -> Result:
     row: one of `paper.NETWORKS`.
   """
   from lip_jax.training import config as config_lib
+  from lip_jax.training import metrics
 
   directory = Path(runs) / row.name
   if not (directory / "config.json").exists():
@@ -63,7 +63,7 @@ def result(row: paper.Row, runs: str | Path) -> Result:
     return Result("other", why=f"a run on {run.data.dataset}, not on {paper.DATASET}")
   if not _same_network(row, run.model):
     return Result("other", why=f"a run of another model: {_describe(run.model)}")
-  lines = _read_lines(directory / "metrics.jsonl")
+  lines = metrics.read_lines(directory / metrics.FILE)
   step = max((line["step"] for line in lines), default=0)
   last = _last_step(lines, run.num_epochs)
   for line in reversed(lines):
@@ -115,14 +115,3 @@ def _last_step(lines: list[dict[str, Any]], num_epochs: float) -> int | None:
     if line.get("train/epoch"):
       return max(1, round(num_epochs * line["step"] / line["train/epoch"]))
   return None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-  """The numbers of a run, but for a line that is being written."""
-  lines = []
-  for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-    try:
-      lines.append(json.loads(text))
-    except json.JSONDecodeError:
-      continue
-  return lines

@@ -83,7 +83,7 @@ def measure(
   rng = np.random.default_rng(0)
   noise = {
     name: rng.integers(0, 256 if one.dtype == np.uint8 else 1, one.shape).astype(one.dtype)
-    for name, one in task.batch_shapes(batch_size).items()
+    for name, one in task.batch_shapes(batch_size, task.buckets[0]).items()
   }
   batch = sharding.put_batch(noise, program.mesh)
   progress(f"compiling the training step of {config.model['name']}, batch {batch_size}")

@@ -6,15 +6,17 @@ a configuration refuses unknown and missing keys by name.
 """
 
 import dataclasses
+import difflib
 import importlib
 import json
 import math
 import os
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
+from lip_jax.data import disk
 from lip_jax.errors import UsageError
 from lip_jax.models.description import check_model
 from lip_jax.training import workdir as workdir_lib
@@ -28,12 +30,26 @@ class TaskPlace(typing.NamedTuple):
   task: str
 
 
+FOLDER = "folder:"  # begins `config.data.dataset` where that is an image folder
+
 # By the value of `config.task`. Tasks are built on this room, which therefore cannot import them.
 TASKS = {
   "classification": TaskPlace(
     "lip_jax.classification.config:Config", "lip_jax.classification.task:Classification"
   ),
+  "detection": TaskPlace("lip_jax.detection.config:Config", "lip_jax.detection.task:Detection"),
 }
+
+
+class Bound(typing.NamedTuple):
+  """What holds for a field's number, or for each of several: `Annotated[float, POSITIVE]`."""
+
+  words: str  # "must be ..."
+  holds: Callable[[float], bool]
+
+
+POSITIVE = Bound("positive", lambda number: 0 < number < math.inf)
+NOT_NEGATIVE = Bound("at least 0 and finite", lambda number: 0 <= number < math.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +60,7 @@ class Data:
   data_dir: str | None = None  # TFDS directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
   train_split: str = "train"
   validation_split: str = "validation"
-  num_threads: int = 16  # that read and decode
+  num_threads: Annotated[int, POSITIVE] = 16  # that read and decode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,20 +71,22 @@ class Optim:
   decay on all parameters, those of batch norm included.
   """
 
-  optimizer: str = "sgd"  # or "adamw", "lamb"
-  base_lr: float = 0.1  # for base_batch_size images; scaled by global_batch_size / base_batch_size
-  base_batch_size: int = 256
-  schedule: str = "step"  # or "cosine"
+  optimizer: Literal["sgd", "adamw", "lamb"] = "sgd"
+  # Of base_batch_size images; scaled by global_batch_size / base_batch_size.
+  base_lr: Annotated[float, NOT_NEGATIVE] = 0.1
+  base_batch_size: Annotated[int, POSITIVE] = 256
+  schedule: Literal["step", "cosine"] = "step"
   step_epochs: tuple[float, ...] = (30, 60, 80)  # where "step" multiplies by step_factor
-  step_factor: float = 0.1
-  warmup_epochs: float = 0.0
-  warmup_lr: float = 0.0  # learning rate that the warm-up starts from
-  momentum: float = 0.9  # of sgd
-  b1: float = 0.9  # of adamw and lamb: decay of the mean of gradients
-  b2: float = 0.999  # and of that of their squares
-  eps: float = 1e-8  # and what keeps the denominator from zero
-  weight_decay: float = 1e-4
-  clip_norm: float | None = None  # largest norm of all gradients together; None: not clipped
+  step_factor: Annotated[float, NOT_NEGATIVE] = 0.1
+  warmup_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
+  warmup_lr: Annotated[float, NOT_NEGATIVE] = 0.0  # learning rate that the warm-up starts from
+  momentum: Annotated[float, NOT_NEGATIVE] = 0.9  # of sgd
+  b1: Annotated[float, NOT_NEGATIVE] = 0.9  # of adamw and lamb: decay of the mean of gradients
+  b2: Annotated[float, NOT_NEGATIVE] = 0.999  # and of that of their squares
+  eps: Annotated[float, NOT_NEGATIVE] = 1e-8  # and what keeps the denominator from zero
+  weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-4
+  # Largest norm of all gradients together; None: not clipped.
+  clip_norm: Annotated[float, POSITIVE] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,21 +97,27 @@ class Config:
   model: Mapping[str, Any]  # "name" and the options of the task's constructor
   data: Data
   optim: Optim = Optim()
-  seed: int = 0
-  num_epochs: float = 90.0
-  global_batch_size: int = 256  # examples per step, over all devices
-  eval_batch_size: int = 256  # the same in evaluation
-  dtype: str = "float32"  # of the computation; or "bfloat16"
-  ema_decay: float | None = None  # of an average of the parameters, which is then evaluated
-  log_every_steps: int = 100
-  eval_every_epochs: float = 1.0
-  checkpoint_every_steps: int = 1000
-  keep_checkpoints: int = 2  # latest ones kept, beside the best
-  fsdp: int = 1  # devices that share one copy of parameters and optimizer state; 1: whole on each
-  accumulation_steps: int = 1  # parts of a device's examples, computed one after the other
+  seed: Annotated[int, Bound("in [0, 2**32)", lambda seed: 0 <= seed < 2**32)] = 0
+  num_epochs: Annotated[float, POSITIVE] = 90.0
+  global_batch_size: Annotated[int, POSITIVE] = 256  # examples per step, over all devices
+  eval_batch_size: Annotated[int, POSITIVE] = 256  # the same in evaluation
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+  # Of an average of the parameters, which is then evaluated.
+  ema_decay: Annotated[float, Bound("in (0, 1)", lambda decay: 0 < decay < 1)] | None = None
+  log_every_steps: Annotated[int, POSITIVE] = 100
+  eval_every_epochs: Annotated[float, POSITIVE] = 1.0
+  checkpoint_every_steps: Annotated[int, POSITIVE] = 1000
+  # Latest ones kept, beside the best. While the newest is replaced or damaged, one has to be left.
+  keep_checkpoints: Annotated[int, Bound("at least 2", lambda count: count >= 2)] = 2
+  # Devices that share one copy of parameters and optimizer state; 1: whole on each.
+  fsdp: Annotated[int, POSITIVE] = 1
+  # Parts of a device's examples, computed one after the other.
+  accumulation_steps: Annotated[int, POSITIVE] = 1
   remat: bool = False  # keep activations between blocks only: less memory, a forward pass more
-  gradient_dtype: str = "float32"  # in which gradients are added up over devices; or "bfloat16"
-  watchdog_seconds: float = 300.0  # a step that takes longer is reported, and where it hangs
+  # In which gradients are added up over devices.
+  gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+  # A step that takes longer is reported, and where it hangs.
+  watchdog_seconds: Annotated[float, POSITIVE] = 300.0
 
   # How a run is watched, fed and spread over devices, not what it computes: these may change when
   # it is resumed.
@@ -124,53 +148,12 @@ class Config:
 
   def check(self) -> None:
     """Raises UsageError for values that no run can have."""
-    for name in (
-      "num_epochs",
-      "global_batch_size",
-      "eval_batch_size",
-      "log_every_steps",
-      "eval_every_epochs",
-      "checkpoint_every_steps",
-      "fsdp",
-      "accumulation_steps",
-      "watchdog_seconds",
-    ):
-      check_positive(f"config.{name}", getattr(self, name))
-    check_positive("config.data.num_threads", self.data.num_threads)
-    check_positive("config.optim.base_batch_size", self.optim.base_batch_size)
-    for name, value in dataclasses.asdict(self.optim).items():
-      if isinstance(value, int | float) and not 0 <= value < math.inf:
-        raise UsageError(f"config.optim.{name} must be at least 0 and finite, got {value}")
-    if self.optim.clip_norm is not None:
-      check_positive("config.optim.clip_norm", self.optim.clip_norm)
-    check_choice("config.dtype", self.dtype, ("float32", "bfloat16"))
-    check_choice("config.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
-    check_choice("config.optim.schedule", self.optim.schedule, ("step", "cosine"))
-    check_choice("config.optim.optimizer", self.optim.optimizer, ("sgd", "adamw", "lamb"))
-    if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-      raise UsageError(f"config.ema_decay must be in (0, 1), or None, got {self.ema_decay}")
-    # While the newest is replaced or damaged, one has to be left.
-    if self.keep_checkpoints < 2:
-      raise UsageError(f"config.keep_checkpoints must be at least 2, got {self.keep_checkpoints}")
-    if not 0 <= self.seed < 2**32:
-      raise UsageError(f"config.seed must be in [0, 2**32), got {self.seed}")
+    _check_fields(self, "config")
     reserved = sorted({"remat", "bn_axis_name"} & set(self.model))
     if reserved:
       raise UsageError(f"config.model.{reserved[0]} is set by the trainer; see config.remat")
     if "name" not in self.model:
       raise UsageError("config.model lacks name; set it to one of lip_jax.list_models()")
-
-
-def check_positive(name: str, value: float) -> None:
-  """Raises UsageError unless a number is positive and finite."""
-  if not 0 < value < math.inf:
-    raise UsageError(f"{name} must be positive, got {value}")
-
-
-def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
-  """Raises UsageError unless a value is one of those that are valid."""
-  if value not in valid:
-    raise UsageError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
 
 
 def find(place: str) -> Any:
@@ -202,11 +185,6 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   return config
 
 
-def from_json(text: str) -> Config:
-  """Configuration from `to_json`'s text."""
-  return from_dict(json.loads(text))
-
-
 def load(workdir: str | os.PathLike[str]) -> Config:
   """Configuration that the run in `workdir`, which may be in a bucket, was started with.
 
@@ -227,9 +205,23 @@ def to_json(config: Config) -> str:
   return json.dumps(dataclasses.asdict(config), indent=2)
 
 
+def located(config: Config) -> Config:
+  """The configuration with absolute paths, so that the run can be used from any directory."""
+  data = config.data
+  dataset = data.dataset
+  if dataset.startswith(FOLDER):
+    dataset = FOLDER + disk.absolute(dataset.removeprefix(FOLDER))
+  data_dir = data.data_dir and disk.absolute(data.data_dir)
+  data = dataclasses.replace(data, dataset=dataset, data_dir=data_dir)
+  return dataclasses.replace(config, data=data)
+
+
 def differences(new: Config, old: Config) -> list[str]:
   """Fields that make `new` another run than `old`, as "key: new value (was old value)"."""
   new_flat, old_flat = (flatten(json.loads(to_json(config))) for config in (new, old))
+  for flat in (new_flat, old_flat):
+    if flat["data.dataset"].startswith(FOLDER):
+      flat["data.dataset"] = FOLDER  # it is known by what it holds, wherever it lies
   return [
     f"{key}: {new_flat.get(key)!r} (was {old_flat.get(key)!r})"
     for key in sorted(new_flat | old_flat)
@@ -254,8 +246,10 @@ def _build(cls: type, values: Any, where: str) -> Any:
   fields = {field.name: field for field in dataclasses.fields(cls)}
   unknown = sorted(set(values) - set(fields))
   if unknown:
+    near = difflib.get_close_matches(unknown[0], fields, 1)
     raise UsageError(
       f"{where} has no key {', '.join(map(repr, unknown))}; valid keys: {', '.join(fields)}"
+      + (f"; did you mean {near[0]}?" if near else "")
     )
   missing = [
     name
@@ -278,32 +272,47 @@ def _value(kind: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(kind) and isinstance(kind, type):
     return _build(kind, value, where)
   if isinstance(value, Mapping):
-    value = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-  elif isinstance(value, list):
-    value = tuple(value)
-  if not _fits(value, kind):
-    raise UsageError(f"{where} must be {_named(kind)}, got {str(value)[:80]!r}")
-  return value
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+  return tuple(value) if isinstance(value, list) else value
 
 
-def _fits(value: Any, kind: Any) -> bool:
-  """Whether a value is of a field's type. Numbers of a tuple are counted by `check`, not here."""
-  if isinstance(kind, types.UnionType):
-    return any(_fits(value, one) for one in typing.get_args(kind))
-  number, *_ = typing.get_args(kind) or (None,)
-  kind = typing.get_origin(kind) or kind
-  if kind in (int, float):
-    return isinstance(value, kind | int) and not isinstance(value, bool)
-  if kind is tuple:
-    # One number where several belong has a better error in `check`.
-    values = value if isinstance(value, tuple) else (value,)
-    return all(_fits(v, number) and (isinstance(v, str) or abs(v) < math.inf) for v in values)
-  return isinstance(value, kind)
+def _check_fields(values: Any, where: str) -> None:
+  """Raises UsageError unless the fields of a dataclass hold what their types say."""
+  for field in dataclasses.fields(values):
+    value, place = getattr(values, field.name), f"{where}.{field.name}"
+    if dataclasses.is_dataclass(field.type):
+      _check_fields(value, place)
+    elif expected := _expected(value, field.type):
+      raise UsageError(f"{place} must be {expected}, got {repr(value)[:80]}")
 
 
-def _named(kind: Any) -> str:
-  names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-  names |= {tuple: "finite numbers", Mapping: "settings", types.NoneType: "nothing"}
-  kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-  named: dict[Any, str] = {**names, tuple[int, int]: "whole numbers"}
-  return " or ".join(named.get(one) or named.get(typing.get_origin(one), str(one)) for one in kinds)
+# How types are called; of tuples those of their parts.
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_NAMES |= {types.NoneType: "nothing", Mapping: "settings"}
+_SEVERAL = {int: "whole numbers", float: "finite numbers", str: "texts"}
+
+
+def _expected(value: Any, kind: Any) -> str | None:
+  """What a value ought to be if it is not what a field's type says; None if it is."""
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (types.UnionType, typing.Union):
+    faults = [_expected(value, one) for one in inner]
+    return None if None in faults else " or ".join(filter(None, faults))
+  if origin is Annotated:
+    numbers = value if isinstance(value, tuple) else (value,)
+    own, bound = _expected(value, inner[0]), inner[1]
+    return own or (None if all(map(bound.holds, numbers)) else bound.words)
+  if origin is Literal:
+    fits = any(value == one and type(value) is type(one) for one in inner)
+    return None if fits else f"one of {', '.join(map(str, inner))}"
+  if origin is tuple:
+    count = None if inner[-1] is Ellipsis else len(inner)
+    fits = isinstance(value, tuple) and count in (None, len(value))
+    fits = fits and all(_expected(v, inner[0]) is None for v in value)
+    fits = fits and all(isinstance(v, str) or abs(v) < math.inf for v in value)
+    parts = _SEVERAL.get(inner[0]) or f"some of {', '.join(typing.get_args(inner[0]))}"
+    return None if fits else f"{count or ''} {parts}".strip()
+  kind = origin or kind
+  allowed = (int, float) if kind is float else kind
+  fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+  return None if fits else _NAMES.get(kind, str(kind))

@@ -18,13 +18,17 @@ def read_json(path: Path, advice: str = _ADVICE) -> dict[str, Any]:
     UsageError: there is no such file, or it holds something else: no JSON, no object, numbers that
       are not finite, nesting that is too deep, or megabytes. Its last words are the advice.
   """
-  if not path.is_file():
-    raise UsageError(f"there is no file {path}; {advice}")
   try:
+    if not path.is_file():
+      raise UsageError(f"there is no file {path}; {advice}")
     size = path.stat().st_size
     if size > _MAX_BYTES:
       raise ValueError(f"{size:,} bytes, expected at most {_MAX_BYTES:,}")
     text = path.read_text(encoding="utf-8")
+  except UsageError:
+    raise
+  except PermissionError as error:
+    raise UsageError(f"cannot read {path}: {error.strerror}; let this user read it") from None
   except (OSError, ValueError) as error:
     raise UsageError(f"{path} is damaged ({error}); {advice}") from None
   return parse_json(text, str(path), advice)

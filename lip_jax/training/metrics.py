@@ -8,19 +8,20 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorboardX
 import tqdm
 from etils import epath
 
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, printable
 from lip_jax.training import workdir as workdir_lib
 from lip_jax.training.bucket_sync import BucketSync
 
 log = logging.getLogger("lip_jax")
 
-_FILE = "metrics.jsonl"
+FILE = "metrics.jsonl"
 
 
 def log_to_stdout(level: int = logging.INFO) -> None:
@@ -29,8 +30,15 @@ def log_to_stdout(level: int = logging.INFO) -> None:
   log.setLevel(level)
   log.propagate = False
   handler = logging.StreamHandler(sys.stdout)
-  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
   log.handlers = [handler]
+
+
+class _PrintableFormatter(logging.Formatter):
+  """Names in messages may hold what steers a terminal."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    return printable(super().format(record), keep="\n")
 
 
 class MetricsWriter:
@@ -67,13 +75,15 @@ class MetricsWriter:
     directory = Path(workdir)
     if workdir_lib.in_bucket(workdir):
       remote = workdir_lib.absolute(workdir)
-      before = workdir_lib.read_text(remote / _FILE)
+      before = workdir_lib.read_text(remote / FILE)
       self._bucket = BucketSync(remote)
       directory = self._bucket.local
-      (directory / _FILE).write_text(before or "", encoding="utf-8")
-    _truncate(directory / _FILE, start_step)
+      (directory / FILE).write_text(before or "", encoding="utf-8")
+    kept = [line for line in read_lines(directory / FILE) if line["step"] <= start_step]
+    text = "".join(f"{json.dumps(line)}\n" for line in kept)
+    workdir_lib.write_text(epath.Path(directory) / FILE, text)
     # Without a buffer, which would be left with what the disk has no room for.
-    self._lines = (directory / _FILE).open("ab", buffering=0)
+    self._lines = (directory / FILE).open("ab", buffering=0)
     self._board = tensorboardX.SummaryWriter(
       str(directory / "tensorboard"),
       purge_step=start_step + 1,
@@ -165,18 +175,13 @@ class MetricsWriter:
       self._board.add_image(name, image, step, dataformats="HWC")
 
 
-def _truncate(path: Path, last_step: int) -> None:
-  """Drops the lines after `last_step`, and a last line that was cut off."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    try:
-      if json.loads(line)["step"] <= last_step:
-        kept.append(line + "\n")
-    except json.JSONDecodeError:
-      continue
-  workdir_lib.write_text(epath.Path(path), "".join(kept))
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """What a run has written to `metrics.jsonl`, but for a line that is cut off, or being written."""
+  lines = []
+  for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    with contextlib.suppress(json.JSONDecodeError):
+      lines.append(json.loads(text))
+  return lines
 
 
 class Throughput:

@@ -62,14 +62,21 @@ class Task(abc.ABC):
     best_metric: by which the best checkpoint is kept: the largest is the best.
     trained: names in `loss` whose quotients are added up and minimized; the others are reported.
     shown: training metrics on the progress bar, beside the loss.
+    buckets: names of the shapes that batches come in.
   """
 
   best_metric: ClassVar[str]
-  trained: ClassVar[tuple[str, ...]] = ("loss",)
-  shown: ClassVar[tuple[str, ...]] = ()
+  trained: tuple[str, ...] = ("loss",)
+  shown: tuple[str, ...] = ()
+  buckets: tuple[str, ...] = ("all",)
 
   def __init__(self, config: Any):
     self.config = config
+
+  @property
+  def num_classes(self) -> int:
+    """That the network tells apart; 0 where there are none."""
+    return 0
 
   @property
   @abc.abstractmethod
@@ -81,8 +88,8 @@ class Task(abc.ABC):
     """This process's part of the training batches."""
 
   @abc.abstractmethod
-  def batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a training batch of `size` examples, to compile without data."""
+  def batch_shapes(self, size: int, bucket: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a bucket's training batch of `size` examples, to compile it."""
 
   @abc.abstractmethod
   def create_model(self, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
@@ -109,6 +116,16 @@ class Task(abc.ABC):
       batch: some rows of what `prepare` gives.
     """
 
+  @property
+  def batch_norm_group(self) -> int:
+    """Examples that a batch norm normalizes together; 0: no batch changes the statistics of the
+    network, of which then all devices have the same.
+    """
+    model = self.config.model
+    return (
+      0 if model.get("bn_frozen") else model.get("bn_group_size") or self.config.global_batch_size
+    )
+
   def trainable(self, path: tuple[str, ...]) -> bool:
     """Whether the parameter of that path, as in the network's state, is trained."""
     return True
@@ -119,9 +136,9 @@ class Task(abc.ABC):
 
   @abc.abstractmethod
   def lower_evaluation(
-    self, graph: nnx.GraphDef, mesh: Mesh, params: Tree, batch_stats: Tree
+    self, graph: nnx.GraphDef, mesh: Mesh, params: Tree, batch_stats: Tree, bucket: str
   ) -> jax.stages.Lowered:
-    """The program of the evaluator's step, of shapes, to compile it without data or devices."""
+    """The program of the evaluator's step for a bucket, to compile it without data or devices."""
 
   @abc.abstractmethod
   def summary(self, metrics: Mapping[str, float]) -> list[str]:

@@ -58,7 +58,7 @@ def placed(state: TrainState, mesh: Mesh, group_span: int) -> TrainState:
   Args:
     state: arrays, or what `jax.eval_shape` gives.
     mesh: from `sharding.make_mesh`.
-    group_span: devices over which a batch-norm group is spread.
+    group_span: devices over which a batch-norm group is spread; 0: there are none.
   """
 
   def place(leaf, placement) -> Any:

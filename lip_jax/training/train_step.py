@@ -63,7 +63,7 @@ class Program:
     self.group_span = sharding.group_span(
       config.global_batch_size,
       config.accumulation_steps,
-      config.model.get("bn_group_size"),
+      task.batch_norm_group,
       len(devices),
     )
     self.mesh = sharding.make_mesh(devices, fsdp=config.fsdp, group_span=self.group_span)
@@ -104,10 +104,10 @@ class Program:
 
     self.weights = jax.jit(weights, out_shardings=whole)
 
-  def arguments(self) -> tuple[TrainState, dict[str, Any], Any]:
+  def arguments(self, bucket: str) -> tuple[TrainState, dict[str, Any], Any]:
     """Shapes, dtypes and placement of the arguments of `update`, to compile it without data."""
     place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(self.mesh))
-    shapes = self._task.batch_shapes(self._task.config.global_batch_size)
+    shapes = self._task.batch_shapes(self._task.config.global_batch_size, bucket)
     batch = {name: place(one.shape, one.dtype) for name, one in shapes.items()}
     return self.state, batch, place((self.mesh.size,), jnp.int32)
 
@@ -124,7 +124,7 @@ def initializer(
   model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
   trained = task_lib.trainable_mask(task, train_state.split(model)[0])
   optimizer = optim.optimizer(config.optim, schedule, None if jax.tree.all(trained) else trained)
-  group_size = config.model.get("bn_group_size") or config.global_batch_size
+  group_size = task.batch_norm_group or config.global_batch_size
   init = functools.partial(
     train_state.init,
     optimizer,
@@ -152,7 +152,7 @@ def train_step(
   Args:
     stop: int [devices], from `sharding.StopFlags`; passed through as the greatest of them.
     optimizer: whose state `state.opt_state` is.
-    group_span: devices over which a batch-norm group is spread.
+    group_span: devices over which a batch-norm group is spread; 0: there are none.
     task: what is trained; its randomness depends on the run's seed and the step alone.
 
   Returns:
@@ -167,7 +167,7 @@ def train_step(
   params_spec = jax.tree.map(lambda leaf: sharding.over_fsdp(leaf.shape, mesh).spec, state.params)
   stats_spec = sharding.over_groups(mesh, group_span).spec
   gradients = jax.shard_map(
-    functools.partial(_gradients, graph=graph, axes=axes, task=task),
+    functools.partial(_gradients, graph=graph, axes=axes, task=task, one_group=group_span == 0),
     mesh=mesh,
     in_specs=(params_spec, stats_spec, PartitionSpec(sharding.AXES), PartitionSpec()),
     out_specs=(params_spec, stats_spec, PartitionSpec()),
@@ -197,10 +197,12 @@ def _gradients(
   graph: nnx.GraphDef,
   axes: Tree,
   task: Task,
+  one_group: bool,
 ) -> tuple[Tree, Tree, Scalars]:
   """On one device of many: (gradients, batch statistics, metrics) of its part of the batch.
 
-  Gradients and metrics are those of all devices' examples.
+  Gradients and metrics are those of all devices' examples. `one_group`: all examples share the
+  statistics, which the batch does not change.
   """
   num_parts = task.config.accumulation_steps
   rounded = task.config.gradient_dtype == "bfloat16"
@@ -227,8 +229,16 @@ def _gradients(
   if num_parts == 1:
     grads, ((sums, totals), batch_stats) = gradient(params, batch_stats, rows, None)
   else:
-    parts = jax.tree.map(
-      lambda a: a.reshape(num_parts, len(a) // num_parts, *a.shape[1:]), (batch_stats, rows)
+
+    def cut(a: jax.Array) -> jax.Array:
+      return a.reshape(num_parts, len(a) // num_parts, *a.shape[1:])
+
+    def repeat(a: jax.Array) -> jax.Array:
+      return jnp.broadcast_to(a, (num_parts, *a.shape))
+
+    parts = (
+      jax.tree.map(repeat if one_group else cut, batch_stats),
+      jax.tree.map(cut, rows),
     )
     # Of all parts, before the first one is differentiated. What of the network the weights do not
     # depend on, and that is mostly all of it, XLA leaves out.
@@ -247,7 +257,9 @@ def _gradients(
       jax.eval_shape(lambda: gradient(params, *jax.tree.map(lambda a: a[0], parts), totals)),
     )
     (grads, sums), stats = jax.lax.scan(add_part, (zero[0], zero[1][0][0]), parts)
-    batch_stats = jax.tree.map(lambda a, like: a.reshape(like.shape), stats, batch_stats)
+    batch_stats = jax.tree.map(
+      lambda a, like: a[-1] if one_group else a.reshape(like.shape), stats, batch_stats
+    )
 
   def add_up(value: jax.Array, axis: int) -> jax.Array:
     total = value.astype(jnp.bfloat16 if rounded else value.dtype)

@@ -5,8 +5,6 @@ import dataclasses
 import itertools
 import logging
 import math
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,16 +33,15 @@ from lip_jax.training.task import Task
 from lip_jax.training.train_state import TrainState, Tree
 from lip_jax.training.train_step import Program
 from lip_jax.training.watchdog import Watchdog
-from lip_jax.training.workdir import check_access, lock, read_text, write_text
+from lip_jax.training.workdir import check_access, check_shared, lock, read_text, write_text
 
 log = logging.getLogger("lip_jax")
 
-# What a file system that hosts share may need to show a file of one to the others.
-_VISIBLE_SECONDS = 10
-
 
 class NonFiniteLossError(UsageError):
-  """Loss or gradient are no longer finite; names the step and the checkpoint to return to."""
+  """A loss, a gradient or a result of the validation is no longer finite; names the step and the
+  checkpoint to return to.
+  """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +53,7 @@ class Result:
   metrics: dict[str, float]  # of the validation split, as the task's evaluator names them
   checkpoint: epath.Path | None  # directory of the state; None: stopped before there was one
   pictures: dict[str, epath.Path]  # of the task's figures, by name
+  summary: list[str]  # of a finished run, in lines for people
 
 
 def train(
@@ -89,10 +87,10 @@ def train(
       "or starts from the weights of a network; leave one of them out"
     )
   directory = check_access(workdir)
-  _check_shared(directory)
+  check_shared(directory)
   first = jax.process_index() == 0
   with lock(directory) if first else contextlib.nullcontext():
-    trainer = Trainer(task_lib.make(config), directory)
+    trainer = Trainer(task_lib.make(config_lib.located(config)), directory)
     with trainer.open():
       trainer.restore(start_from, weights)
       return trainer.run()
@@ -113,7 +111,7 @@ class Trainer:
   def __init__(self, task: Task, workdir: epath.Path):
     self.task, self.config, self.workdir = task, task.config, workdir
     _check_same_run(task, workdir)
-    _check_batch_norm_groups(self.config)
+    _check_batch_norm_groups(task)
     self.steps_per_epoch = task.num_train / self.config.global_batch_size
     self.total_steps = max(1, round(self.config.num_epochs * self.steps_per_epoch))
     self.eval_steps = self._steps(self.config.eval_every_epochs)
@@ -127,6 +125,7 @@ class Trainer:
     self.last_checkpoint: epath.Path | None = None
     self._saved = 0
     self._stopping = False
+    self._compiled: set[tuple[tuple[int, ...], ...]] = set()  # shapes of batches
     # The step in flight: its number, metrics and the place in the data behind it.
     self._pending: tuple[int, Mapping[str, jax.Array], Any] | None = None
 
@@ -139,7 +138,6 @@ class Trainer:
     with (
       # Around it all: the last save, too, is not to be cut short.
       StopRequest(preemption_notice=jax.default_backend() == "tpu") as self.stop,
-      compilation_cache.kept_in(self.workdir),
       Watchdog(seconds=self.config.watchdog_seconds) as self.watchdog,
       self.loader,
       Checkpoints(
@@ -154,13 +152,11 @@ class Trainer:
     """Makes the state to go on from: the run's latest, another run's, or the first one."""
     self.checkpoints.check_room(self.program.state)
     self.watchdog.doing("restoring a checkpoint")
-    restored = self.checkpoints.restore_latest(self.program.state)
+    restored = self.checkpoints.restore_latest(self.program.state, self._continue)
     if restored is not None:
       self.results = restored.metrics
     elif start_from is not None:
-      restored = restore_path(start_from, self.program.state)
-    if restored is not None:
-      self._continue(restored)
+      self._continue(restore_path(start_from, self.program.state))
     else:
       self.watchdog.doing("making the first state")
       self.state: TrainState = self.program.init()
@@ -196,6 +192,7 @@ class Trainer:
     """Trains from where the run stands to its end, or until it is asked to stop."""
     self._introduce()
     with (
+      compilation_cache.kept_in(self.workdir),  # here: a refused start leaves nothing in it
       MetricsWriter(
         self.workdir,
         total_steps=self.total_steps,
@@ -217,7 +214,9 @@ class Trainer:
     self.watchdog.doing("the end of the run")
     finished = self.step == self.total_steps and self.results is not None
     pictures = self._save_figures() if finished else {}
-    return Result(self.step, finished, self.results or {}, self.last_checkpoint, pictures)
+    results = self.results or {}
+    summary = self.task.summary(results) if finished else []
+    return Result(self.step, finished, results, self.last_checkpoint, pictures, summary)
 
   def _pause(self) -> None:
     """Evaluates and saves, where that is due after this step."""
@@ -238,10 +237,21 @@ class Trainer:
     self.watchdog.doing(f"step {self.step + 1}, and the wait for its examples")
     self.clock.stall(self.feed.wait(running=self._pending and self._pending[1]))
     batch = next(self.feed)
+    self._note_compilation(batch)
     self.state, arrays = self.program.update(self.state, batch, stop_flags(self.stop.requested))
     self.settle()
     self.step += 1
     self._pending, self.results = (self.step, arrays, self.feed.position), None
+
+  def _note_compilation(self, batch: Mapping[str, jax.Array]) -> None:
+    """Says that a step takes long, where it has to be compiled for a new shape of batch first."""
+    shapes = tuple(batch[name].shape for name in sorted(batch))
+    if shapes not in self._compiled:
+      self._compiled.add(shapes)
+      log.info(
+        "compiling the training step for batches of %s, which can take minutes for a large network",
+        ", ".join(f"{name} {'x'.join(map(str, batch[name].shape))}" for name in sorted(batch)),
+      )
 
   def settle(self) -> None:
     """Waits for the step in flight, refuses a non-finite loss, and logs.
@@ -306,6 +316,8 @@ class Trainer:
       if self.results is None:
         self._stopping = True
         return False
+      if not all(map(math.isfinite, self.results.values())):
+        raise NonFiniteLossError(f"validation after {self._diverged(self.step, self.results)}")
       self._draw(params, batch_stats)
     self.writer.write(self.step, "validation", self.results)
     return True
@@ -351,8 +363,6 @@ class Trainer:
       f" in {parts} parts" if parts > 1 else "",
       config.optim.base_lr * config.global_batch_size / config.optim.base_batch_size,
     )
-    if self.step < self.total_steps:
-      log.info("compiling the training step, which can take minutes for a large network")
 
   def _diverged(self, step: int, values: Mapping[str, float]) -> str:
     """What happened, and how to go on with a run that is no longer finite."""
@@ -373,27 +383,6 @@ def _in_order(metrics: Mapping[str, Any]) -> list[str]:
   return ["loss", *sorted(set(metrics) - {"loss", "stop", *norms}), *norms]
 
 
-def _check_shared(workdir: epath.Path) -> None:
-  """Raises UsageError, on all processes, if the workdir is not the same directory for all."""
-  if jax.process_count() == 1:
-    return
-  mark = workdir / f".lip_jax_{sharding.gather(uuid.uuid4().hex)[0]}"
-  if jax.process_index() == 0:
-    write_text(mark, mark.name)
-  sharding.gather(None)
-  deadline = time.monotonic() + _VISIBLE_SECONDS
-  while not (there := mark.exists()) and time.monotonic() < deadline:
-    time.sleep(0.5)
-  seen = sharding.gather(there)
-  if jax.process_index() == 0:
-    mark.unlink()
-  if not all(seen):
-    raise UsageError(
-      f"{workdir} of process 0 is another directory than that of process {seen.index(False)}; "
-      "--workdir has to be one that all hosts share, on a shared file system or gs://BUCKET/RUN"
-    )
-
-
 def _check_same_run(task: Task, workdir: epath.Path) -> None:
   """Raises UsageError if the workdir is that of another run."""
   if not has_checkpoints(workdir):
@@ -407,8 +396,8 @@ def _check_same_run(task: Task, workdir: epath.Path) -> None:
   task.check_same(workdir)
 
 
-def _check_batch_norm_groups(config: Config) -> None:
-  size = config.model.get("bn_group_size")
+def _check_batch_norm_groups(task: Task) -> None:
+  config, size = task.config, task.batch_norm_group
   if isinstance(size, int) and size > 0 and config.global_batch_size % size:
     raise UsageError(
       f"config.global_batch_size={config.global_batch_size} is not a multiple of "

@@ -5,25 +5,25 @@ written here is written as a whole.
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import os
 import shutil
-import socket
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from etils import epath
 
+from lip_jax.data import disk
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 
 PathLike = str | os.PathLike[str]
 
 _EMULATOR = "STORAGE_EMULATOR_HOST"  # of Google's clients and gcsfs; needs no credentials
-_LOCK = ".lock"
 _LOCK_SECONDS = 10
+_VISIBLE_SECONDS = 10  # what a shared file system may need to show a file of one host to the others
 
 
 def in_bucket(path: PathLike) -> bool:
@@ -41,7 +41,7 @@ def absolute(path: PathLike) -> epath.Path:
   """
   text = os.fspath(path)
   if not in_bucket(text):
-    return epath.Path(os.path.realpath(os.path.expanduser(text)))
+    return epath.Path(os.path.realpath(disk.absolute(text)))
   bucket = text.removeprefix("gs://").strip("/").partition("/")
   if not text.startswith("gs://") or not bucket[0] or not bucket[2]:
     raise UsageError(f"{text!r} is no directory that can be used: write gs://BUCKET/DIRECTORY")
@@ -114,39 +114,11 @@ def _remember_no_listings() -> None:
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
-@contextlib.contextmanager
-def lock(directory: epath.Path) -> Iterator[None]:
-  """Keeps a second run out of a directory for the time of a `with`.
-
-  The lock ends with the process, however that ends. In a bucket, and on a file system that has no
-  locks, there is none.
-
-  Raises:
-    UsageError: another process has it, and keeps it for some seconds; names that process.
-  """
+def lock(directory: epath.Path) -> contextlib.AbstractContextManager[None]:
+  """Keeps a second run out of a directory, as `disk.lock`; in a bucket there are no locks."""
   if in_bucket(directory):
-    yield
-    return
-  with open(directory / _LOCK, "a+", encoding="utf-8") as file:
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
-      except BlockingIOError:  # perhaps of one that is about to end
-        if time.monotonic() > deadline:
-          file.seek(0)
-          holder = file.read(200).strip() or "another process"
-          raise UsageError(
-            f"{directory} is in use by {holder}; end that first, or take another --workdir"
-          ) from None
-        time.sleep(0.2)
-      except OSError:
-        break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    yield
+    return contextlib.nullcontext()
+  return disk.lock(directory, seconds=_LOCK_SECONDS)
 
 
 def _check_credentials(path: epath.Path) -> None:
@@ -193,3 +165,24 @@ def free_space(directory: Path | epath.Path) -> int | None:
   while not place.exists():
     place = place.parent
   return shutil.disk_usage(place).free
+
+
+def check_shared(workdir: epath.Path) -> None:
+  """Raises UsageError, on all processes, if the workdir is not the same directory for all."""
+  if jax.process_count() == 1:
+    return
+  mark = workdir / f".lip_jax_{sharding.gather(uuid.uuid4().hex)[0]}"
+  if jax.process_index() == 0:
+    write_text(mark, mark.name)
+  sharding.gather(None)
+  deadline = time.monotonic() + _VISIBLE_SECONDS
+  while not (there := mark.exists()) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  seen = sharding.gather(there)
+  if jax.process_index() == 0:
+    mark.unlink()
+  if not all(seen):
+    raise UsageError(
+      f"{workdir} of process 0 is another directory than that of process {seen.index(False)}; "
+      "--workdir has to be one that all hosts share, on a shared file system or gs://BUCKET/RUN"
+    )

@@ -11,10 +11,12 @@ from lip_jax.visualize.attribution import (
   class_activation_maps,
   effective_receptive_fields,
 )
+from lip_jax.visualize.boxes import Boxes, Picture, draw_boxes
 from lip_jax.visualize.figures import (
   Column,
   Curve,
   Plot,
+  boxes_figure,
   comparison_figure,
   curves_figure,
   draw_importance,
@@ -33,18 +35,22 @@ from lip_jax.visualize.robustness import (
 )
 
 __all__ = [
+  "Boxes",
   "ClassActivation",
   "Column",
   "Curve",
   "DeletionCurve",
   "Grid",
+  "Picture",
   "Plot",
   "Regions",
   "attend",
+  "boxes_figure",
   "class_activation_maps",
   "comparison_figure",
   "curves_figure",
   "deletion_curve",
+  "draw_boxes",
   "draw_importance",
   "effective_receptive_fields",
   "feature_grids",

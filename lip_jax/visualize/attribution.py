@@ -78,7 +78,8 @@ def effective_receptive_fields(
     [N, L, H, W].
 
   Raises:
-    ValueError: locations of another shape, or outside the map.
+    ValueError: locations of another shape.
+    UsageError: locations outside the map.
   """
   maps, pull_back = jax.vjp(function, images)
   places = np.asarray(locations)
@@ -90,7 +91,10 @@ def effective_receptive_fields(
     )
   size = maps.shape[1:3]
   if places.size and (places.min() < 0 or (places.max(axis=(0, 1)) >= size).any()):
-    raise ValueError(f"locations must lie inside the map of {size}, got {places.tolist()}")
+    raise UsageError(
+      f"location {places.max(axis=(0, 1)).tolist()} is outside the map; rows are 0 to "
+      f"{size[0] - 1}, columns 0 to {size[1] - 1}"
+    )
 
   def field(place: jax.Array) -> jax.Array:
     chosen = jnp.zeros_like(maps).at[jnp.arange(len(images)), place[:, 0], place[:, 1]].set(1)
@@ -119,18 +123,11 @@ def attend(
     UsageError: as `class_activation_maps`; locations outside the map.
   """
   activation = class_activation_maps(model, images, classes)
-  size = activation.maps.shape[1:]
   if locations is None:
     largest = np.asarray(activation.maps).reshape(len(images), -1).argmax(axis=1)
-    locations = np.stack(np.unravel_index(largest, size), axis=-1)[:, None, :]
-  places = np.asarray(locations)
-  most = places.reshape(-1, 2).max(axis=0, initial=0)
-  if places.min(initial=0) < 0 or (most >= size).any():
-    raise UsageError(
-      f"location {most.tolist()} is outside the class activation map; rows are 0 to "
-      f"{size[0] - 1}, columns 0 to {size[1] - 1}"
-    )
-  places = np.broadcast_to(places, (len(images), *places.shape[-2:]))
+    rows_columns = np.unravel_index(largest, activation.maps.shape[1:])
+    locations = np.stack(rows_columns, axis=-1)[:, None, :]
+  places = np.broadcast_to(locations, (len(images), *np.shape(locations)[-2:]))
   function, state = _functional(model)
 
   @jax.jit

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 import lip_jax
-from lip_jax.errors import UsageError
+from lip_jax.errors import UsageError, printable
 from lip_jax.export import class_names
 from lip_jax.ops.images import normalize
 from lip_jax.visualize import robustness
@@ -56,7 +56,7 @@ class Network(NamedTuple):
   def class_name(self, label: int) -> str:
     """Name of a class, or its number."""
     names = self.config.get("class_names")
-    return str(names[label]) if names and label < len(names) else str(label)
+    return printable(names[label]) if names and label < len(names) else str(label)
 
 
 class Images(NamedTuple):
@@ -110,26 +110,38 @@ def load_networks(paths: Sequence[str], names: Sequence[str] | None = None) -> l
   return networks
 
 
-def read_images(networks: Sequence[Network], paths: Sequence[str], margin: int = 0) -> Images:
-  """Image files, prepared for the networks; `margin` pixels are left around the central square."""
+def read_images(
+  networks: Sequence[Network], paths: Sequence[str], margin: int = 0, *, upright: bool = True
+) -> Images:
+  """Image files, prepared for the networks; `margin` pixels are left around the central square.
+
+  They are turned as their EXIF orientation says, if `upright`.
+  """
   from lip_jax.data.preprocess import CorruptImage, decode_center_crop
 
   preprocess, pixels = networks[0].preprocess, []
   size = preprocess["image_size"] + 2 * margin
   for path in paths:
     try:
-      pixels.append(decode_center_crop(Path(path).read_bytes(), size, preprocess["resize"]))
+      data = Path(path).read_bytes()
+      pixels.append(decode_center_crop(data, size, preprocess["resize"], upright=upright))
     except (OSError, CorruptImage) as error:
       raise UsageError(f"cannot read the image {path}: {error}; give another") from error
-  return Images(np.stack(pixels), None, [Path(path).stem for path in paths])
+  return Images(np.stack(pixels), None, [printable(Path(path).stem) for path in paths])
 
 
 def first_images(
-  networks: Sequence[Network], data: Data | None, count: int, margin: int = 0
+  networks: Sequence[Network],
+  data: Data | None,
+  count: int,
+  margin: int = 0,
+  *,
+  upright: bool = True,
 ) -> Images:
   """The first `count` images of a split, or all if there are fewer, as `read_images` gives them.
 
-  Without `data` it is the validation split that the first network's configuration names.
+  Without `data` it is the validation split that the first network's configuration names. Images of
+  folders are turned as their EXIF orientation says, if `upright`.
   """
   from lip_jax.data import pipeline, transforms
   from lip_jax.data.source import open_split
@@ -137,7 +149,11 @@ def first_images(
   data = data or _own_data(networks)
   source = open_split(data.dataset, data.split, data.data_dir)
   preprocess = networks[0].preprocess
-  crop = transforms.EvalCrop(preprocess["image_size"] + 2 * margin, preprocess["resize"])
+  crop = transforms.EvalCrop(
+    preprocess["image_size"] + 2 * margin,
+    preprocess["resize"],
+    upright=upright and source.upright,
+  )
   size = min(count, _BATCH)
   batches = pipeline.eval_batches(source, crop, global_batch_size=size, num_threads=2)
   pixels, labels = [], []
@@ -152,7 +168,7 @@ def first_images(
   return Images(
     np.concatenate(pixels)[:count],
     every,
-    [f"label: {source.class_names[n]}" for n in every],
+    [printable(f"label: {source.class_names[n]}") for n in every],
     source.class_names,
     source.name,
   )

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from lip_jax.errors import UsageError
+from lip_jax.visualize.boxes import LEAST, Picture, draw_boxes
 from lip_jax.visualize.grids import layer_grids, to_input
 from lip_jax.visualize.importance import importance_maps, main_layers
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 
 _DPI = 110
+_MOST = 960  # pixels of a single image's longer side
 _IMPORTANCE, _ACTIVATION, _FIELD = "cividis", "viridis", "magma"
 _TICKS: dict[str, dict[float, str]] = {
   _IMPORTANCE: {-2: "1/4", -1: "1/2", 0: "mean", 1: "2", 2: "4"},
@@ -183,6 +185,38 @@ def _draw_column(axes: np.ndarray, column: Column, number: int, image: np.ndarra
     # The root, so that more than the few largest gradients is seen.
     axis.imshow(np.sqrt(field / max(field.max(), 1e-30)), cmap=_FIELD, vmin=0, vmax=1)
     _mark(axis, point[None])
+
+
+def boxes_figure(pictures: Sequence[Picture], class_names: Sequence[str] | None = None) -> "Figure":
+  """Images one below the other: their boxes, and what the network finds important, side by side.
+
+  All have boxes of the same titles; importance is shown where any has it.
+  """
+  titles = list(pictures[0].boxes)
+  has_importance = any(picture.importance is not None for picture in pictures)
+  sides = np.array([picture.image.shape[:2] for picture in pictures])
+  size = min(max(int(sides.max()), LEAST), _MOST) if len(pictures) == 1 else LEAST
+  rows, columns = len(pictures), len(titles) + has_importance
+  heights, widths = (sides / sides.max(axis=1, keepdims=True) * size / _DPI).T
+  figure = _figure(columns * widths.max() + 0.8 * has_importance, heights.sum() + 0.3 * (rows + 1))
+  axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+  for row, picture in zip(axes, pictures, strict=True):
+    for axis, title in zip(row, titles, strict=False):
+      axis.imshow(draw_boxes(picture.image, *picture.boxes[title], class_names, size=size))
+    if picture.importance is not None:
+      image = draw_boxes(picture.image, np.zeros((0, 4)), np.zeros(0), size=size)
+      placed = to_input(picture.importance, None, image.shape[:2])
+      _draw_importance(row[-1], image, placed)
+    row[0].set_title(picture.title, loc="left", **_TITLE)
+  for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+  for axis, title in zip(axes[0], [*titles, "importance"], strict=False):
+    axis.set_title(title, fontsize=9)
+  if has_importance:
+    bar = _colour_bar(figure, _IMPORTANCE, ax=axes[:, -1], shrink=min(1, 6 / heights.sum()))
+    bar.set_label("importance, relative to the image's mean")
+  return figure
 
 
 def curves_figure(plots: Sequence[Plot]) -> "Figure":

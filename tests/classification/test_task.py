@@ -1,6 +1,7 @@
 """Classification through the trainer: what a run's identity is, and other shapes of images."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -16,34 +17,68 @@ from lip_jax.training import trainer
 from lip_jax.training.train_step import Program
 
 
+def rename(old, new):
+  def change(images, workdir):
+    for split in ("train", "validation"):
+      (images / split / old).rename(images / split / new)
+
+  return change
+
+
+def add_class(images, workdir):
+  for split in ("train", "validation"):
+    shutil.copytree(images / split / CLASSES[0], images / split / "dog")
+
+
+def damage_and_add_an_image(images, workdir):
+  """The newest checkpoint is damaged, and the one before it refused."""
+  array = max((workdir / "checkpoints/8/state").rglob("d/*"), key=lambda path: path.stat().st_size)
+  array.write_bytes(b"")
+  (workdir / "checkpoints/9.orbax-checkpoint-tmp").mkdir()
+  (workdir / "checkpoints/9.orbax-checkpoint-tmp/part").write_text("of a killed process")
+
+
+def gone(images, workdir):
+  shutil.rmtree(images)
+
+
+def write(name, text):
+  return lambda images, workdir: (workdir / name).write_text(text)
+
+
+def stay(images, workdir): ...
+
+
 @pytest.mark.parametrize(
-  ("rename", "message"),
+  ("change", "values", "message"),
   [
-    (("bee", "zebra"), r"class 1 was 'bee' and is 'cow'"),
-    (("cow", "bull"), r"class 2 was 'cow' and is 'bull'|class 1 was 'bee' and is 'bull'"),
-    (None, r"class 3 was none of 3 and is 'dog'"),
+    (rename("bee", "zebra"), {}, r"class 1 was 'bee' and is 'cow'"),
+    (rename("cow", "bull"), {}, r"class 2 was 'cow' and is 'bull'"),
+    (add_class, {}, r"class 3 was none of 3 and is 'dog'"),
+    (damage_and_add_an_image, {}, "cannot continue the training data: it was saved with source="),
+    (rename("bee/0.png", "bee/0.txt"), {}, "is not an image: train/bee/0.txt"),
+    (gone, {}, "there is no folder"),
+    (write("config.json", "{"), {}, "config.json is damaged"),
+    (write("classes.json", "{"), {}, "classes.json is damaged"),
+    (stay, {"seed": 7}, r"seed: 7 \(was"),
+    (stay, {"num_epochs": 0.1}, r"num_epochs: 0.1 \(was"),
+    (stay, {"global_batch_size": 12}, "global_batch_size"),
+    (stay, {"fsdp": 3}, "fsdp"),
+    (stay, {"eval_batch_size": 3}, "eval_batch_size|3"),
   ],
 )
-def test_a_run_whose_classes_are_others_now_is_refused_and_stays(
-  tmp_path, rename, message, files_of
-):
-  """A restart would exchange the labels, or leave a run that nothing can load any more."""
+def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, message, files_of):
   images, workdir = tmp_path / "images", tmp_path / "run"
   write_images(images)
-  write_run(workdir, images, {4: None})
+  write_run(workdir, images, {4: None, 8: None})
+  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  (workdir / "config.json").write_text(config_lib.to_json(config))
+  config = dataclasses.replace(config, **values)
+  change(images, workdir)
   before = files_of(workdir)
-  for split in ("train", "validation"):
-    if rename:
-      (images / split / rename[0]).rename(images / split / rename[1])
-    else:
-      (images / split / "dog").mkdir()
-      for image in (images / split / CLASSES[0]).iterdir():
-        (images / split / "dog" / image.name).write_bytes(image.read_bytes())
   with pytest.raises(UsageError, match=message):
-    trainer.train(config_lib.load(workdir), workdir)
-  after = files_of(workdir)
-  after.pop(next(path for path in after if path.name == ".lock"))
-  assert after == before
+    trainer.train(config, workdir)
+  assert files_of(workdir) == before
 
 
 @pytest.mark.parametrize(("size", "mean"), [((24, 40), None), (24, (128.0,))])

@@ -13,7 +13,7 @@ from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.data.prepare.cluttered_scene import SOURCES, Box, cut_piece, draw_scene, load_digits
 from lip_jax.data.preprocess import decode_jpeg
 
-CLASSIFY, DETECT, SIZES, SIZES_LARGE = ClutteredDigits.BUILDER_CONFIGS
+CLASSIFY, DETECT, DETECT_SMALL, SIZES, SIZES_LARGE = ClutteredDigits.BUILDER_CONFIGS
 TINY = {
   "tiny_classify": dataclasses.replace(
     CLASSIFY, name="tiny_classify", num_train=24, num_validation=9
@@ -51,6 +51,8 @@ def test_published_configurations():
   assert (CLASSIFY.num_train, CLASSIFY.num_validation) == (20_000, 2_000)
   assert (DETECT.name, DETECT.canvas) == ("detect", 128)
   assert (DETECT.num_train, DETECT.num_validation) == (2_000, 500)
+  assert (DETECT_SMALL.name, DETECT_SMALL.canvas) == ("detect_small", 96)
+  assert (DETECT_SMALL.num_train, DETECT_SMALL.num_validation) == (8_000, 1_000)
 
 
 def test_splits_use_digits_of_different_writers():

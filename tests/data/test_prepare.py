@@ -1,5 +1,6 @@
 """Preparation: from tar files, folders and TFRecord to ArrayRecord; interrupted and resumed."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -25,7 +26,7 @@ from fixture_data import (
   write_tars,
 )
 
-from lip_jax.data import imagenet, preprocess
+from lip_jax.data import disk, imagenet, preprocess
 from lip_jax.data.prepare.convert import convert_to_array_record
 from lip_jax.data.prepare.folder import prepare_folder
 from lip_jax.data.prepare.imagenet import prepare_imagenet
@@ -346,12 +347,32 @@ def test_a_run_that_was_begun_otherwise(tmp_path):
 def test_two_at_once(tars, tmp_path):
   work = tmp_path / "data" / "imagenet2012" / "incomplete.lip_5.1.0"
   work.mkdir(parents=True)
-  other = os.open(work, os.O_RDONLY)
-  fcntl.flock(other, fcntl.LOCK_EX)
-  with pytest.raises(UsageError, match="another process is writing"):
+  holder = f"is in use by process {os.getpid()} on "
+  with disk.lock(work), pytest.raises(UsageError, match=holder):
     prepare_imagenet(*tars, tmp_path / "data", **LISTS)
-  os.close(other)
   prepare_imagenet(*tars, tmp_path / "data", **LISTS)
+  assert not (tmp_path / "data" / "imagenet2012" / "5.1.0" / ".lock").exists()
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF])
+def test_a_file_system_without_locks(tars, tmp_path, monkeypatch, caplog, fault):
+  def flock(file, how):
+    raise OSError(fault, os.strerror(fault))
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  assert "train 30" in prepare_imagenet(*tars, tmp_path / "data", **LISTS)
+  assert "without locks" in caplog.text
+
+
+@pytest.mark.parametrize("name", [" ", "cat ", "\u3000cat", "a\nb", "\r"])
+def test_names_that_a_data_set_cannot_keep_are_refused(tmp_path, name):
+  """They would be lost, and labels those of the classes behind them."""
+  folder = write_folder(tmp_path / "images", per_class=1)
+  for split in ("train", "validation"):
+    (folder / split / "cat").rename(folder / split / name)
+  with pytest.raises(UsageError, match=r"cannot keep the names .* rename their folders"):
+    prepare_folder(folder, "pets", tmp_path / "data")
+  assert not (tmp_path / "data").exists()
 
 
 def test_a_disk_that_is_too_small(tars, tmp_path, monkeypatch):

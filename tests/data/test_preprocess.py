@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from lip_jax.data import preprocess
+from lip_jax.data import image_parts, preprocess
 from lip_jax.data.preprocess import CorruptImage
 
 
@@ -281,7 +281,7 @@ def test_crops_are_smoothed_as_pillow_smoothes(photographs):
     for size in (32, 100, 224, 500):
       for _ in range(5):
         state = rng.bit_generator.state
-        top, left, height, width = preprocess._random_part(427, 640, rng, (0.08, 1.0), (0.75, 1.33))
+        top, left, height, width = image_parts.random_part(427, 640, rng, (0.08, 1.0), (0.75, 1.33))
         rng.bit_generator.state = state
         crop = preprocess.decode_random_resized_crop(data, rng, size, (0.08, 1.0), (0.75, 1.33))
         box = (left, top, left + width, top + height)
@@ -323,7 +323,7 @@ def test_crops_are_distributed_as_in_torchvision():
   # image, scales up to 0.5 never touch the border, so nothing is drawn twice.
   rng = np.random.default_rng(0)
   parts = np.array(
-    [preprocess._random_part(1000, 1000, rng, (0.1, 0.5), (3 / 4, 4 / 3)) for _ in range(4000)]
+    [image_parts.random_part(1000, 1000, rng, (0.1, 0.5), (3 / 4, 4 / 3)) for _ in range(4000)]
   )
   top, left, height, width = parts.T
   area = height * width / 1e6
@@ -350,7 +350,7 @@ def test_crops_are_distributed_as_in_torchvision():
   ],
 )
 def test_crop_falls_back_to_the_centre(shape, expected):
-  part = preprocess._random_part(*shape, np.random.default_rng(0), (1.0, 1.0), (3 / 4, 4 / 3))
+  part = image_parts.random_part(*shape, np.random.default_rng(0), (1.0, 1.0), (3 / 4, 4 / 3))
   assert part == expected
 
 

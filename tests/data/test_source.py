@@ -247,7 +247,7 @@ def test_folders_that_cannot_be_used(tmp_path):
   (tmp_path / "train" / "dog" / "1.JPEG").write_bytes(jpeg(1))
   assert len(open_split(f"folder:{tmp_path}", "train", None)) == 2
   assert "no split 'validation'" in error(tmp_path, "validation")
-  assert "it has train, and parts" in error(tmp_path, "test")
+  assert "no split 'test'; it has train. Rename" in error(tmp_path, "test")
   assert "is empty" in error(tmp_path, "train[:0]")
   assert "is not on a disk" in error("gs://bucket/images")
 

@@ -37,7 +37,7 @@ def folder(tmp_path, cache):
 
 
 def kept(folder):
-  return sorted(path for path in (folder / tfrecord_index.DIRECTORY).glob("*"))
+  return sorted(path for path in (folder / ".record_index").glob("*"))
 
 
 def labels_of(folder):
@@ -80,7 +80,7 @@ def test_an_index_of_another_file_is_not_used(folder, monkeypatch, change):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
   else:
     other = Path(fixture_numbered.files(folder)[0].path)
-    index = folder / tfrecord_index.DIRECTORY
+    index = folder / ".record_index"
     shutil.copyfile(index / other.name, index / path.name)
   scanned = count_scans(monkeypatch)
   assert labels_of(folder) == list(range(COUNT))
@@ -109,7 +109,7 @@ def test_a_damaged_index_is_made_anew(folder, monkeypatch, damage):
 
 
 def test_where_the_data_cannot_be_written_it_is_kept_in_the_cache(folder, cache, monkeypatch):
-  (folder / tfrecord_index.DIRECTORY).touch()  # no directory can be made here, by root neither
+  (folder / ".record_index").touch()  # no directory can be made here, by root neither
   scanned = count_scans(monkeypatch)
   assert labels_of(folder) == list(range(COUNT))
   assert len(list(cache.iterdir())) == len(scanned) == len(LENGTHS)
@@ -118,7 +118,7 @@ def test_where_the_data_cannot_be_written_it_is_kept_in_the_cache(folder, cache,
 
 
 def test_where_nothing_can_be_written_it_is_made_each_time(folder, cache, caplog):
-  (folder / tfrecord_index.DIRECTORY).touch()
+  (folder / ".record_index").touch()
   cache.parent.parent.write_text("a file")
   assert labels_of(folder) == list(range(COUNT))
   (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]

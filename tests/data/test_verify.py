@@ -19,6 +19,7 @@ from lip_jax.data import imagenet
 from lip_jax.data.prepare.folder import prepare_folder
 from lip_jax.data.prepare.imagenet import prepare_imagenet
 from lip_jax.data.prepare.verify import SAMPLE_EVERY, verify
+from lip_jax.data.source import open_split
 from lip_jax.errors import UsageError
 
 
@@ -118,6 +119,20 @@ def test_labels_out_of_range_and_classes_without_images(pets):
   labels.write_text("bird\ncat\ndog\ncow\n")
   features.write_text(features.read_text().replace('"numClasses": "2"', '"numClasses": "4"'))
   assert "train: no image of 1 classes: labels 3" in one_fault(root)
+
+
+def test_names_that_were_lost_are_noticed_at_every_opening(pets):
+  root, directory, _ = pets
+  (directory / "label.labels.txt").write_text(" \nbird\ndog\n")
+  for use in (verify, lambda name, root: open_split(name, "train", str(root))):
+    with pytest.raises(UsageError, match="3 classes and 2 names"):
+      use("pets", root)
+  (directory / "label.labels.txt").write_text("bird\ncat\n")
+  features = directory / "features.json"
+  features.write_text(features.read_text().replace('"numClasses": "3"', '"numClasses": "2"'))
+  source = open_split("pets", "train", str(root))
+  with pytest.raises(UsageError, match=r"label 2 of dog/\d.jpg is beyond the 2 classes"):
+    list(source)
 
 
 def test_unreadable_images_are_named(tmp_path):

@@ -132,6 +132,27 @@ def test_prefixes_and_wrappers(kind, prefix, wrap, state_dicts, tmp_path):
   np.testing.assert_allclose(np.divide(config["preprocess"]["std"], 255), [0.229, 0.224, 0.225])
 
 
+@pytest.mark.parametrize(
+  "prefix", ["_orig_mod.", "model.", "backbone.", "encoder.", "module._orig_mod.model.backbone."]
+)
+def test_what_wraps_a_network_is_taken_off_its_names_and_said(
+  prefix, state_dicts, tmp_path, messages
+):
+  weights = {f"{prefix}{name}": array for name, array in state_dicts["resnet_small"].items()}
+  weights["neck.weight"] = np.zeros(3, np.float32)
+  source = write(tmp_path / "weights.safetensors", weights)
+  convert_weights(source, tmp_path / "out", model="resnet_small", **OPTIONS["resnet_small"])
+  assert_same(to_torch_state_dict(folders.load(tmp_path / "out")[0]), state_dicts["resnet_small"])
+  (said,) = messages()
+  assert prefix in said
+  assert "neck.weight" in said
+  # Not where it makes nothing fit.
+  weights[f"{prefix}layer9.weight"] = np.zeros(3, np.float32)
+  write(source, weights)
+  with pytest.raises(UsageError, match=f"unexpected {prefix}layer9.weight"):
+    convert_weights(source, tmp_path / "o", model="resnet_small", **OPTIONS["resnet_small"])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes_become_float32(dtype, state_dicts, tmp_path):
   torch = pytest.importorskip("torch")

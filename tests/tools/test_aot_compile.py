@@ -116,7 +116,7 @@ def traffic_of_training(**changes):
     # The last bias of a block and that of its shortcut have the same gradient: it is sent once.
     if "shortcut" not in jax.tree_util.keystr(path) or leaf.ndim > 1 or "scale" in str(path):
       (split if leaf.sharding.spec else whole).append(4 * leaf.size)
-  found = aot_compile.train_step(config, 10, jax.devices()).collectives
+  found = aot_compile.train_step(config, 10, jax.devices(), "all").collectives
   return {(one.kind, one.dtype): one.bytes for one in found}, whole, split
 
 
@@ -147,7 +147,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
 
 def test_evaluation_sends_no_parameters():
   config = dataclasses.replace(configuration.load(TINY, CHANGES), eval_batch_size=16)
-  figures = aot_compile.eval_step(config, 10, jax.devices())
+  figures = aot_compile.eval_step(config, 10, jax.devices(), "all")
   assert figures.flops > 0
   assert sum(one.bytes for one in figures.collectives) < figures.arguments / 100
 

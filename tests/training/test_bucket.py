@@ -106,8 +106,8 @@ def test_a_save_that_was_killed_is_no_checkpoint(run):
     assert checkpoints.steps == [2]
   assert (run / "checkpoints" / "4").exists()
   with Checkpoints(run) as checkpoints:
-    assert not (run / "checkpoints" / "4").exists()
     assert_is(checkpoints.restore_latest(LIKE), 2)
+    assert not (run / "checkpoints" / "4").exists()
   save(run, 4)
   with Checkpoints(run, read_only=True) as checkpoints:
     assert_is(checkpoints.restore_latest(LIKE), 4)

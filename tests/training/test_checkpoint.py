@@ -343,10 +343,11 @@ def test_remains_of_what_was_interrupted(tmp_path):
   assert has_checkpoints(tmp_path)
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
     assert checkpoints.steps == [2, 4]
+    assert_is(checkpoints.restore_latest(LIKE), 4)
   assert len(list(directory.iterdir())) == 4
   with Checkpoints(tmp_path) as checkpoints:
-    assert {path.name for path in directory.iterdir()} == {"2", "4", "notes.txt"}
     assert_is(checkpoints.restore_latest(LIKE), 4)
+    assert {path.name for path in directory.iterdir()} == {"2", "4", "notes.txt"}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The configuration's schema, through the configuration of the embedded job."""
 
 import dataclasses
+import json
 import runpy
 import typing
 from pathlib import Path
@@ -24,8 +25,9 @@ def embedded():
 def test_every_configuration_fits_the_schema_and_survives_json(path):
   values = runpy.run_path(str(path))["get_config"]().to_dict()
   config = config_lib.from_dict(values)
-  assert config_lib.from_json(config_lib.to_json(config)) == config
-  assert config_lib.differences(config, config_lib.from_json(config_lib.to_json(config))) == []
+  again = config_lib.from_dict(json.loads(config_lib.to_json(config)))
+  assert again == config
+  assert config_lib.differences(config, again) == []
 
 
 def test_differences_name_what_makes_another_run():
@@ -58,12 +60,12 @@ def test_differences_name_what_makes_another_run():
     ("data", "eval_resize", 32, "config.data.eval_resize=32 must be at least .*image_size=48"),
     ("data", "crop_scale", (1.0, 0.5), "config.data.crop_scale must be .*got \\(1.0, 0.5\\)"),
     ("data", "crop_scale", 0.5, "config.data.crop_scale must be .*got 0.5"),
-    ("data", "mean", (1.0, 2.0), "config.data.mean must be three numbers"),
+    ("data", "mean", (1.0, 2.0), "config.data.mean and .* must be three numbers"),
     ("data", "std", (1.0, 0.0, 1.0), "config.data.std must be positive"),
     ("data", "image_size", 0, "config.data.image_size must be positive, got 0"),
     ("data", "eval_crops", 3, "config.data.eval_crops must be 1, 5 or 10, got 3"),
     ("data", "augment", {"mixpu": 1.0}, "config.data.augment has no key 'mixpu'; .*mixup, cutmix"),
-    ("data", "augment", {"mixup": -1.0}, "augment.mixup must be a number, at least 0, got -1.0"),
+    ("data", "augment", {"mixup": -1.0}, "augment.mixup must be at least 0 and finite, got -1.0"),
     ("data", "augment", {"mixup": "a"}, "augment.mixup must be a number, got 'a'"),
     ("data", "augment", {"erasing": 1.5}, "augment.erasing .* at least 0 and at most 1, got 1.5"),
     ("data", "augment", {"randaugment_ops": 1.5}, "randaugment_ops must be a whole number"),
@@ -84,7 +86,7 @@ def test_what_a_run_did_not_say_is_the_default():
   assert config.data.augment == Augment()
   values["data"]["augment"] = {"mixup": 0.2}
   changed = config_lib.from_dict(values)
-  assert config_lib.from_json(config_lib.to_json(changed)) == changed
+  assert config_lib.from_dict(json.loads(config_lib.to_json(changed))) == changed
   assert config_lib.differences(changed, config) == ["data.augment.mixup: 0.2 (was 0.0)"]
 
 
@@ -153,11 +155,11 @@ def test_values_are_read_as_their_fields_are(change, value):
     ("optim", "not of the form KEY=VALUE"),
     ("model.=3", "lacks a key"),
     ("optim.base_lr=1e400", "config.optim.base_lr must be at least 0 and finite, got inf"),
-    ("optim=1", "config.optim holds settings"),
+    ("optim=1", "config.optim must hold optim settings, got '1'"),
     ("optim.lr=1", r"config.optim has no key 'lr'; valid keys: optimizer, base_lr"),
     ("data.augment.mixpu=1", "config.data.augment has no key 'mixpu'.*did you mean mixup"),
-    ("seed.x=1", "config.seed has no key 'x'"),
-    ("data.image_size=None", "config.data.image_size must be a whole number or .*got 'None'"),
+    ("seed.x=1", "config.seed must be a whole number, got"),
+    ("data.image_size=None", "config.data.image_size must be a whole number or .*got None"),
     ("data.flip=maybe", "config.data.flip must be true or false, got 'maybe'"),
   ],
 )

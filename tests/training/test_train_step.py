@@ -120,7 +120,7 @@ def test_three_steps_equal_the_authors_in_float64(name, x64):
   )
 
 
-def tiny_config(dtype="float32", bn_group_size=4, global_batch_size=32, **changes):
+def tiny_config(dtype="float32", bn_group_size=4, global_batch_size=32, bn_frozen=False, **changes):
   """Of a tiny network on images of 32 px."""
   return Config(
     model={
@@ -129,6 +129,7 @@ def tiny_config(dtype="float32", bn_group_size=4, global_batch_size=32, **change
       "logit": "projection",
       "width": 4,
       "bn_group_size": bn_group_size,
+      "bn_frozen": bn_frozen,
     },
     data=data_config(flip=True, image_size=32),
     optim=dataclasses.replace(PLAIN, base_lr=0.4),
@@ -152,7 +153,7 @@ def run_steps(devices, steps=3, **changes):
   program = make_program(tiny_config(**changes), devices=jax.devices()[:devices])
   state = program.init()
   stop = sharding.StopFlags(program.mesh)
-  compiled = program.update.lower(*program.arguments()).compile()
+  compiled = program.update.lower(*program.arguments("all")).compile()
   rng = np.random.default_rng(0)
   losses = []
   for _ in range(steps):
@@ -175,13 +176,15 @@ def run_steps(devices, steps=3, **changes):
     (4, {"fsdp": 2, "accumulation_steps": 2}),
     (8, {"bn_group_size": 8, "fsdp": 2}),  # a group on two devices, which share the state, too
     (4, {"bn_group_size": 0}),  # one group on all devices
+    # Statistics that no batch changes are one, and bind the parts of a batch to nothing.
+    (4, {"bn_frozen": True, "bn_group_size": None, "fsdp": 2, "accumulation_steps": 4}),
   ],
   ids=str,
 )
 def test_training_is_the_same_however_it_is_spread(devices, changes, x64):
   """Losses and the whole state after three steps; rounding has no room to hide a difference."""
-  group_size = changes.get("bn_group_size", 4)
-  expected, state_expected, _ = run_steps(1, dtype="float64", bn_group_size=group_size)
+  norm = {name: changes[name] for name in ("bn_group_size", "bn_frozen") if name in changes}
+  expected, state_expected, _ = run_steps(1, dtype="float64", **norm)
   losses, state, program = run_steps(devices, dtype="float64", **changes)
   np.testing.assert_allclose(losses, expected, rtol=1e-9)
   jax.tree.map(
@@ -191,7 +194,8 @@ def test_training_is_the_same_however_it_is_spread(devices, changes, x64):
   )
   assert "all-reduce" in program  # of the gradients
   assert ("all-gather" in program) == ("fsdp" in changes)
-  assert {len(leaf) for leaf in jax.tree.leaves(state.batch_stats)} == {32 // (group_size or 32)}
+  group_size = 32 if "bn_frozen" in changes else changes.get("bn_group_size", 4) or 32
+  assert {len(leaf) for leaf in jax.tree.leaves(state.batch_stats)} == {32 // group_size}
 
 
 def test_fsdp_splits_parameters_and_optimizer_state():

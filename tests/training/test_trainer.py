@@ -198,3 +198,28 @@ def test_start_from_and_weights_exclude_each_other(tmp_path):
     trainer.train(make_config(), tmp_path, start_from="a", weights="b")
   with pytest.raises(UsageError, match=r"weights=b: toy"):
     trainer.train(dataclasses.replace(make_config()), tmp_path / "run", weights="b")
+
+
+def test_a_validation_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    "fixture_toy.Evaluator.__call__", lambda self, params, batch_stats, stop: {"loss": float("nan")}
+  )
+  with pytest.raises(trainer.NonFiniteLossError, match=r"validation after step 8 is not finite"):
+    trainer.train(make_config(), tmp_path / "run")
+  for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+    json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_run_is_used_from_any_directory_and_goes_on_where_its_folder_has_moved(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  data = config_lib.Data(dataset="folder:pets", data_dir="sets")
+  trainer.train(make_config(data=data, num_epochs=1), "run")
+  found = config_lib.load("run").data
+  assert (found.dataset, found.data_dir) == (f"folder:{tmp_path}/pets", f"{tmp_path}/sets")
+  moved = make_config(data=config_lib.Data(dataset="folder:/elsewhere"), num_epochs=1)
+  assert trainer.train(moved, "run").finished
+  assert config_lib.load("run").data.dataset == "folder:/elsewhere"
+  with pytest.raises(UsageError, match=r"data.dataset: 'fake'"):
+    trainer.train(make_config(data=config_lib.Data(dataset="fake"), num_epochs=1), "run")

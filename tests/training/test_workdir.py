@@ -134,8 +134,14 @@ def test_without_credentials_a_bucket_is_not_tried(bucket, monkeypatch):
 def test_a_directory_is_for_one_run_at_a_time(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir_lib, "_LOCK_SECONDS", 0.3)
   path = workdir_lib.absolute(tmp_path)
-  holder = f"is in use by process {os.getpid()} on .*; end that first"
+  holder = f"is in use by process {os.getpid()} on .*; wait until"
   with workdir_lib.lock(path), pytest.raises(UsageError, match=holder), workdir_lib.lock(path):
     pass
   with workdir_lib.lock(path):
     pass
+  assert list(tmp_path.iterdir()) == []
+  # What a killed process left in it says nothing, and stays.
+  (tmp_path / ".lock").write_text("process 1 on elsewhere\n")
+  with workdir_lib.lock(path):
+    assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+  assert (tmp_path / ".lock").read_text() == "process 1 on elsewhere\n"

@@ -159,7 +159,7 @@ def test_errors(x64):
     visualize.class_activation_maps(Linear(), images, 4)
   with pytest.raises(UsageError, match="Conv has no class activation maps"):
     visualize.class_activation_maps(nnx.Conv(3, 3, (1, 1), rngs=nnx.Rngs(0)), images)
-  with pytest.raises(ValueError, match="inside the map"):
+  with pytest.raises(ValueError, match="outside the map"):
     visualize.effective_receptive_fields(lambda x: x[..., 0], images, [[8, 0]])
   with pytest.raises(ValueError, match=r"\[L, 2\]"):
     visualize.effective_receptive_fields(lambda x: x[..., 0], images, [1, 2])

@@ -192,7 +192,7 @@ def test_the_numbers(capsys, folder, tmp_path):
     (["a.png"], "no network is given"),
     (["{lip}", "none.png"], "cannot read the image none.png"),
     (["{lip}", "{image}", "--class=cow"], "no class 'cow'; give a name, such as cat, dog"),
-    (["{max}", "{image}", "--location=0,9"], "outside the class activation map; rows are 0 to 0"),
+    (["{max}", "{image}", "--location=0,9"], "outside the map; rows are 0 to 0"),
     (["{max}", "{image}", "--layers"], "has no LIP layer"),
     (["{max}", "{image}", "--deletion", "--by=importance"], "has no LIP layer"),
     (["{lip}", "--data=fake:4", "--deletion"], "the network has 2 classes and fake:4 validation"),

@@ -7,7 +7,6 @@ An interrupted run leaves the directory with the files that were finished; the n
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -21,12 +20,14 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import constants as tfds_constants
 from tqdm import tqdm
 
+from lip_jax.data import disk
 from lip_jax.errors import UsageError
 
 # Beside the data set: what it was made from and how, so that another run can tell.
 SETTINGS_FILENAME = "lip_jax.json"
 
 _PART = ".part"
+_READ_AT_ONCE = 16  # records
 # One record to a chunk, as TFDS has it, which random access needs. Unlike TFDS's, not compressed:
 # JPEGs do not get smaller, and reading takes twice as long.
 _OPTIONS = "group_size:1,uncompressed"
@@ -45,7 +46,7 @@ def dataset_directory(data_dir: str | Path | None, *parts: str) -> Path:
   """Where a data set goes: DIR/NAME/VERSION; None is $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
   Raises:
-    UsageError: `data_dir` is a bucket.
+    UsageError: `data_dir` is a bucket, or cannot be.
   """
   data_dir = data_dir or tfds_constants.DATA_DIR
   if "://" in os.fspath(data_dir):
@@ -53,7 +54,14 @@ def dataset_directory(data_dir: str | Path | None, *parts: str) -> Path:
       f"{data_dir} is a bucket: prepare the data set on a disk, then copy it with "
       "`gcloud storage cp --recursive`"
     )
-  return Path(data_dir).expanduser().joinpath(*parts)
+  return Path(disk.absolute(data_dir)).joinpath(*parts)
+
+
+def made_from(directory: str) -> str | None:
+  """What a data set was made from by this package, such as "image folder"."""
+  if "://" in directory:
+    return None
+  return (_read_settings(Path(directory)) or {}).get("made_from")
 
 
 def is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
@@ -85,16 +93,12 @@ def workspace(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
     UsageError: it cannot be written, another process is at it, or it was begun with other settings.
   """
   work = directory.with_name(f"incomplete.lip_{directory.name}")
-  try:
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-  except OSError as error:
-    raise UsageError(f"cannot write to {work} ({error}); choose another directory") from error
-  try:
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      work.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(disk.lock(work))
     except OSError as error:
-      raise UsageError(f"another process is writing {work}; wait for it or end it") from error
+      raise UsageError(f"cannot write to {work} ({error}); choose another directory") from error
     found = _read_settings(work)
     if found is not None and found != settings:
       raise UsageError(
@@ -108,8 +112,7 @@ def workspace(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
     if directory.exists():  # another process was faster
       raise UsageError(f"{directory} exists by now; delete it or {work}")
     work.rename(directory)
-  finally:
-    os.close(lock)
+    (directory / disk.LOCK).unlink(missing_ok=True)
 
 
 def check_space(work: Path, needed: int) -> None:
@@ -171,6 +174,22 @@ def count_records(path: Path) -> int:
       reader.read([0])  # a damaged file seems empty, and says why when it is read
       raise RuntimeError("it holds no records")
     return count
+  finally:
+    reader.close()
+
+
+def read_records(path: str) -> Iterator[bytes]:
+  """Yields the records of an ArrayRecord file in order.
+
+  Raises:
+    RuntimeError: the file is damaged or empty.
+    OSError: there is no such file.
+  """
+  count = count_records(Path(path))
+  reader = array_record_module.ArrayRecordReader(path)
+  try:
+    for start in range(0, count, _READ_AT_ONCE):
+      yield from reader.read(range(start, min(count, start + _READ_AT_ONCE)))
   finally:
     reader.close()
 

@@ -69,6 +69,7 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
 
   `cluttered_digits/classify`: one digit in 48x48 pixels, 20,000 + 2,000 images, chance is 10 %.
   `cluttered_digits/detect`: two to six digits in 128x128 pixels, 2,000 + 500 images.
+  `cluttered_digits/detect_small`: three to twelve small digits in 96x96 pixels, 8,000 + 1,000.
   `cluttered_digits/sizes`: one digit in 28x28 pixels, 30,000 + 1,000 images of many sizes and
   densities of clutter, and 1,000 of each of 16 conditions in splits such as "height8_fragments4".
   `cluttered_digits/sizes_large`: the same in 64x64 pixels, 60,000 + 2,000, and 2,000 of each.
@@ -98,6 +99,17 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
       light_grounds=True,
       num_train=2_000,
       num_validation=500,
+    ),
+    ClutteredDigitsConfig(
+      name="detect_small",
+      description="Three to twelve small digits in 96x96 pixels.",
+      canvas=96,
+      digits=(3, 12),
+      digit_height=(8, 34),
+      fragments=(6, 14),
+      light_grounds=False,
+      num_train=8_000,
+      num_validation=1_000,
     ),
     _sizes("sizes", 28, (8, 11, 14, 18), (0, 2, 4, 8), count=1_000, num_train=30_000),
     _sizes("sizes_large", 64, (8, 12, 20, 32), (0, 6, 12, 24), count=2_000, num_train=60_000),

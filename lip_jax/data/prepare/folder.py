@@ -41,7 +41,7 @@ def prepare_folder(
     raise UsageError(
       f"name {name!r} of the data set: expected lower-case letters, digits and underscores"
     )
-  rescale = Rescaler(shorter_side, quality)
+  rescale = Rescaler(shorter_side, quality, upright=True)
   images = ImageFolder(os.fspath(folder))
   splits = {split: images.images(split) for split in images.splits}
   listing = hashlib.sha256()
@@ -57,7 +57,7 @@ def prepare_folder(
   directory = array_record_writer.dataset_directory(data_dir, name, _VERSION)
   if array_record_writer.is_prepared(directory, settings):
     return f"{directory} was prepared already, in the same way"
-  return write_labelled_images(
+  summary = write_labelled_images(
     directory,
     splits,
     images.class_names,
@@ -68,3 +68,4 @@ def prepare_folder(
     num_shards=num_shards,
     num_workers=num_workers,
   )
+  return "; ".join([summary, *images.notes()])

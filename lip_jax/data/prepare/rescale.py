@@ -14,13 +14,16 @@ _DEFAULT_QUALITY = 95
 class Rescaler:
   """Scales large images down and leaves the others as they are; remembers what it could not read.
 
+  Args:
+    upright: whether those that are scaled are turned as their EXIF orientation says, which is lost.
+
   Attributes:
     settings: what decides on the result, as JSON.
     description: the same for people.
     unreadable: names of images that are kept as they are because they cannot be decoded.
   """
 
-  def __init__(self, shorter_side: int | None, quality: int | None):
+  def __init__(self, shorter_side: int | None, quality: int | None, *, upright: bool = False):
     if shorter_side is None and quality is not None:
       raise UsageError(f"quality={quality} is for images that are scaled; give shorter_side too")
     if shorter_side is not None and shorter_side < 1:
@@ -28,7 +31,7 @@ class Rescaler:
     quality = _DEFAULT_QUALITY if quality is None else quality
     if not 1 <= quality <= 100:
       raise UsageError(f"quality={quality}, expected 1 to 100")
-    self._shorter_side, self._quality = shorter_side, quality
+    self._shorter_side, self._quality, self._upright = shorter_side, quality, upright
     self.unreadable: list[str] = []
     self.settings: dict[str, Any] = {}
     self.description = "The images are the bytes of the original files."
@@ -43,7 +46,7 @@ class Rescaler:
     if self._shorter_side is None:
       return data
     try:
-      image = preprocess.decode_jpeg(data)
+      image = preprocess.decode_jpeg(data, upright=self._upright)
     except preprocess.CorruptImage:
       self.unreadable.append(name)
       return data

@@ -5,26 +5,25 @@ import concurrent.futures
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 from tqdm import tqdm
 
 from lip_jax.data import imagenet, preprocess, tfrecord
+from lip_jax.data.boxes import COCO, open_boxes
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import FolderImages, ImageFolder, first_few
 from lip_jax.data.prepare import array_record_writer
-from lip_jax.data.records import ImageLabelParser
+from lip_jax.data.records import ImageLabelParser, read_file
 from lip_jax.errors import UsageError
 
 # With decode="sample": one image in so many, and all that look damaged.
 SAMPLE_EVERY = 64
 
-_MOST_NAMED = 10  # faults of one kind that are named one by one
-_READ_AT_ONCE = 16  # records
+MOST_NAMED = 10  # faults of one kind that are named one by one
 _FILES_PART = 500  # images of a folder that a thread takes at a time
 
 
@@ -81,6 +80,7 @@ class _Found:
   decoded: int = 0
   unreadable: list[str] = dataclasses.field(default_factory=list)
   doubtful: list[str] = dataclasses.field(default_factory=list)
+  turned: list[str] = dataclasses.field(default_factory=list)  # by their EXIF orientation
   fault: str | None = None
 
 
@@ -92,6 +92,8 @@ def verify(
   num_workers: int | None = None,
 ) -> VerificationResult:
   """Reads a whole data set and says what is wrong with it.
+
+  Images with boxes: see `verify_boxes.verify_boxes`. Others:
 
   Every record is read, whatever `decode` says: its checksums, label and name are looked at. Checked
   are: that all files are there and whole, the numbers of images (of `imagenet2012` the 1,281,167
@@ -114,22 +116,34 @@ def verify(
   if dataset == "fake" or dataset.startswith("fake:"):
     raise UsageError("fake data is generated: there is nothing to verify")
   workers = num_workers or min(os.cpu_count() or 1, 16)
+  from lip_jax.data.prepare import verify_boxes  # which builds on this module
+
+  if dataset.startswith(COCO):
+    return verify_boxes.verify_boxes(dataset, None, decode, workers)
   if dataset.startswith("folder:"):
     return _verify_folder(dataset, decode, workers)
   root = None if data_dir is None else os.fspath(data_dir)
   if root is not None and "://" in root:
     raise UsageError(f"{root} is a bucket: mount it, for example with gcsfuse, to verify it")
-  return _verify_records(dataset, open_builder(dataset, root), decode, workers)
+  builder = open_builder(dataset, root)
+  has_boxes = "objects" in builder.info.features
+  if has_boxes and "label" not in builder.info.features:
+    return verify_boxes.verify_boxes(dataset, root, decode, workers)
+  result = _verify_records(dataset, builder, decode, workers)
+  if has_boxes and result.ok:
+    for split in builder.info.splits:
+      verify_boxes.add_notes(result, split, open_boxes(dataset, split, root, prepare=False))
+  return result
 
 
 def _verify_records(dataset: str, builder: Any, decode: str, workers: int) -> VerificationResult:
   file_format = record_format(builder)
-  parse = ImageLabelParser(dict(builder.info.features), dataset)
+  parse = ImageLabelParser(dict(builder.info.features), dataset, any_label=True)
   result = VerificationResult(dataset, str(builder.data_dir), len(parse.class_names))
+  upright = array_record_writer.made_from(result.directory) == "image folder"
   is_imagenet = builder.info.name == imagenet.NAME
   if is_imagenet:
     _check_class_names(result, parse.class_names)
-  read = {"array_record": _read_array_record, "tfrecord": tfrecord.read_records}[file_format]
   splits = builder.info.splits
   total = sum(info.num_examples for info in splits.values())
   with (
@@ -139,12 +153,13 @@ def _verify_records(dataset: str, builder: Any, decode: str, workers: int) -> Ve
     for name, info in splits.items():
       paths = [str(path) for path in info.filepaths]
       jobs = [
-        pool.submit(_check_file, path, length, read, parse, decode, progress)
+        pool.submit(_check_file, path, length, file_format, parse, decode, progress)
         for path, length in zip(paths, info.shard_lengths, strict=True)
       ]
       parts = _results(jobs)
       expected = imagenet.COUNTS.get(name, info.num_examples) if is_imagenet else info.num_examples
       _add_split(result, name, expected, len(paths), parts)
+      _note_turned(result, name, parts, upright)
       if is_imagenet:
         _check_imagenet_split(result, name, parse.class_names, parts)
   if is_imagenet:
@@ -163,25 +178,15 @@ def _results(jobs: Sequence[concurrent.futures.Future[_Found]]) -> list[_Found]:
       job.cancel()
 
 
-def _read_array_record(path: str) -> Iterator[bytes]:
-  count = array_record_writer.count_records(Path(path))
-  reader = array_record_module.ArrayRecordReader(path)
-  try:
-    for start in range(0, count, _READ_AT_ONCE):
-      yield from reader.read(range(start, min(count, start + _READ_AT_ONCE)))
-  finally:
-    reader.close()
-
-
 def _check_file(
-  path: str, length: int, read: Any, parse: ImageLabelParser, decode: str, progress: Any
+  path: str, length: int, file_format: str, parse: ImageLabelParser, decode: str, progress: Any
 ) -> _Found:
   """Reads all records of a file that should have `length` of them."""
   found = _Found()
   name = os.path.basename(path)
   count = 0
   try:
-    for record in read(path):
+    for record in read_file(path, file_format):
       where = f"{name}, record {count}"
       count += 1
       progress.update()
@@ -212,12 +217,12 @@ def _check_example(
   data = example["image"]
   found.labels.append(example["label"])
   found.num_bytes += len(data)
+  if preprocess.orientation_of(data) != 1:
+    found.turned.append(where)
   if not data:
     found.unreadable.append(f"{where}: no data (0 bytes)")
     return
-  if decode == "all" or (
-    decode == "sample" and (index % SAMPLE_EVERY == 0 or _looks_damaged(data))
-  ):
+  if decode == "all" or (decode == "sample" and (index % SAMPLE_EVERY == 0 or looks_damaged(data))):
     found.decoded += 1
     warnings: list[str] = []
     try:
@@ -227,7 +232,7 @@ def _check_example(
       found.unreadable.append(f"{where}: {error}")
 
 
-def _looks_damaged(data: bytes) -> bool:
+def looks_damaged(data: bytes) -> bool:
   """Whether the bytes are no JPEG, or one whose end is not where it should be."""
   return not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9")
 
@@ -272,15 +277,27 @@ def _add_split(
   twice = sorted(image for image, count in counts.items() if count > 1)
   if twice:
     faults.append(f"{len(twice):,} images are there more than once: {first_few(twice)}")
-  faults += [f"unreadable image in {image}" for image in unreadable[:_MOST_NAMED]]
-  if len(unreadable) > _MOST_NAMED:
-    faults.append(f"and {len(unreadable) - _MOST_NAMED:,} more unreadable images")
+  faults += [f"unreadable image in {image}" for image in unreadable[:MOST_NAMED]]
+  if len(unreadable) > MOST_NAMED:
+    faults.append(f"and {len(unreadable) - MOST_NAMED:,} more unreadable images")
   result.faults += [f"{name}: {fault}" for fault in faults]
   doubtful = [image for part in parts for image in part.doubtful]
   if doubtful:
     result.notes.append(
       f"{name}: {len(doubtful):,} of the decoded images have a warning that whole files have, and "
       f"files that were overwritten in the middle; look at them: {first_few(doubtful)}"
+    )
+
+
+def _note_turned(
+  result: VerificationResult, name: str, parts: Sequence[_Found], upright: bool
+) -> None:
+  turned = [image for part in parts for image in part.turned]
+  if turned:
+    what = "are turned by it" if upright else "are read as they are stored"
+    result.notes.append(
+      f"{name}: {len(turned):,} images have an EXIF orientation and {what} (config.data.upright="
+      f"{not upright} for the other): {first_few(turned)}"
     )
 
 
@@ -355,6 +372,9 @@ def _verify_folder(dataset: str, decode: str, workers: int) -> VerificationResul
       jobs = [pool.submit(_check_images, images, start, decode, progress) for start in starts]
       parts = _results(jobs)
       _add_split(result, name, len(images), len(images), parts)
+      _note_turned(result, name, parts, upright=True)
+  result.faults += folder.faults()
+  result.notes += folder.notes()
   return result
 
 

@@ -94,7 +94,6 @@ class Checkpoints:
       )
     if not read_only and jax.process_index() == 0:
       workdir_lib.check_access(self.directory)
-      self._clear_unfinished()
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -234,16 +233,19 @@ class Checkpoints:
     state = dataclasses.replace(like, **loaded)
     return Restored(state, metadata.iterator, metadata.metrics, self.path(step))
 
-  def restore_latest(self, like: Any) -> Restored | None:
+  def restore_latest(
+    self, like: Any, accept: Callable[[Restored], None] = lambda restored: None
+  ) -> Restored | None:
     """Loads the newest checkpoint that is whole, None if the run has none at all.
 
-    Damaged ones that are newer are reported and moved to `<workdir>/damaged_checkpoints`.
+    Damaged ones that are newer are reported and moved to `<workdir>/damaged_checkpoints`, remains
+    of interrupted saves deleted, once `accept` has not refused what was loaded.
 
     Raises:
       UsageError: all are damaged, or one cannot be read for a reason that may pass.
     """
     self._finish_save()
-    sharding.gather(None)  # the first process has put the directory in order
+    sharding.gather(None)  # the first process has made the directory
     views = sharding.gather(self.steps)
     if views.count(views[0]) != len(views):
       raise UsageError(
@@ -258,9 +260,12 @@ class Checkpoints:
         log.warning("the checkpoint %s is damaged (%s): passed over", self.path(step), error.fault)
         damaged[step] = error.fault
       else:
+        accept(restored)
         self._move_damaged(list(damaged))
+        self._clear_unfinished()
         return restored
     if not damaged:
+      self._clear_unfinished()
       return None
     # They stay where they are, so that the same command does not start from zero the next time.
     faults = "; ".join(f"{step}: {fault}" for step, fault in damaged.items())
@@ -340,7 +345,7 @@ class Checkpoints:
     def clear() -> None:
       step_directories.clear_unfinished(self.directory)
 
-    if jax.process_index() == 0 and (fault := _fault_of(clear)):
+    if not self._read_only and jax.process_index() == 0 and (fault := _fault_of(clear)):
       log.warning("cannot remove what an interrupted save has left: %s", fault)
 
   def _move_damaged(self, steps: list[int]) -> None:

@@ -1,0 +1,281 @@
+"""Exact evaluation of detectors: COCO's metric, every image once, on any number of devices."""
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from lip_jax import visualize
+from lip_jax.data import boxes_pipeline, pipeline
+from lip_jax.data.boxes import BoxSource
+from lip_jax.detection import categories, coco_metric
+from lip_jax.detection.coco_metric import Results
+from lip_jax.detection.config import Data
+from lip_jax.detection.inputs import normalize
+from lip_jax.detection.presets import Preset
+from lip_jax.distributed import sharding
+from lip_jax.training import train_state
+from lip_jax.training.train_state import Tree
+from lip_jax.visualize import Boxes, Picture
+
+log = logging.getLogger("lip_jax")
+
+# What comes with the detections of an image: which it is, and how it was resized.
+_KEPT = ("image_id", "scale", "original")
+_SURE = 0.3  # least score of what a picture shows
+
+
+def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> jax.stages.Wrapped:
+  """What is found in a batch, as `Detections` in pixels of the resized images, by name.
+
+  Returns:
+    A jitted function of (params, batch_stats, a batch of `boxes_pipeline.eval_batches`, stop: int
+    [devices], from `sharding.StopFlags`). It gives, on every device, "boxes", "scores", "labels",
+    "valid", what the batch says of its images, and "stop", the greatest of the flags.
+  """
+  rows = sharding.over_batch(mesh).spec
+
+  def detect(params: Tree, batch_stats: Tree, images: jax.Array, sizes: jax.Array) -> Any:
+    model = train_state.merge(graph, params, batch_stats)
+    model.eval()
+    return model.detect(normalize(images, sizes, data.mean, data.std), sizes)._asdict()
+
+  detect = jax.shard_map(
+    detect,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec(), rows, rows),
+    out_specs=rows,
+    check_vma=False,
+  )
+
+  def step(params: Tree, batch_stats: Tree, batch: Any, stop: jax.Array) -> dict[str, jax.Array]:
+    found = detect(params, batch_stats, batch["image"], batch["size"])
+    return {**found, **{name: batch[name] for name in _KEPT}, "stop": stop.max()}
+
+  return jax.jit(step, out_shardings=sharding.replicated(mesh))
+
+
+def lower(
+  data: Data,
+  batch_size: int,
+  bucket: str,
+  graph: nnx.GraphDef,
+  mesh: Mesh,
+  params: Tree,
+  batch_stats: Tree,
+) -> jax.stages.Lowered:
+  """The program of `jitted_step` for batches of a bucket; needs no data."""
+  place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
+  batch = {
+    "image": place((batch_size, *data.bucket_sizes[bucket], 3), jnp.uint8),
+    "size": place((batch_size, 2), jnp.int32),
+    "image_id": place((batch_size,), jnp.int32),
+    "scale": place((batch_size,), jnp.float32),
+    "original": place((batch_size, 2), jnp.int32),
+  }
+  weights = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+    (params, batch_stats),
+  )
+  return jitted_step(data, graph, mesh).lower(*weights, batch, place((mesh.size,), jnp.int32))
+
+
+class Evaluator:
+  """COCO's metric of networks of one structure over a split; all processes call it together.
+
+  Args:
+    batch_size: images at once, over all devices.
+    preset: of the networks.
+    num_figures: images of `figures`; at most those of one batch are taken.
+  """
+
+  def __init__(
+    self,
+    data: Data,
+    batch_size: int,
+    source: BoxSource,
+    graph: nnx.GraphDef,
+    mesh: Mesh,
+    *,
+    preset: Preset,
+    num_figures: int = 0,
+  ):
+    self._data = data
+    self._batch_size = batch_size
+    self._source = source
+    self._graph = graph
+    self._mesh = mesh
+    self._num_figures = num_figures
+    self._step: Any = jitted_step(data, graph, mesh)
+    outputs = categories.outputs(source.category_ids, preset)
+    self._labels = np.full(outputs.max() + 1, -1)  # of the data set, by a network's output
+    self._labels[outputs] = np.arange(len(outputs))
+
+  def __call__(
+    self, params: Tree, batch_stats: Tree, stop: Callable[[], bool] = lambda: False
+  ) -> dict[str, float] | None:
+    """COCO's 12 numbers by `coco_metric.NAMES`, fractions, and "count" of images.
+
+    Args:
+      stop: asked before each batch; once any process says yes, the result is None.
+
+    Raises:
+      UnreadableImagesError: images of the split cannot be read; names those of all processes.
+    """
+    results = self.detect(params, batch_stats, stop)
+    if results is None:
+      return None
+    scores = None
+    if jax.process_index() == 0:
+      score = coco_metric.score(
+        self._source.ground_truth(), results, area_limits=self._source.area_limits
+      )
+      log.info("average precision by %s", score.library)
+      scores = score.metrics
+    return {**sharding.gather(scores)[0], "count": len(self._source)}
+
+  def detect(
+    self, params: Tree, batch_stats: Tree, stop: Callable[[], bool] = lambda: False
+  ) -> Results | None:
+    """What is found in all images of the split, as COCO's files have it; None if stopped."""
+    parts: list[Results] = []
+    seen: list[np.ndarray] = []
+
+    def add(found: Mapping[str, Any]) -> bool:
+      """Keeps what was found in a batch; whether a process was asked to stop."""
+      arrays = {name: np.asarray(value) for name, value in found.items()}
+      there = arrays["image_id"] >= 0
+      seen.append(arrays["image_id"][there])
+      parts.append(self._results({name: arrays[name][there] for name in arrays if name != "stop"}))
+      return bool(arrays["stop"])
+
+    faults: list[str] = []
+    stopped = False
+    flags = sharding.StopFlags(self._mesh)
+    with contextlib.closing(self._batches()) as batches, self._progress() as progress:
+
+      def counted() -> Iterator[Mapping[str, np.ndarray]]:
+        for batch in batches:
+          progress.update()
+          yield {name: array for name, array in batch.items() if name != "mask"}
+
+      pending = None
+      try:
+        with sharding.Prefetch(counted(), self._mesh) as feed:
+          for batch in feed:
+            current = self._step(params, batch_stats, batch, flags(stop()))
+            if pending is not None and add(pending):  # of the batch before, while this one runs
+              stopped = True
+              break
+            pending = current
+      except pipeline.UnreadableImagesError as error:
+        faults = error.faults
+    if stopped or (pending is not None and add(pending)):
+      return None
+    # All processes have done all steps: those that met no fault stop with those that did.
+    faults = list(itertools.chain.from_iterable(sharding.gather(faults)))
+    if faults:
+      raise pipeline.UnreadableImagesError(self._source, faults)
+    ids = np.sort(np.concatenate(seen)) if seen else np.zeros(0, int)
+    assert np.array_equal(ids, np.sort(self._source.table.image_ids)), "an image is not there once"
+    return Results.joined(parts)
+
+  def figures(self, params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
+    """The first validation images with what is there, what is found, and what is important.
+
+    uint8 [H, W, 3]. All processes have to call it; the first one draws.
+    """
+    if not self._num_figures:
+      return {}
+    # On the host, as one process cannot compute with what lies on the devices of others.
+    params, batch_stats = jax.device_get((params, batch_stats))
+    if jax.process_index() != 0:
+      return {}
+    with contextlib.closing(self._batches()) as batches:
+      batch = next(batches)
+    rows = np.flatnonzero(batch["mask"])[: self._num_figures]
+    model = train_state.merge(self._graph, params, batch_stats)
+    model.eval()
+    data = self._data
+    sizes = batch["size"][rows]
+    images = normalize(jnp.asarray(batch["image"][rows]), jnp.asarray(sizes), data.mean, data.std)
+    found = jax.device_get(jax.jit(nnx.merge(*nnx.split(model)).detect)(images, sizes))
+    maps = visualize.importance_maps(model.backbone, images)
+    importance = visualize.pixel_importance(maps, model.backbone, batch["image"].shape[1:3])
+    by_id = {int(key): index for index, key in enumerate(self._source.table.image_ids)}
+    pictures = []
+    for k, row in enumerate(rows):
+      example = self._source[by_id[int(batch["image_id"][row])]]
+      height, width = sizes[k]
+      sure = found.valid[k] & (found.scores[k] > _SURE)
+      truth = Boxes(example["boxes"] * batch["scale"][row], example["labels"])
+      seen = Boxes(found.boxes[k][sure], self._labels[found.labels[k][sure]], found.scores[k][sure])
+      pictures.append(
+        Picture(
+          "",
+          batch["image"][row][:height, :width],
+          {"truth": truth, f"found, score above {_SURE}": seen},
+          None if importance is None else importance[k],
+        )
+      )
+    figure = visualize.boxes_figure(pictures, self._source.class_names)
+    return {"detections": visualize.figure_to_array(figure)}
+
+  def _results(self, found: Mapping[str, np.ndarray]) -> Results:
+    """Detections [N, D] of some images in pixels of the images as stored."""
+    height, width = np.split(found["original"].astype(np.float64), 2, axis=1)
+    corners = found["boxes"].astype(np.float64) / found["scale"][:, None, None]
+    corners = np.clip(corners, 0, np.concatenate([width, height] * 2, axis=1)[:, None])
+    boxes = np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=2)
+    labels = self._labels[np.minimum(found["labels"], len(self._labels) - 1)]
+    valid = found["valid"] & (labels >= 0)
+    ids = np.broadcast_to(found["image_id"][:, None], valid.shape)
+    return Results(
+      ids[valid].astype(np.int64),
+      np.asarray(self._source.category_ids, np.int64)[labels[valid]],
+      boxes[valid],
+      found["scores"][valid].astype(np.float64),
+    )
+
+  def _progress(self) -> Any:
+    return tqdm.tqdm(
+      desc="validation",
+      total=math.ceil(len(self._source) / self._batch_size),
+      leave=False,
+      disable=jax.process_index() != 0 or not sys.stderr.isatty(),
+    )
+
+  def _batches(self) -> Generator[pipeline.Batch, None, None]:
+    data = self._data
+    return boxes_pipeline.eval_batches(
+      self._source,
+      buckets=data.buckets,
+      short_side=data.short_side,
+      long_side=data.long_side,
+      global_batch_size=self._batch_size,
+      num_threads=data.num_threads,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+
+def summary(metrics: Mapping[str, float]) -> list[str]:
+  """The most important of what `Evaluator` found, in lines for people."""
+  names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+  return [
+    ", ".join(
+      f"{name} {100 * metrics[name]:.1f}" if metrics[name] >= 0 else f"{name} -" for name in names
+    ),
+    f"over {metrics['count']} images",
+  ]

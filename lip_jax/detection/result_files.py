@@ -1,0 +1,85 @@
+"""COCO's files: annotations, and what a detector found ("results"), which other tools take, too."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lip_jax.data import coco_json
+from lip_jax.detection.coco_metric import Results
+from lip_jax.errors import UsageError
+
+_KEYS = ("image_id", "category_id", "bbox", "score")
+
+
+def read_ground_truth(path: str | Path) -> dict[str, Any]:
+  """What an annotation file holds: "images", "annotations" and "categories".
+
+  Raises:
+    UsageError: there is no such file, or its annotations are not in order.
+  """
+  file = coco_json.read(str(path))
+  return file.table.to_coco(file.class_names, file.category_ids)
+
+
+def read_results(path: str | Path, ground_truth: Mapping[str, Any]) -> Results:
+  """The detections in a JSON file: a list of "image_id", "category_id", "bbox" (x, y, width,
+  height in pixels) and "score".
+
+  Raises:
+    UsageError: there is no such file, it holds something else, or images, categories or numbers
+      that cannot be.
+  """
+  try:
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    columns = [[row[key] for row in rows] for key in _KEYS]
+    ids, categories, boxes, scores = (np.array(column) for column in columns)
+    whole = all(type(one) is int for column in columns[:2] for one in column)
+    if not whole or (rows and (boxes.dtype.kind not in "iuf" or scores.dtype.kind not in "iuf")):
+      raise ValueError("ids have to be whole numbers, boxes and scores numbers")
+    boxes = boxes.astype(np.float64).reshape(len(rows), 4)
+    results = Results(
+      ids.astype(np.int64), categories.astype(np.int64), boxes, scores.astype(np.float64)
+    )
+  except OSError as error:
+    raise UsageError(f"cannot read the detections in {path}: {error.strerror}") from None
+  except (KeyError, TypeError, ValueError, RecursionError) as error:
+    raise UsageError(
+      f"{path} holds no detections ({type(error).__name__}: {error}); expected a JSON list of "
+      f"objects with {', '.join(_KEYS)}"
+    ) from None
+  for name, values, known in (
+    ("image_id", results.image_ids, ground_truth["images"]),
+    ("category_id", results.category_ids, ground_truth["categories"]),
+  ):
+    unknown = np.setdiff1d(values, [one["id"] for one in known])
+    if len(unknown):
+      raise UsageError(
+        f"{path} has the {name} {unknown[0]}, and {len(unknown) - 1} others, that the annotations "
+        "lack; give the annotations of the same split"
+      )
+  wrong = ~(np.isfinite(results.scores) & np.isfinite(boxes).all(axis=1))
+  wrong |= (boxes[:, 2:] < 0).any(axis=1)
+  if wrong.any():
+    raise UsageError(
+      f"{path} has {wrong.sum()} detections with a negative size or a number that is not finite, "
+      f"the first in image {results.image_ids[wrong][0]}"
+    )
+  return results
+
+
+def write_results(path: str | Path, results: Results) -> None:
+  """Writes detections as `read_results` takes them.
+
+  Raises:
+    UsageError: the file cannot be written.
+  """
+  rows = [
+    dict(zip(_KEYS, row, strict=True)) for row in zip(*(a.tolist() for a in results), strict=True)
+  ]
+  try:
+    Path(path).write_text(json.dumps(rows))
+  except OSError as error:
+    raise UsageError(f"cannot write the detections to {path}: {error.strerror}") from None

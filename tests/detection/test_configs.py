@@ -1,0 +1,57 @@
+"""configs/coco.py: the rows of table 5 that are RetinaNets, and its trial size."""
+
+import math
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from lip_jax.detection.task import Detection
+from lip_jax.errors import UsageError
+from lip_jax.training import config as config_lib
+from lip_jax.training import optim, train_state, trainer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def read(arg):
+  return config_lib.from_dict(runpy.run_path(str(CONFIGS / "coco.py"))["get_config"](arg).to_dict())
+
+
+@pytest.mark.parametrize(
+  ("arg", "parameters"),
+  [
+    ("retinanet_resnet50", 37_968_692),
+    ("retinanet_lip_resnet50", 36_275_892),
+    ("retinanet_resnet101", 56_960_820),
+    ("retinanet_lip_resnet101", 55_268_020),
+  ],
+)
+def test_a_row_is_that_network_and_that_recipe(arg, parameters):
+  task = Detection(read(arg), num_classes=80)
+  model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
+  params, _ = train_state.split(model)
+  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == parameters
+  assert task.batch_norm_group == 0
+  rate = optim.learning_rate(
+    task.config.optim, global_batch_size=16, steps_per_epoch=7330, num_epochs=24
+  )
+  steps = (0, 250, 500, 16 * 7330, 22 * 7330)
+  expected = (0.01 / 3, 0.01 * 2 / 3, 0.01, 0.001, 0.0001)
+  assert [float(rate(step)) for step in steps] == pytest.approx(expected)
+  shapes = {name: task.batch_shapes(16, name)["image"].shape for name in task.buckets}
+  assert shapes == {"800x1344": (16, 800, 1344, 3), "1344x800": (16, 1344, 800, 3)}
+
+
+def test_a_row_that_is_not_there():
+  with pytest.raises(UsageError, match=r"unknown detector 'retinanet_vgg'; choose one of"):
+    read("retinanet_vgg")
+
+
+def test_a_row_trains_in_its_trial_size(tmp_path):
+  result = trainer.train(read("retinanet_lip_resnet50,tiny"), tmp_path / "run")
+  assert result.finished
+  assert result.step == 4
+  assert result.metrics["count"] == 13
