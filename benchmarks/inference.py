@@ -12,6 +12,7 @@ time is the median over the turns, from the call to its result.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -110,7 +111,7 @@ def _torch(name: str, dtype: str) -> Callable[[np.ndarray], Callable[[], Any]] |
         logits = network(x)
       if backend == "gpu":
         torch.cuda.synchronize()
-      return logits.float().cpu().numpy()
+      return logits.float().cpu()
 
     return run
 
@@ -133,14 +134,14 @@ def _measure(
 
     program = jax.jit(network).lower(state, images).compile()
     memory[name] = program.memory_analysis()
-    calls[name] = lambda program=program, state=state: np.asarray(program(state, images))
+    calls[name] = functools.partial(program, state, images)
   calls |= {name: peer(np.asarray(images)) for name, peer in peers.items() if peer is not None}
 
   times: dict[str, list[float]] = {name: [] for name in calls}
   for turn in range(args.repeats + 1):
     for name, call in random.Random(turn).sample(list(calls.items()), len(calls)):
       start = time.perf_counter()
-      call()
+      np.asarray(call())
       if turn:  # the first warms up
         times[name].append(time.perf_counter() - start)
 

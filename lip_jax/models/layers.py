@@ -118,8 +118,9 @@ class BatchNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     if self.use_running_average or self.frozen:
+      mean, var, scale, bias = self._fixed()
       with jax.named_scope(BATCH_NORM):
-        y = apply_moments(x, *self._fixed(), self.epsilon, self.dtype)
+        y = apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
       return padding.blank(y)
     n = x.shape[0]
     here = n if self.axis_name or not self.group_size else self.group_size

@@ -5,6 +5,7 @@ one for each window does, up to rounding, in less time; else the safe form compu
 does.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -66,7 +67,8 @@ def backward(
     return tuple((a / scale).astype(a.dtype) for a in gradients)
 
   within = jnp.isfinite(windows.shift).all() & jnp.isfinite(largest)
-  return lax.cond(within, one_shift, lambda *args: safe_backward(*args, geometry), x, h, windows, g)
+  safe = functools.partial(safe_backward, geometry=geometry)
+  return lax.cond(within, one_shift, safe, x, h, windows, g)
 
 
 def safe_backward(
