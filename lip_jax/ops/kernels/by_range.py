@@ -52,6 +52,7 @@ def forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
 def safe_forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
   """As `forward`, each window by its own largest logit."""
   y, largest, total = xla.forward(x, h, None, geometry, None)[1]
+  assert largest is not None  # without a shift
   return Windows(y, largest, total, total[:, :1, :1] * jnp.nan)
 
 
@@ -63,7 +64,8 @@ def backward(
   scale = jnp.minimum(_BOUND / largest, 1)  # gradients are linear in g
 
   def one_shift(x, h, windows, g):
-    gradients = xla.backward(x, h, None, windows[:3], g * scale, geometry, windows.shift)[:2]
+    kept = (windows.y, None, windows.total)
+    gradients = xla.backward(x, h, None, kept, g * scale, geometry, windows.shift)[:2]
     return tuple((a / scale).astype(a.dtype) for a in gradients)
 
   within = jnp.isfinite(windows.shift).all() & jnp.isfinite(largest)

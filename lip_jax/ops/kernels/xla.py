@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lip_jax.ops.kernels.gate import Affine, gate
@@ -196,9 +195,11 @@ def _all_phases(array, axis, offsets, low, count):
 
   Adds the small array of each offset to all phases at once that have it.
   """
-  total = jnp.zeros((), array.dtype)
+  total, phases = jnp.zeros((), array.dtype), jnp.arange(len(offsets))
   for offset in sorted(set(itertools.chain(*offsets))):
-    belongs = np.array([offset in phase for phase in offsets], array.dtype)
+    # Computed, as an array that is given would be an argument, and `custom_partitioning` has none.
+    has = [phases == index for index, phase in enumerate(offsets) if offset in phase]
+    belongs = functools.reduce(jnp.logical_or, has).astype(array.dtype)
     part = lax.slice_in_dim(array, low + offset, low + offset + count, axis=axis)
     trailing = (1,) * (array.ndim - axis - 1)
     total += jnp.expand_dims(part, axis + 1) * belongs.reshape((1,) * (axis + 1) + (-1, *trailing))
