@@ -36,6 +36,8 @@ def forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
   """Pools x, [N, H, W, C], by logits h as `xla.forward` without a shift."""
   logits = h.astype(jnp.promote_types(h.dtype, jnp.float32))
   low, high = (find(logits, axis=(1, 2), keepdims=True) for find in (jnp.min, jnp.max))
+  # XLA would read the logits again for the extremes of all.
+  low, high = lax.optimization_barrier(low), lax.optimization_barrier(high)
   spread = high.max(initial=-jnp.inf) - low.min(initial=jnp.inf)
   middle = low + (high - low) / 2
 
