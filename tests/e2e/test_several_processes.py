@@ -110,7 +110,8 @@ def test_losses_do_not_depend_on_processes_and_devices(
   for _, out, err in ends[1:]:  # the first process speaks for all
     assert "top-1" not in out
     assert "train" not in out
-    assert err == ""
+    # But for what jaxlib may say when one process ends a moment before another.
+    assert [line for line in err.splitlines() if "coordination_service" not in line] == []
 
 
 def test_stopped_killed_and_moved_to_another_machine_it_is_the_same_run(
