@@ -230,8 +230,8 @@ def _on_cpu(looking, safe, rule, geometry, *args):
   def here(*args):
     return looking(*args, geometry)
 
-  # Arrays whose type says how they are spread over devices: see `_kernels`.
-  typed = any(varying_axes(a) or explicit(a) for a in (x, h))
+  # `jax.shard_map` has divided the arrays; in `jax.set_mesh` shardings come without axes' names.
+  typed = not jax.sharding.get_abstract_mesh().empty or explicit(x) or explicit(h)
   run = here if typed else _transformable(here, rule, same)
   return lax.platform_dependent(*args, cpu=run, default=same)
 
@@ -308,16 +308,12 @@ def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:
     return kernel(*jax.tree.unflatten(tree, leaves))
 
   def partition(mesh, arg_shapes, result_shape):
-    first = arg_shapes[0].sharding  # x's, which all other maps follow
-    named = isinstance(first, NamedSharding)  # not so in `jax.set_mesh`
-    if named:
-      n, *_, c = first.spec
-      first = NamedSharding(mesh, PartitionSpec(n, None, None, None if "k" in rule else c))
+    n, *_, c = arg_shapes[0].sharding.spec  # x's, which all others follow
+    channels = None if "k" in rule else c
 
     def place(shape):
-      if len(shape.shape) == 4:
-        return first
-      return NamedSharding(mesh, PartitionSpec(n, c)) if named else shape.sharding
+      spec = (n, None, None, channels) if len(shape.shape) == 4 else (n, c)
+      return NamedSharding(mesh, PartitionSpec(*spec))
 
     return mesh, flat, jax.tree.map(place, result_shape), tuple(map(place, arg_shapes))
 
