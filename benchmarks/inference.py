@@ -1,26 +1,35 @@
 """Images/s of networks in evaluation, by batch size.
 
   python benchmarks/inference.py --dtype=bfloat16                          # GPU or TPU
+  python benchmarks/inference.py --networks resnet50 lip_resnet50 --batches 1 8 32   # CPU
   python benchmarks/inference.py --networks lip_resnet50 resnet50 --batches 1 32 --json infer.json
   python benchmarks/inference.py --image-size=64 --batches 1 2 --repeats=3 # CPU: does it work?
 
-Weights are random, images are noise that is on the device. The networks take turns at each batch
-size, and a time is the median over the turns, from the call to its result.
+Weights are random, batch norms folded, images are noise that is on the device. Where torch is
+installed for a CPU or GPU, networks that tests/torch_reference.py has in PyTorch run beside ours,
+from the same weights, in channels_last. All take turns at each batch size, in changing order, and a
+time is the median over the turns, from the call to its result.
 """
 
 import argparse
+import functools
+import importlib
+import importlib.util
 import json
+import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from lip_jax import create_model
+from lip_jax import create_model, fold_batch_norm, to_torch_state_dict
 from lip_jax.errors import UsageError
 
 NETWORKS = (
@@ -49,6 +58,7 @@ def main() -> None:
     parser.error("--batches and --repeats must be at least 1, and --image-size at least 32")
   try:
     models = {name: _model(name, args.dtype) for name in args.networks}
+    peers = {f"{name}, PyTorch": _torch(name, args.dtype) for name in args.networks}
   except UsageError as error:
     sys.exit(f"error: {error}")
 
@@ -58,7 +68,7 @@ def main() -> None:
   print("|---|---|---|---|---|---|")
   rows: list[dict[str, Any]] = []
   for batch in args.batches:
-    for row in _measure(models, batch, args):
+    for row in _measure(models, peers, batch, args):
       print(_line(row), flush=True)
       rows.append(row)
   if args.json:
@@ -69,27 +79,69 @@ def main() -> None:
 def _model(name: str, dtype: str) -> tuple[nnx.GraphDef, Any]:
   model = create_model(name, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
   model.eval()
-  return nnx.split(model)
+  return nnx.split(fold_batch_norm(model))
 
 
-def _measure(models: dict[str, Any], batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _torch(name: str, dtype: str) -> Callable[[np.ndarray], Callable[[], Any]] | None:
+  """The network in PyTorch: from images [N, H, W, 3] to what computes their logits."""
+  if importlib.util.find_spec("torch") is None:
+    return None
+  import torch
+
+  backend = jax.default_backend()
+  if backend not in ("cpu", "gpu") or (backend == "gpu" and not torch.cuda.is_available()):
+    return None
+  sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+  reference = importlib.import_module("torch_reference")
+  kind = reference.DenseNet if "densenet" in name else reference.ResNet
+  options: Any = {"device": "cuda" if backend == "gpu" else "cpu", "dtype": getattr(torch, dtype)}
+  weights = {}
+  for key, value in to_torch_state_dict(create_model(name, rngs=nnx.Rngs(0))).items():
+    if not key.endswith("num_batches_tracked"):
+      weights[key] = torch.tensor(value).to(**options)
+      if value.ndim == 4:
+        weights[key] = weights[key].contiguous(memory_format=torch.channels_last)
+  network = kind(weights)
+
+  def of(images: np.ndarray) -> Callable[[], Any]:
+    x = torch.tensor(images).permute(0, 3, 1, 2).to(**options)
+
+    def run():
+      with torch.inference_mode():
+        logits = network(x)
+      if backend == "gpu":
+        torch.cuda.synchronize()
+      return logits.float().cpu()
+
+    return run
+
+  return of
+
+
+def _measure(
+  models: dict[str, Any], peers: dict[str, Any], batch: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
   """A row for each network."""
   shape = (batch, args.image_size, args.image_size, 3)
   images = jax.random.normal(jax.random.key(0), shape)
-  programs = {}
+  calls: dict[str, Callable[[], Any]] = {}
+  memory = {}
   for name, (graph, state) in models.items():
     print(f"compiling {name}, batch {batch}", file=sys.stderr, flush=True)
 
     def network(state, images, graph=graph):
       return nnx.merge(graph, state)(images)
 
-    programs[name] = jax.jit(network).lower(state, images).compile()
+    program = jax.jit(network).lower(state, images).compile()
+    memory[name] = program.memory_analysis()
+    calls[name] = functools.partial(program, state, images)
+  calls |= {name: peer(np.asarray(images)) for name, peer in peers.items() if peer is not None}
 
-  times: dict[str, list[float]] = {name: [] for name in models}
+  times: dict[str, list[float]] = {name: [] for name in calls}
   for turn in range(args.repeats + 1):
-    for name, program in programs.items():
+    for name, call in random.Random(turn).sample(list(calls.items()), len(calls)):
       start = time.perf_counter()
-      jax.block_until_ready(program(models[name][1], images))
+      np.asarray(call())
       if turn:  # the first warms up
         times[name].append(time.perf_counter() - start)
 
@@ -97,7 +149,7 @@ def _measure(models: dict[str, Any], batch: int, args: argparse.Namespace) -> li
   rows = []
   for name, second in seconds.items():
     baseline = name.removeprefix("lip_")
-    memory = programs[name].memory_analysis()
+    used = memory.get(name)
     rows.append(
       {
         "network": name,
@@ -105,7 +157,7 @@ def _measure(models: dict[str, Any], batch: int, args: argparse.Namespace) -> li
         "latency": second,
         "images_per_second": batch / second,
         "to_baseline": second / seconds[baseline] if baseline in seconds else None,
-        "temporary": memory.temp_size_in_bytes if memory else None,
+        "temporary": used.temp_size_in_bytes if used else None,
       }
     )
   return rows

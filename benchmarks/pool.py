@@ -5,7 +5,8 @@
   python benchmarks/pool.py --shapes 56x56x256 14x14x1024 --json pool.json
 
 Window 3, stride 2, padding 1, on the shapes that LIP-ResNet-50 pools, with logits in [0, 12] as its
-gates give them; "no range" does not tell the operator so. Where torch is installed, its primitive
+gates give them; "no range" does not tell the operator so, and "wide" are logits too far apart for
+one shift. Where torch is installed, its primitive
 avg_pool2d(x * w) / avg_pool2d(w) with w = exp(logits) runs beside it on the same device: eager, in
 both memory formats, and through torch.compile.
 
@@ -50,6 +51,7 @@ SHAPES = (
 RANGE = (0.0, 12.0)
 EAGER = ("torch, channels_last", "torch, contiguous")
 COMPILED = "torch.compile"
+WIDE = "auto, no range, wide"
 
 Call = Callable[[], Any]
 
@@ -112,6 +114,7 @@ def _measure(shape: tuple[int, int, int], args: argparse.Namespace) -> Iterable[
   out = (args.batch, (height + 1) // 2, (width + 1) // 2, channels)
   g = rng.standard_normal(out, np.float32)
   arrays = [jnp.asarray(a, args.dtype) for a in (x, logits, g)]
+  wide = 10 * arrays[1]
   inputs, result = arrays[0].nbytes * 2, arrays[2].nbytes
   # Of forward; of forward and backward, which also reads all that and writes two gradients.
   floors = inputs + result, (inputs + result) + (inputs + result + inputs)
@@ -120,13 +123,14 @@ def _measure(shape: tuple[int, int, int], args: argparse.Namespace) -> Iterable[
   temporary, same = {}, {}
   for name, options in _implementations().items():
     pool = functools.partial(lip_jax.lip_pool, **options)
-    forward = jax.jit(pool).lower(*arrays[:2]).compile()
-    both = jax.jit(functools.partial(_with_gradients, pool)).lower(*arrays).compile()
+    given = [arrays[0], wide, arrays[2]] if name == WIDE else arrays
+    forward = jax.jit(pool).lower(*given[:2]).compile()
+    both = jax.jit(functools.partial(_with_gradients, pool)).lower(*given).compile()
     memory = both.memory_analysis()
     temporary[name] = memory.temp_size_in_bytes if memory else None
-    first, again = both(*arrays), both(*arrays)
+    first, again = both(*given), both(*given)
     same[name] = all(bool((a == b).all()) for a, b in zip(first, again, strict=True))
-    calls[name] = functools.partial(forward, *arrays[:2]), functools.partial(both, *arrays)
+    calls[name] = functools.partial(forward, *given[:2]), functools.partial(both, *given)
   copies = tuple(_copy(floor, args.dtype) for floor in floors)
   calls["copy"] = copies[0], copies[1]
   calls |= _torch_calls((x, logits, g), args.dtype)
@@ -159,7 +163,7 @@ def _implementations() -> dict[str, dict[str, Any]]:
   ranged: dict[str, dict[str, Any]] = {
     name: {"implementation": name, "logit_range": RANGE} for name in names
   }
-  return {**ranged, "auto, no range": {"implementation": "auto"}}
+  return {**ranged, "auto, no range": {}, WIDE: {}}
 
 
 def _with_gradients(pool, x, logits, g):

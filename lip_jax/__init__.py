@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from lip_jax.models import create_model, lan, list_models
+from lip_jax.models.folding import fold_batch_norm
 from lip_jax.models.lan import LIP, AdaptiveLIP, GlobalLIP
 from lip_jax.models.logit_modules import Bottleneck, Projection
 from lip_jax.models.replace import replace_downsampling
@@ -34,6 +35,7 @@ __all__ = [
   "create_model",
   "detail_preserving_pool",
   "exp_pool",
+  "fold_batch_norm",
   "gated_lip_pool",
   "global_lip_pool",
   "lan",

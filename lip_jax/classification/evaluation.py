@@ -23,6 +23,7 @@ from lip_jax.data.source import Source, open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
+from lip_jax.models.folding import fold_batch_norm
 from lip_jax.ops.images import normalize
 from lip_jax.training import config as config_lib
 from lip_jax.training import evaluation, train_state
@@ -71,6 +72,7 @@ def _each_image(
   """Loss and counts of every image, [N]."""
   model = train_state.merge(graph, params, batch_stats)
   model.eval()
+  model = fold_batch_norm(model)
   images = normalize(batch["image"], data.mean, data.std)
   if data.eval_crops == 10:
     images = jnp.concatenate([images, images[..., ::-1, :]], axis=1)

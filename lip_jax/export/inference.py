@@ -10,6 +10,7 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
+from lip_jax.models.folding import fold_batch_norm
 from lip_jax.ops.images import normalize
 
 FORMAT = 1
@@ -67,7 +68,8 @@ def prepare(
   network: Any
   with jax.default_device(checking_device()):  # weights on the host: they become part of the file
     network = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
-  network.eval()
+    network.eval()
+    network = fold_batch_norm(network)
 
   def function(images: jax.Array) -> jax.Array:
     if preprocess is None:

@@ -26,6 +26,8 @@ class DenseLayer(nnx.Module):
   The input comes in parts, the outputs of the layers before, which are joined along the channels.
   """
 
+  norm_inputs: ClassVar = {"norm2": "conv1"}
+
   def __init__(self, in_features: int, growth: int, make: LayerFactory):
     inner = _BOTTLENECK * growth
     self.norm1 = make.norm(in_features)
@@ -68,6 +70,7 @@ class DenseNet(Network):
     "c5": ("transition3", "denseblock4", "norm5"),
     "classifier": ("classifier",),
   }
+  norm_inputs: ClassVar = {"norm0": "conv0"}
 
   def __init__(
     self,

@@ -182,7 +182,7 @@ class LpPool(LocalPool):
   def importance(self, x: jax.Array) -> jax.Array:
     inside = self._taps(jnp.ones_like(x), 0.0)
     y = self(x.astype(inside.dtype))[:, :, :, None, :]
-    relative = jnp.abs(self._taps(x, 0.0)) / jnp.where(y > 0, y, 1)
+    relative = jnp.abs(self._taps(x, 0.0)) / jnp.where(y == 0, 1, y)
     return inside * relative ** (self.p - 1) / inside.sum(axis=3, keepdims=True)
 
 

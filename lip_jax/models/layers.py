@@ -118,10 +118,7 @@ class BatchNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     if self.use_running_average or self.frozen:
-      mean, var, scale, bias = (
-        array[...].reshape(-1, x.shape[3]).mean(axis=0)
-        for array in (self.mean, self.var, self.scale, self.bias)
-      )
+      mean, var, scale, bias = self._fixed()
       with jax.named_scope(BATCH_NORM):
         y = apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
       return padding.blank(y)
@@ -142,6 +139,17 @@ class BatchNorm(nnx.Module):
     self._update(self.mean, mean)
     self._update(self.var, var * (count / max(count - 1, 1)))
     return padding.blank(y.reshape(x.shape))
+
+  def factors(self) -> tuple[jax.Array, jax.Array]:
+    """What evaluation does as one gain and one offset per channel: y = gain * x + offset."""
+    mean, var, scale, bias = self._fixed()
+    gain = jax.lax.rsqrt(var + self.epsilon) * scale
+    return gain, bias - mean * gain
+
+  def _fixed(self) -> list[jax.Array]:
+    """Running mean and variance, scale and bias, [C]."""
+    arrays = (self.mean[...], self.var[...], self.scale[...], self.bias[...])
+    return [array.reshape(-1, array.shape[-1]).mean(axis=0) for array in arrays]
 
   def _update(self, running: nnx.BatchStat, groups: jax.Array):
     batch = groups.reshape(len(groups), -1)

@@ -16,6 +16,8 @@ class Network(nnx.Module):
   Attributes:
     stages: for "stem", "c2", "c3", "c4", "c5" and "classifier" the attributes that compute them:
       the first parts of their parameters' paths, by which an optimizer can leave them alone.
+    norm_inputs: by the attribute of a batch norm that of the convolution whose output it alone
+      takes: what `fold_batch_norm` folds. The blocks of a network have their own.
 
   Args:
     num_classes: number of logits; 0: a backbone, without a classifier.
@@ -25,6 +27,7 @@ class Network(nnx.Module):
   """
 
   stages: ClassVar[Mapping[str, tuple[str, ...]]]
+  norm_inputs: ClassVar[Mapping[str, str]]
 
   def __init__(self, num_classes: int, *, in_channels: int, remat: bool, dtype: Dtype):
     layers.check_sizes(in_channels=in_channels)

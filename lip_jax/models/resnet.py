@@ -19,7 +19,13 @@ from lip_jax.models.network import Network
 
 
 class ResidualBlock(nnx.Module):
-  """What ends both kinds of block: the norm of the shortcut, the sum, and a pooling behind it."""
+  """What ends both kinds of block: the norm of the shortcut, the sum, and a pooling behind it.
+
+  Attributes:
+    norm_inputs: as `Network.norm_inputs`.
+  """
+
+  norm_inputs: ClassVar[Mapping[str, str]]
 
   def __init__(
     self, in_features: int, out_features: int, downsample: Downsample | None, make: LayerFactory
@@ -47,6 +53,11 @@ class BasicBlock(ResidualBlock):
 
   expansion = 1  # output channels / width
   transition_name = "conv1"  # of the convolution that the transition replaces
+  norm_inputs: ClassVar = {
+    "bn1": "spatial.residual_conv",
+    "bn2": "conv2",
+    "shortcut_bn": "spatial.shortcut_conv",
+  }
 
   def __init__(
     self, in_features: int, width: int, downsample: Downsample | None, make: LayerFactory
@@ -69,6 +80,12 @@ class BottleneckBlock(ResidualBlock):
 
   expansion = 4
   transition_name = "conv2"
+  norm_inputs: ClassVar = {
+    "bn1": "conv1",
+    "bn2": "spatial.residual_conv",
+    "bn3": "conv3",
+    "shortcut_bn": "spatial.shortcut_conv",
+  }
 
   def __init__(
     self, in_features: int, width: int, downsample: Downsample | None, make: LayerFactory
@@ -112,6 +129,7 @@ class ResNet(Network):
     **{f"c{stage + 1}": (f"layer{stage}",) for stage in (1, 2, 3, 4)},
     "classifier": ("fc",),
   }
+  norm_inputs: ClassVar = {"bn1": "conv1"}
 
   def __init__(
     self,

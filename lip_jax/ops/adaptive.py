@@ -108,14 +108,15 @@ def _pool_axis(
     pixels = starts[:, None] + np.arange(np.max(ends - starts))
     others = tuple(d for d in range(weighted.ndim + 1) if d not in (axis, axis + 1))
     inside = np.expand_dims(pixels < ends[:, None], others)
-    pixels = np.minimum(pixels, n - 1)
+    pixels = np.minimum(pixels, ends[:, None] - 1)  # no other window's: NaN stays where it is
 
     def windows(a):
       return jnp.take(a, pixels, axis=axis)
 
     shifts = jnp.where(inside, windows(shift), -jnp.inf)
   largest = lax.stop_gradient(shifts.max(axis=axis + 1, keepdims=True))
-  scale = jnp.exp(shifts - largest)
+  # Where all are masked, by minus infinity, sums are zero: others of the window may follow.
+  scale = jnp.exp(shifts - jnp.where(jnp.isneginf(largest), 0, largest))
   return (
     (windows(weighted) * scale).sum(axis=axis + 1),
     (windows(total) * scale).sum(axis=axis + 1),

@@ -72,13 +72,13 @@ def exp_pool(x: jax.Array, beta: jax.typing.ArrayLike, **windows: Unpack[Windows
   """
   check_array("x", x)
   dtype = accumulation_dtype(x)
-  logits = _per_channel("beta", beta, x, dtype) * x.astype(dtype)
-  return lip_pool(x, logits, **windows)
+  logits = _per_channel("beta", beta, x, dtype) * _finite(x.astype(dtype))
+  return lip_pool(x, _finite(logits), **windows)
 
 
 def soft_pool(x: jax.Array, **windows: Unpack[Windows]) -> jax.Array:
   """F = exp(x): SoftPool (Stergiou et al. 2021), which is LIP with G(x) = x."""
-  return lip_pool(x, x, **windows)
+  return lip_pool(x, _finite(x), **windows)
 
 
 def lp_pool(x: jax.Array, p: float, **windows: Unpack[Windows]) -> jax.Array:
@@ -96,12 +96,12 @@ def lp_pool(x: jax.Array, p: float, **windows: Unpack[Windows]) -> jax.Array:
   # Relative to the window's largest value no power over- or underflows; the result does not
   # depend on what is divided by, so no gradient flows through it.
   largest = lax.stop_gradient(functools.reduce(jnp.maximum, magnitude))
-  scale = jnp.where(largest > 0, largest, 1)
+  scale = jnp.where((largest == 0) | jnp.isinf(largest), 1, largest)
   total = functools.reduce(jnp.add, [(pixel / scale) ** p for pixel in magnitude])
   mean = total / window_sum(jnp.ones((1, *x.shape[1:3], 1), dtype), geometry)
   # In a window of zeros the root has no derivative; zero is the subgradient of smallest norm.
-  root = jnp.where(largest > 0, mean, 1) ** (1 / p)
-  return (jnp.where(largest > 0, root, 0) * scale).astype(x.dtype)
+  root = jnp.where(largest == 0, 1, mean) ** (1 / p)
+  return (jnp.where(largest == 0, 0, root) * scale).astype(x.dtype)
 
 
 def detail_preserving_pool(
@@ -131,9 +131,12 @@ def detail_preserving_pool(
   geometry = make_geometry(x, **windows)
   importance = detail_importance(x, alpha, lam, geometry, kernel, symmetric, epsilon)
   dtype = importance[0].dtype
-  weighted = [f * t for f, t in zip(importance, taps(x.astype(dtype), geometry, 0.0), strict=True)]
+  pixels = taps(x.astype(dtype), geometry, 0.0)
+  weighted = [f * t for f, t in zip(importance, pixels, strict=True)]
   y = functools.reduce(jnp.add, weighted) / functools.reduce(jnp.add, importance)
-  return y.astype(x.dtype)
+  # Infinity less an infinite mean is no detail; the mean itself is what other poolings give.
+  total = functools.reduce(jnp.add, pixels)
+  return jnp.where(jnp.isinf(total), total, y).astype(x.dtype)
 
 
 def detail_importance(
@@ -176,6 +179,15 @@ def detail_importance(
     here * (constant * factor + jnp.exp(rho - largest))
     for here, rho in zip(inside, log_rho, strict=True)
   ]
+
+
+def _finite(logits: jax.Array) -> jax.Array:
+  """Logits with the largest number for infinity, which so takes its window as a large number does.
+
+  NaN stays.
+  """
+  largest = float(jnp.finfo(logits.dtype).max)
+  return jnp.clip(logits, -largest, largest)
 
 
 def _per_channel(name: str, value: jax.typing.ArrayLike, x: jax.Array, dtype) -> jax.Array:

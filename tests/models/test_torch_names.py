@@ -36,11 +36,12 @@ def test_reproduces_the_authors_network_at_224(name):
   @jax.jit
   def run(state, x):
     model = nnx.merge(graph, state, copy=True)
-    return model(x), model.features(x)
+    return model(x), lip_jax.fold_batch_norm(model)(x), model.features(x)
 
-  logits, features = run(state, x)
+  logits, folded, features = run(state, x)
   expected = np.load(DATA / f"{name}.npz")["logits"]
-  np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+  for ours in (logits, folded):
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
   ours = {"maxpool": "stem", "layer1": "c2", "layer2": "c3", "layer3": "c4", "layer4": "c5"}
   for stage, moments in REFERENCE[name].get("features", {}).items():
     feature = features[ours[stage]]

@@ -1,8 +1,9 @@
 """Local importance-based pooling with its gradient, by the best form for the platform.
 
 Pallas kernels on TPU and on NVIDIA GPUs, plain XLA elsewhere and for what the kernels do not
-support. The choice is made when a program is compiled, among the forms for the devices of this
-process and, if it compiles for TPUs that are not there (`jax.experimental.topologies`), for those.
+support; on CPUs by the range that the logits have, where it is not given. The choice of the form is
+made when a program is compiled, among those for the devices of this process and, if it compiles for
+TPUs that are not there (`jax.experimental.topologies`), for those.
 """
 
 import functools
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lip_jax.ops.kernels import gate, gpu, tpu, xla
+from lip_jax.ops.kernels import by_range, gate, gpu, tpu, xla
 from lip_jax.ops.kernels.gate import Affine
 from lip_jax.ops.normalization import (
   explicit,
@@ -145,7 +146,7 @@ def _forward(x, h, affine, geometry, shift, form):
 
   kernels = _kernels(x, h, geometry, form)
   if not kernels:
-    return default(x, h, affine)
+    return _look_forward(x, h, geometry) if _looks(x, h, shift) else default(x, h, affine)
   kept = jax.eval_shape(default, x, h, affine)[1]
 
   def result(x, h, affine):
@@ -157,7 +158,7 @@ def _forward(x, h, affine, geometry, shift, form):
         return result(x, h, affine)
       return module.forward(x, h, affine, geometry, shift, interpret=interpret)
 
-    run = _transformable(kernel, "n h w c, n h w c{} -> n i j c", result)
+    run = _transformable(kernel, f"n h w c, n h w c{_statistics(affine)} -> n i j c", result)
     # The kernels compute again what the XLA form keeps; nobody reads these zeros.
     return lambda x, h, affine: (
       run(x, h, affine),
@@ -174,6 +175,8 @@ def _backward(x, h, affine, windows, g, geometry, shift, form):
     return xla.backward(x, h, affine, windows, g, geometry, shift)
 
   kernels = _kernels(x, h, geometry, form)
+  if not kernels and _looks(x, h, shift):
+    return *_look_backward(x, h, windows, g, geometry), None
   if not kernels:
     return default(x, h, affine, windows, g)
 
@@ -186,11 +189,51 @@ def _backward(x, h, affine, windows, g, geometry, shift, form):
         return from_inputs(x, h, g, affine)
       return module.backward(x, h, affine, g, geometry, shift, interpret=interpret)
 
-    rule = "n h w c, n h w c, n i j c{} -> n h w c, n h w c" + (", n c, n c" if affine else "")
+    rule = f"n h w c, n h w c, n i j c{_statistics(affine)} -> n h w c, n h w c"
+    rule += ", n c, n c" if affine else ""
     run = _transformable(kernel, rule, from_inputs)
     return lambda x, h, affine, windows, g: run(x, h, g, affine)
 
   return _by_platform(call, kernels, default, form)(x, h, affine, windows, g)
+
+
+def _statistics(affine: Affine | None) -> str:
+  """Their axes in a sharding rule."""
+  return ", n c" * len(affine or ())
+
+
+def _looks(x: jax.Array, h: jax.Array, shift: float | None) -> bool:
+  """Whether the form may depend on the logits' range: unknown, and not in an exported program."""
+  return shift is None and not _symbolic(x, h)
+
+
+def _look_forward(x, h, geometry):
+  rule = "n h w c, n h w k -> n i j c, n i j k, n i j k, n p q k"
+  windows = _on_cpu(by_range.forward, by_range.safe_forward, rule, geometry, x, h)
+  return windows.y.astype(x.dtype), windows
+
+
+def _look_backward(x, h, windows, g, geometry):
+  rule = "n h w c, n h w k, n i j c, n i j k, n i j k, n p q k, n i j c -> n h w c, n h w k"
+  return _on_cpu(by_range.backward, by_range.safe_backward, rule, geometry, x, h, windows, g)
+
+
+def _on_cpu(looking, safe, rule, geometry, *args):
+  """`looking(*args, geometry)` on CPUs, each device by its part; elsewhere `safe`."""
+  x, h, *_ = args
+  if x.shape[3] == h.shape[3]:
+    rule = rule.replace("k", "c")
+
+  def same(*args):
+    return safe(*args, geometry)
+
+  def here(*args):
+    return looking(*args, geometry)
+
+  # `jax.shard_map` has divided the arrays; in `jax.set_mesh` shardings come without axes' names.
+  typed = not jax.sharding.get_abstract_mesh().empty or explicit(x) or explicit(h)
+  run = here if typed else _transformable(here, rule, same)
+  return lax.platform_dependent(*args, cpu=run, default=same)
 
 
 def _transformable(
@@ -226,12 +269,15 @@ def _kernels(x, h, geometry, form) -> dict[str, Any]:
   Exported programs whose batch is a symbol stay with XLA, as do arrays whose type says how they are
   spread over devices, which kernels cannot express.
   """
-  symbolic = not all(isinstance(size, int) for size in (*x.shape, *h.shape))
   arrays = [a for a in (x, h) if not isinstance(a, jax.ShapeDtypeStruct)]
-  if form == "xla" or symbolic or any(varying_axes(a) or explicit(a) for a in arrays):
+  if form == "xla" or _symbolic(x, h) or any(varying_axes(a) or explicit(a) for a in arrays):
     return {}
   names = set(_KERNELS) if form == "pallas" else _targets()
   return {name: _KERNELS[name] for name in names if _KERNELS[name].supports(x, h, geometry)}
+
+
+def _symbolic(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
+  return not all(isinstance(size, int) for a in arrays for size in a.shape)
 
 
 def _targets() -> set[str]:
@@ -252,23 +298,29 @@ def _sharded(kernel: Callable[..., Any], rule: str, *args: Any) -> Any:
   """`kernel(*args)` of arrays that may be split over devices along the batch and the channels.
 
   The compiler cannot divide a kernel; it is told here that each device runs it for its part. The
-  rule names the axes of arguments and results, the rows and columns by h and w, i and j; {} stands
-  for those of an affine, the last of the arguments, if there is one.
+  rule names the axes of arguments and results: n and c, rows and columns by h and w, i and j, p and
+  q; by k the one channel of logits that all channels share, which then stay together, too.
   """
   leaves, tree = jax.tree.flatten(args)
-  affine = args[-1]
+  whole = "hwckijpq" if "k" in rule else "hwijpq"  # in the order in which rules name them
 
   def flat(*leaves):
     return kernel(*jax.tree.unflatten(tree, leaves))
 
   def partition(mesh, arg_shapes, result_shape):
-    place = lambda shape: NamedSharding(mesh, shape.sharding.spec)  # noqa: E731
+    n, *_, c = arg_shapes[0].sharding.spec  # x's, which all others follow
+    channels = None if "k" in rule else c
+
+    def place(shape):
+      spec = (n, None, None, channels) if len(shape.shape) == 4 else (n, c)
+      return NamedSharding(mesh, PartitionSpec(*spec))
+
     return mesh, flat, jax.tree.map(place, result_shape), tuple(map(place, arg_shapes))
 
   call = custom_partitioning(flat)
   call.def_partition(
     partition,
-    sharding_rule=rule.format(", n c" * len(affine or ())),
-    need_replication_factors=tuple(axis for axis in "hwij" if axis in rule),
+    sharding_rule=rule,
+    need_replication_factors=tuple(axis for axis in whole if axis in rule),
   )
   return call(*leaves)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lip_jax.ops.kernels.gate import Affine, gate
@@ -38,14 +37,14 @@ def forward(
   h: jax.Array,
   affine: Affine | None,
   geometry: Geometry,
-  shift: float | None,
+  shift: float | jax.Array | None,
 ) -> tuple[jax.Array, Windows]:
   """Pools x, [N, H, W, C].
 
   Args:
     h: logits, [N, H, W, C] or [N, H, W, 1]; with `affine` what they are computed from.
     affine: of the instance norm before the gate, or None.
-    shift: what to subtract from all logits; None: each window's largest.
+    shift: what to subtract from all logits, a number or [N, 1, 1, C]; None: each window's largest.
 
   Returns:
     [N, H', W', C] in the dtype of x, and for the backward pass the same in the dtype of the sums,
@@ -64,7 +63,7 @@ def backward(
   windows: Windows,
   g: jax.Array,
   geometry: Geometry,
-  shift: float | None,
+  shift: float | jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
   """Gradients of `forward`, given that of its result, g [N, H', W', C].
 
@@ -95,7 +94,7 @@ def _logits(h: jax.Array, affine: Affine | None, dtype) -> tuple[jax.Array, jax.
   return gate((h - mean) * gain + bias)
 
 
-def _per_platform(slices: Callable, sums: Callable, shift: float | None) -> Callable:
+def _per_platform(slices: Callable, sums: Callable, shift: float | jax.Array | None) -> Callable:
   """`slices` everywhere but on TPU, where strided slices are slow: there `sums`, where it is safe.
 
   Window sums need one shift for all windows, so only a known range of logits allows them.
@@ -196,9 +195,11 @@ def _all_phases(array, axis, offsets, low, count):
 
   Adds the small array of each offset to all phases at once that have it.
   """
-  total = jnp.zeros((), array.dtype)
+  total, phases = jnp.zeros((), array.dtype), jnp.arange(len(offsets))
   for offset in sorted(set(itertools.chain(*offsets))):
-    belongs = np.array([offset in phase for phase in offsets], array.dtype)
+    # Computed, as an array that is given would be an argument, and `custom_partitioning` has none.
+    has = [phases == index for index, phase in enumerate(offsets) if offset in phase]
+    belongs = functools.reduce(jnp.logical_or, has).astype(array.dtype)
     part = lax.slice_in_dim(array, low + offset, low + offset + count, axis=axis)
     trailing = (1,) * (array.ndim - axis - 1)
     total += jnp.expand_dims(part, axis + 1) * belongs.reshape((1,) * (axis + 1) + (-1, *trailing))
