@@ -1,8 +1,7 @@
 """`lip_pool` in plain XLA by a look at its logits, for CPUs.
 
-Where all logits lie within 80 of each other, one shift for each channel of each image gives what
-one for each window does, up to rounding, in less time; else the safe form computes what it always
-does.
+Where all logits lie within 80 of each other, one shift for all gives what one for each window does,
+up to rounding, in less time; else the safe form computes what it always does.
 """
 
 import functools
@@ -21,7 +20,7 @@ _BOUND = 1e9
 
 
 class Windows(NamedTuple):
-  """`xla.Windows`, and what was taken from each channel's logits, [N, 1, 1, C]; NaN: the largest.
+  """`xla.Windows`, and what was taken from all logits, as [N, 1, 1, C]; NaN: the largest.
 
   Where that is known `largest` repeats it, so that the safe gradient holds in any case.
   """
