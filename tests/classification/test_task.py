@@ -49,6 +49,16 @@ def write(name, text):
 def stay(images, workdir): ...
 
 
+def no_checkpoints(images, workdir):
+  shutil.rmtree(workdir / "checkpoints")
+
+
+def another_run(images, workdir):
+  """The run has no checkpoint yet; beside it lies one of a wider network."""
+  no_checkpoints(images, workdir)
+  write_run(workdir.parent / "other", images, {4: None}, width=4)
+
+
 @pytest.mark.parametrize(
   ("change", "values", "message"),
   [
@@ -77,6 +87,44 @@ def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, me
   change(images, workdir)
   before = files_of(workdir)
   with pytest.raises(UsageError, match=message):
+    trainer.train(config, workdir)
+  assert files_of(workdir) == before
+
+
+@pytest.mark.parametrize(
+  ("change", "arguments", "message"),
+  [
+    (no_checkpoints, {"weights": "none"}, "none"),
+    (no_checkpoints, {"start_from": "none/checkpoints/4"}, "none/checkpoints/4"),
+    (another_run, {"weights": "other"}, "other"),
+    (another_run, {"start_from": "other/checkpoints/4"}, "other/checkpoints/4"),
+    (another_run, {"start_from": "other/checkpoints/4", "weights": "other"}, "leave one of them"),
+  ],
+)
+def test_refused_weights_change_no_byte_of_the_run(
+  tmp_path, change, arguments, message, files_of, monkeypatch
+):
+  images, workdir = tmp_path / "images", tmp_path / "run"
+  write_images(images)
+  write_run(workdir, images, {4: None})
+  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  change(images, workdir)
+  before = files_of(workdir)
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UsageError, match=message):
+    trainer.train(config, workdir, **arguments)
+  assert files_of(workdir) == before
+
+
+def test_a_full_disk_refuses_the_start_and_changes_nothing(tmp_path, files_of, monkeypatch):
+  images, workdir = tmp_path / "images", tmp_path / "run"
+  write_images(images)
+  write_run(workdir, images, {4: None})
+  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  before = files_of(workdir)
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+  with pytest.raises(UsageError, match="make room"):
     trainer.train(config, workdir)
   assert files_of(workdir) == before
 
