@@ -17,6 +17,16 @@ from lip_jax.training import trainer
 from lip_jax.training.train_step import Program
 
 
+def write_all(folder):
+  """Images, a run on them with two checkpoints, and its configuration."""
+  images, workdir = folder / "images", folder / "run"
+  write_images(images)
+  write_run(workdir, images, {4: None, 8: None})
+  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  (workdir / "config.json").write_text(config_lib.to_json(config))
+  return images, workdir, config
+
+
 def rename(old, new):
   def change(images, workdir):
     for split in ("train", "validation"):
@@ -78,11 +88,7 @@ def another_run(images, workdir):
   ],
 )
 def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, message, files_of):
-  images, workdir = tmp_path / "images", tmp_path / "run"
-  write_images(images)
-  write_run(workdir, images, {4: None, 8: None})
-  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
-  (workdir / "config.json").write_text(config_lib.to_json(config))
+  images, workdir, config = write_all(tmp_path)
   config = dataclasses.replace(config, **values)
   change(images, workdir)
   before = files_of(workdir)
@@ -104,10 +110,7 @@ def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, me
 def test_refused_weights_change_no_byte_of_the_run(
   tmp_path, change, arguments, message, files_of, monkeypatch
 ):
-  images, workdir = tmp_path / "images", tmp_path / "run"
-  write_images(images)
-  write_run(workdir, images, {4: None})
-  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  images, workdir, config = write_all(tmp_path)
   change(images, workdir)
   before = files_of(workdir)
   monkeypatch.chdir(tmp_path)
@@ -117,10 +120,7 @@ def test_refused_weights_change_no_byte_of_the_run(
 
 
 def test_a_full_disk_refuses_the_start_and_changes_nothing(tmp_path, files_of, monkeypatch):
-  images, workdir = tmp_path / "images", tmp_path / "run"
-  write_images(images)
-  write_run(workdir, images, {4: None})
-  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  _, workdir, config = write_all(tmp_path)
   before = files_of(workdir)
   usage = shutil.disk_usage(tmp_path)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

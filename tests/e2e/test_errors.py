@@ -94,7 +94,9 @@ def test_a_start_of_several_processes_that_is_refused_changes_nothing(training, 
   for process in processes:
     message = process.communicate(timeout=300)[1]
     assert process.returncode == 1, message
-    assert "data.dataset: 'cluttered_digits/tiny' (was" in message or "ended with an error" in message
+    assert (
+      "data.dataset: 'cluttered_digits/tiny' (was" in message or "ended with an error" in message
+    )
   assert files_of(tmp_path / "run") == before
 
 
