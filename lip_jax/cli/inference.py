@@ -67,10 +67,11 @@ def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
   if Path(args.path).is_file() and args.path.endswith(_SUFFIXES):
     if args.model is None:
       from lip_jax import list_models
+      from lip_jax.export.networks import DETECTORS
 
       raise UsageError(
         f"which network are the weights in {args.path} of? Give --model, one of "
-        f"{', '.join(list_models())}"
+        f"{', '.join([*list_models(), *DETECTORS])}"
       )
     if getattr(args, "checkpoint", None):
       raise UsageError(f"{args.path} is a file of weights; leave out --checkpoint")
@@ -102,7 +103,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if config["task"] == "detection":
       results = _evaluate_detector(args, model, config)
     elif args.annotations or args.save_detections or args.curves:
-      raise UsageError(f"{args.path} is no detector's run; leave out --annotations and such")
+      raise UsageError(f"{args.path} is no detector; leave out --annotations and such")
     else:
       given = select(args, "data_dir", "split", "batch_size", "crops")
       results = evaluate_loaded(model, config, dataset=args.data, **given)
@@ -135,11 +136,12 @@ def _evaluate_detector(
 ) -> dict[str, Any]:
   from lip_jax.detection import run_evaluation
 
-  if args.data or args.crops:
-    raise UsageError(f"{args.path} is a detector's run; leave out --data and --crops")
+  if args.crops:
+    raise UsageError(f"{args.path} is a detector; leave out --crops")
   names = ("data_dir", "split", "batch_size", "annotations", "save_detections", "curves")
   given = select(args, *names)
-  return run_evaluation.evaluate_loaded(model, config, **given)
+  results = run_evaluation.evaluate_loaded(model, config, dataset=args.data, **given)
+  return {**results, "model": config["model"], "source": config["source"]}
 
 
 def _print_scores(results: dict[str, Any], *, as_json: bool) -> None:

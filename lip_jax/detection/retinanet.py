@@ -92,9 +92,10 @@ class Head(nnx.Module):
     for conv in self.box_convs:
       boxes = padding.blank(nnx.relu(conv(boxes)), stride)
     logits, deltas = self.class_logits(classes), self.box_deltas(boxes)
+    # Not len(x): the number of images is a symbol where the network is exported.
     return (
-      logits.reshape(len(x), -1, self.num_outputs).astype(self.dtype),
-      deltas.reshape(len(x), -1, 4).astype(self.dtype),
+      logits.reshape(x.shape[0], -1, self.num_outputs).astype(self.dtype),
+      deltas.reshape(x.shape[0], -1, 4).astype(self.dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the detector of a training run finds in a split, and what that is worth."""
+"""What a detector finds in a split, and what that is worth."""
 
 import dataclasses
 import math
@@ -11,7 +11,9 @@ from flax import nnx
 
 from lip_jax.data.boxes import open_boxes
 from lip_jax.detection import coco_metric, result_files
+from lip_jax.detection.anchors import DIVISOR
 from lip_jax.detection.coco_metric import Score
+from lip_jax.detection.config import Data
 from lip_jax.detection.curves import draw_curves
 from lip_jax.detection.evaluation import Evaluator
 from lip_jax.detection.retinanet import RetinaNet
@@ -22,11 +24,14 @@ from lip_jax.models import description
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
 
+_BATCH_SIZE = 8  # of a detector that comes without its run
+
 
 def evaluate_loaded(
   detector: RetinaNet,
   config: Mapping[str, Any],
   *,
+  dataset: str | None = None,
   data_dir: str | None = None,
   split: str | None = None,
   batch_size: int | None = None,
@@ -37,9 +42,9 @@ def evaluate_loaded(
   """COCO's metric of what `lip_jax.load` gives, on all devices; all processes call it together.
 
   Args:
-    detector: of a training run.
-    data_dir: None: that of the run; likewise split.
-    batch_size: images at once, made a multiple of the devices; None: the run's.
+    dataset: None: that of the training run; likewise data_dir and split, which is "validation"
+      where there is no run.
+    batch_size: images at once, made a multiple of the devices; None: the run's, or 8.
     annotations: file with the ground truth; None: what the data set says.
     save_detections: where to write what is found, as COCO's results.
     curves: picture file for precision over recall.
@@ -49,15 +54,15 @@ def evaluate_loaded(
     name, "step".
 
   Raises:
-    UsageError: there is no such data set, its classes are others, or weights are not finite.
+    UsageError: there is no such data set, or none is named, its classes are others, or weights are
+      not finite.
   """
   description.check_finite(detector, config["source"]["path"])
-  run: Any = config_lib.load(config["source"]["path"])
-  data = dataclasses.replace(
-    run.data,
-    data_dir=data_dir or run.data.data_dir,
-    validation_split=split or run.data.validation_split,
-  )
+  run: Any = None
+  if config["data"] is not None:  # of a training run
+    run = config_lib.load(config["source"]["path"])
+    batch_size = batch_size or run.eval_batch_size
+  data = _data(config, run and run.data, dataset=dataset, data_dir=data_dir, validation_split=split)
   source = open_boxes(data.dataset, data.validation_split, data.data_dir)
   class_names.check(config["num_classes"], config["class_names"], source.class_names, source.name)
   learned = config["category_ids"]
@@ -70,7 +75,7 @@ def evaluate_loaded(
   mesh = sharding.make_mesh()
   # By way of the host: one process cannot place arrays of its own on the devices of others.
   weights = jax.device_put(jax.device_get(train_state.split(detector)), sharding.replicated(mesh))
-  size = math.ceil((batch_size or run.eval_batch_size) / mesh.size) * mesh.size
+  size = math.ceil((batch_size or _BATCH_SIZE) / mesh.size) * mesh.size
   evaluator = Evaluator(data, size, source, nnx.graphdef(detector), mesh, preset=detector.preset)
   results = evaluator.detect(*weights)
   assert results is not None  # nothing stops it
@@ -87,6 +92,24 @@ def evaluate_loaded(
     "ground_truth": str(annotations or source.annotations or "the data set's own"),
     "step": config["source"]["step"],
   }
+
+
+def _data(config: Mapping[str, Any], of_run: Data | None, **given: str | None) -> Data:
+  """Where the images come from and how they are resized, but for what is given."""
+  named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+  if of_run is not None:
+    return dataclasses.replace(of_run, **named)
+  if "dataset" not in named:
+    raise UsageError(f"{config['source']['path']} names no data set; say which (--data)")
+  prepared = config["preprocess"]
+  short, long = (-(-prepared[f"{name}_side"] // DIVISOR) * DIVISOR for name in ("short", "long"))
+  values: dict[str, Any] = {
+    **{key: prepared[key] for key in ("short_side", "long_side")},
+    **{key: tuple(prepared[key]) for key in ("mean", "std")},
+    "buckets": tuple(dict.fromkeys((f"{short}x{long}", f"{long}x{short}"))),
+    **named,
+  }
+  return Data(**values)
 
 
 def evaluate_files(

@@ -19,9 +19,9 @@ from flax.typing import Dtype
 
 import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.export import validation
+from lip_jax.export import networks, validation
 from lip_jax.export.destination import replacing
-from lip_jax.models.description import build, check_weights, flat_variables
+from lip_jax.models.description import check_weights, flat_variables
 from lip_jax.training.json_files import read_json
 
 FORMAT = 1
@@ -29,7 +29,7 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 # Of config.json, beside its format. What is only true of one machine is left out.
-_ENTRIES = ("model", "num_classes", "preprocess", "class_names", "evaluation")
+_ENTRIES = ("model", "num_classes", "preprocess", "class_names", "category_ids", "evaluation")
 
 
 def save(
@@ -39,7 +39,8 @@ def save(
 
   Args:
     path: a local folder that does not exist or is empty.
-    model: what `create_model` builds of config["model"] and config["num_classes"].
+    model: what `create_model` builds of config["model"] and config["num_classes"]; or, with a
+      config["task"] of "detection", `create_detector`.
     config: of the network, as from `lip_jax.load`; the rest of it may be missing.
     overwrite: replace a folder that holds an exported network and nothing else.
 
@@ -50,18 +51,20 @@ def save(
   path = Path(path)
   check_free(path, overwrite=overwrite)
   values = {key: config.get(key) for key in _ENTRIES} | {"source": public_source(config)}
+  task = config.get("task", "classification")
   config = {
     "format": FORMAT,
     "lip_jax": lip_jax.__version__,
+    **({} if task == "classification" else {"task": task}),
     **{key: value for key, value in values.items() if value is not None},
   }
-  validation.check_config(config, CONFIG)
+  _check(config, CONFIG)
   text = json.dumps(config, indent=2) + "\n"
   variables = flat_variables(model)
   arrays = {key: np.asarray(variable.get_value(), order="C") for key, variable in variables.items()}
   check_weights(
     {key: (array.shape, array.dtype.name) for key, array in arrays.items()},
-    flat_variables(build(config["model"], config["num_classes"], CONFIG)),
+    flat_variables(_build(config, CONFIG, jnp.float32)),
     "the model is not what its name and options describe; was it built with other options?",
   )
   with replacing(path) as folder:
@@ -87,7 +90,7 @@ def load(
   """
   path = Path(path)
   config = _read_config(path, links)
-  model = build(config["model"], config["num_classes"], str(path / CONFIG), dtype)
+  model = _build(config, str(path / CONFIG), dtype)
   variables = flat_variables(model)
   try:
     if not (path / WEIGHTS).is_file():
@@ -185,8 +188,17 @@ def _read_config(path: Path, links: bool) -> dict[str, Any]:
       f"{path} has format {version}, this version of lip_jax reads {FORMAT}; install the version "
       f"that wrote it ({writer if isinstance(writer, str) else 'unknown'}) or a later one"
     )
-  validation.check_config(config, where)
+  _check(config, where)
   return config
+
+
+def _check(config: Mapping[str, Any], where: str) -> None:
+  validation.check_config(config, where)
+  networks.of(config, where).check(config, where)
+
+
+def _build(config: Mapping[str, Any], where: str, dtype: Dtype) -> nnx.Module:
+  return networks.of(config).build(config["model"], config["num_classes"], where, dtype)
 
 
 def _json(path: Path) -> dict[str, Any]:

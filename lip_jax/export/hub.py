@@ -80,6 +80,8 @@ def preview(
     raise UsageError(f"{name!r} is not of the form ORGANISATION/NAME, as in gao/lip_resnet50")
   folder = Path(folder)
   model, config = folders.load(folder)  # also checks that others can load it
+  if "task" in config:
+    raise UsageError(f"{folder} holds a detector; there are model cards for classifiers only yet")
   card = _card(model, config, name, licence)
   sizes = {file: (folder / file).stat().st_size for file in _FILES}
   url = f"{endpoint or _DEFAULT_ENDPOINT}/{name}"

@@ -1,4 +1,4 @@
-"""What all exported forms share: images in, logits out, and the check of what was written."""
+"""What all exported forms share: images in, and the check of what was written."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,25 +20,47 @@ FORMAT = 1
 _TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
+Arrays = tuple[np.ndarray, ...]
+
+
+def _images_alone(images: np.ndarray) -> Arrays:
+  return (images,)
+
+
+def _compare_logits(found: Arrays, expected: Arrays, dtype: str) -> tuple[float, float, str]:
+  difference = float(np.abs(found[0] - expected[0]).max() / max(np.abs(expected[0]).max(), 1e-30))
+  return difference, _TOLERANCES[dtype], "of the largest logit"
+
+
 class InferenceFunction(NamedTuple):
   """A network as a function of images alone, and what is known of it.
 
   Attributes:
-    function: from [N, H, W, C] of the dtype in config["input"] to logits float32 [N, num_classes].
+    function: from [N, H, W, C] of the dtype in config["input"] to logits float32 [N, num_classes],
+      or for a detector, with the images' sizes, to several arrays.
     config: what the written file says of itself: "format", "lip_jax" (version), "model",
       "num_classes", "preprocess", "class_names", "source", "dtype" (of the computation), "input".
     shape: H, W, C of an image.
+    more: shapes and dtypes of what the function takes of each image beside it.
+    examples: what it takes, of images.
+    compare: largest difference between two results, what it may be, and of what, in words.
   """
 
-  function: Callable[[jax.Array], jax.Array]
+  function: Callable[..., Any]
   config: dict[str, Any]
   shape: tuple[int, int, int]
+  more: tuple[jax.ShapeDtypeStruct, ...] = ()
+  examples: Callable[[np.ndarray], Arrays] = _images_alone
+  compare: Callable[[Arrays, Arrays, str], tuple[float, float, str]] = _compare_logits
 
   @property
-  def symbolic_images(self) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of any number of images."""
+  def symbolic_arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of what it takes, of any number of images."""
     (batch,) = jax.export.symbolic_shape("batch")
-    return jax.ShapeDtypeStruct((batch, *self.shape), np.dtype(self.config["input"]["dtype"]))
+    images = jax.ShapeDtypeStruct(self.shape, np.dtype(self.config["input"]["dtype"]))
+    return tuple(
+      jax.ShapeDtypeStruct((batch, *one.shape), one.dtype) for one in (images, *self.more)
+    )
 
 
 def prepare(
@@ -64,12 +86,7 @@ def prepare(
       "and the file will take float32 images that are normalized already"
     )
   height, width = (size, size) if isinstance(size, int) else size
-  graph, state = nnx.split(model)
-  network: Any
-  with jax.default_device(checking_device()):  # weights on the host: they become part of the file
-    network = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
-    network.eval()
-    network = fold_batch_norm(network)
+  network = on_host(model)
 
   def function(images: jax.Array) -> jax.Array:
     if preprocess is None:
@@ -77,23 +94,38 @@ def prepare(
     return network(normalize(images, preprocess["mean"], preprocess["std"]))
 
   shape = (height, width, network.in_channels)
+  return InferenceFunction(function, described(config, network.dtype, preprocess, shape), shape)
+
+
+def on_host(model: nnx.Module) -> Any:
+  """A copy for evaluation, batch norms folded, with weights on the host, as parts of a file."""
+  graph, state = nnx.split(model)
+  with jax.default_device(checking_device()):
+    network = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
+    network.eval()
+    return fold_batch_norm(network)
+
+
+def described(
+  config: Mapping[str, Any],
+  dtype: Any,
+  preprocess: Mapping[str, Any] | None,
+  shape: tuple[int, int, int],
+) -> dict[str, Any]:
+  """`InferenceFunction.config`."""
   keys = ("model", "num_classes", "class_names", "source")
-  return InferenceFunction(
-    function,
-    {
-      "format": FORMAT,
-      "lip_jax": lip_jax.__version__,
-      **{key: config.get(key) for key in keys},
-      "preprocess": preprocess,
-      "dtype": np.dtype(network.dtype).name,
-      "input": {
-        "dtype": "float32" if preprocess is None else "uint8",
-        "shape": ["batch", *shape],
-        "normalized": preprocess is None,
-      },
+  return {
+    "format": FORMAT,
+    "lip_jax": lip_jax.__version__,
+    **{key: config.get(key) for key in keys},
+    "preprocess": preprocess,
+    "dtype": np.dtype(dtype).name,
+    "input": {
+      "dtype": "float32" if preprocess is None else "uint8",
+      "shape": ["batch", *shape],
+      "normalized": preprocess is None,
     },
-    shape,
-  )
+  }
 
 
 def resized(preprocess: Mapping[str, Any] | None, image_size: int | None) -> dict[str, Any] | None:
@@ -119,34 +151,39 @@ def checking_device() -> jax.Device:
     return jax.local_devices()[0]
 
 
-def check(
-  call: Callable[[np.ndarray], np.ndarray], network: InferenceFunction
-) -> tuple[float, float]:
+def check(call: Callable[..., Any], network: InferenceFunction) -> tuple[float, float, str]:
   """Compares `call`, what was written, with the network, in batches of 1 and 3 images.
 
   Returns:
-    The largest difference, relative to the largest logit, and what it may be.
+    The largest difference, what it may be, and of what that is, in words.
 
   Raises:
-    UsageError: it is larger, or there are other logits, or ones that are not finite.
+    UsageError: it is larger, or there are other results, or ones that are not finite.
   """
   images = _images(network.shape, np.dtype(network.config["input"]["dtype"]))
+  arguments = network.examples(images)
   with jax.default_device(checking_device()):
-    expected = np.asarray(jax.jit(network.function)(jnp.asarray(images)), np.float64)
-    if not np.isfinite(expected).all():
-      raise UsageError("the network's own logits are not finite; nothing is written")
-    found = np.concatenate([call(batch) for batch in (images[:1], images[1:])], dtype=np.float64)
-  tolerance = _TOLERANCES[network.config["dtype"]]
-  if found.shape != expected.shape:
-    raise UsageError(f"what was written gives logits {found.shape}, expected {expected.shape}")
-  difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+    expected = _arrays(jax.jit(network.function)(*map(jnp.asarray, arguments)))
+    if not all(np.isfinite(array).all() for array in expected):
+      raise UsageError("the network's own results are not finite; nothing is written")
+    parts = [_arrays(call(*(one[part] for one in arguments))) for part in (np.s_[:1], np.s_[1:])]
+  found = tuple(map(np.concatenate, zip(*parts, strict=True)))
+  shapes = [[array.shape for array in result] for result in (found, expected)]
+  if shapes[0] != shapes[1]:
+    raise UsageError(f"what was written gives arrays {shapes[0]}, expected {shapes[1]}")
+  difference, tolerance, unit = network.compare(found, expected, network.config["dtype"])
   if not difference <= tolerance:
     raise UsageError(
-      f"what was written differs from the model by {difference:.1e} of the largest logit, at most "
-      f"{tolerance:g} is allowed; nothing is kept. Please report this with the versions of jax and "
-      "of the runtime"
+      f"what was written differs from the model by {difference:.1e} {unit}, at most {tolerance:g} "
+      "is allowed; nothing is kept. Please report this with the versions of jax and of the runtime"
     )
-  return difference, tolerance
+  return difference, tolerance, unit
+
+
+def _arrays(result: Any) -> Arrays:
+  """One or several arrays, numbers as float64."""
+  arrays = map(np.asarray, result if isinstance(result, tuple | list) else [result])
+  return tuple(a if a.dtype == bool else a.astype(np.float64) for a in arrays)
 
 
 def _images(shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:

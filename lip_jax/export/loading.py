@@ -42,7 +42,7 @@ def load(
   Returns:
     (model, config). Whatever the path, config has
 
-    - "task": "classification", or "detection" for a detector, of a training run;
+    - "task": "classification", or "detection" for a detector;
     - "model": name and options of `create_model`, or of `create_detector`;
     - "num_classes": number of logits, or of a detector's classes;
     - "preprocess": how images are prepared: the shorter side is resized to "resize" pixels, the
@@ -154,9 +154,8 @@ def _load_run(
   if metrics:
     values["evaluation"] = {**metrics, "data": f"{data.dataset} {data.validation_split}"}
   images = {key: getattr(data, key) for key in ("dataset", "data_dir", "validation_split")}
-  more = {key: value for key, value in values.items() if key not in ("evaluation", *_NETWORK)}
-  known = _config(values, "training run", str(run), data=images, step=number)
-  return model, {**known, "task": config.task, **more}
+  values["task"] = config.task
+  return model, _config(values, "training run", str(run), data=images, step=number)
 
 
 def _read_checkpoint(
@@ -197,9 +196,11 @@ def _config(values: Mapping[str, Any], kind: str, path: str, **known: Any) -> di
   results = values.get("evaluation")
   complete = isinstance(results, Mapping) and {"data", "count"} <= set(results)
   step = (values.get("source") or {}).get("step", known.get("step"))
+  task = values.get("task", "classification")
   return {
-    "task": "classification",
+    "task": task,
     **{key: values.get(key) for key in _NETWORK},
+    **({"category_ids": values.get("category_ids")} if task == "detection" else {}),
     "data": known.get("data"),
     "evaluation": results if complete else None,
     "source": {"kind": kind, "path": path, "step": step, "revision": known.get("revision")},

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lip_jax.errors import UsageError
-from lip_jax.export import destination, folders, inference, loading, stablehlo_onnx, validation
+from lip_jax.export import (
+  destination,
+  folders,
+  inference,
+  loading,
+  networks,
+  stablehlo_onnx,
+  validation,
+)
 from lip_jax.models.description import flat_variables
 from lip_jax.training.json_files import read_json
 
@@ -28,16 +36,17 @@ class ExportReport(NamedTuple):
 
   path: Path  # of the file or folder
   size: int  # in bytes
-  difference: float  # largest one to the model's logits, relative to the largest logit
+  difference: float  # largest one to the model's results
   tolerance: float  # what it is allowed to be
+  unit: str  # of both, in words
   runtime: str  # what ran it, for example "onnxruntime 1.32"
   takes: str  # what it wants, in words
 
   def __str__(self) -> str:
     return (
       f"{self.path}: {self.size / 1e6:.1f} MB, takes {self.takes}; read back and run by "
-      f"{self.runtime}, its logits differ from the model's by at most {self.difference:.1e} of the "
-      f"largest ({self.tolerance:g} is allowed)"
+      f"{self.runtime}, its results differ from the model's by at most {self.difference:.1e} "
+      f"{self.unit} ({self.tolerance:g} is allowed)"
     )
 
 
@@ -77,14 +86,14 @@ def write(
   if form == "folder":
     folders.check_free(out, overwrite=overwrite)
     results = None if evaluation is None else _read_evaluation(Path(evaluation))
-    model, config = loading.load_classifier(source)
+    model, config = loading.load(source)
     return _write_folder(out, model, config, jnp.dtype(dtype), image_size, results)
   if evaluation is not None:
     raise UsageError("an evaluation can be kept in a folder only; leave it out")
   destination.check_file(out, overwrite=overwrite)
-  model, config = loading.load_classifier(source, dtype=jnp.dtype(dtype))
+  model, config = loading.load(source, dtype=jnp.dtype(dtype))
   config = {**config, "source": folders.public_source(config)}
-  return _write_file(out, form, inference.prepare(model, config, image_size))
+  return _write_file(out, form, networks.of(config).prepare(model, config, image_size))
 
 
 def _form_of(out: Path) -> str:
@@ -107,10 +116,11 @@ def _write_file(out: Path, form: str, network: inference.InferenceFunction) -> E
   with destination.replacing(out) as temporary:
     temporary.write_bytes(content)
     call, written = load(temporary)
-    difference, tolerance = inference.check(call, network)
+    difference, tolerance, unit = inference.check(call, network)
   images = "normalized float32" if written["input"]["normalized"] else "uint8 RGB"
   takes = f"{images} images [N, {', '.join(map(str, network.shape))}]"
-  return ExportReport(out, len(content), difference, tolerance, runtime, takes)
+  takes += " and their sizes [N, 2]" if network.more else ""
+  return ExportReport(out, len(content), difference, tolerance, unit, runtime, takes)
 
 
 def _write_folder(
@@ -129,6 +139,9 @@ def _write_folder(
   for variable in flat_variables(model).values():
     if variable.ndim > 1:  # what is smaller takes no room, and is sensitive
       variable.set_value(jnp.asarray(variable.get_value(), dtype))
+  kind = networks.of(config)
+  if config["task"] != "classification" and image_size is not None:
+    raise UsageError("the folder of a detector takes images of any size; leave out image_size")
   preprocess = inference.resized(config.get("preprocess"), image_size)
   if preprocess is None and image_size is not None:
     raise UsageError("the network does not say how its images are prepared; leave out image_size")
@@ -140,11 +153,11 @@ def _write_folder(
     written, found = folders.load(temporary)
     # Any size shows whether the weights are the same, where none is known.
     size = image_size if found.get("preprocess") else 64
-    ours, theirs = (inference.prepare(network, found, size) for network in (model, written))
-    difference, tolerance = inference.check(jax.jit(theirs.function), ours)
+    ours, theirs = (kind.prepare(network, found, size) for network in (model, written))
+    difference, tolerance, unit = inference.check(jax.jit(theirs.function), ours)
     size = sum(file.stat().st_size for file in temporary.iterdir())
   return ExportReport(
-    out, size, difference, tolerance, f"jax {jax.__version__}", "what lip_jax.load takes"
+    out, size, difference, tolerance, unit, f"jax {jax.__version__}", "what lip_jax.load takes"
   )
 
 
@@ -162,4 +175,5 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: value for key, value in evaluation.items() if key not in _OF_THE_EVALUATION}
+  left_out = (*_OF_THE_EVALUATION, "AP_by_class", "ground_truth", "library", "step")
+  return {key: value for key, value in evaluation.items() if key not in left_out}

@@ -38,13 +38,14 @@ _CONFIG_ENTRY = "config"  # of an ONNX file's metadata
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same network gives the same file
 
 # Images [N, S, S, 3] -> logits float32 [N, num_classes]; and the config of the `InferenceFunction`.
-Loaded = tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]
+# Of a detector: images and their sizes [N, 2] -> the arrays that config["outputs"] names.
+Loaded = tuple[Callable[..., Any], dict[str, Any]]
 
 
 def to_stablehlo(network: InferenceFunction) -> tuple[bytes, str]:
   """What is written to a StableHLO file, and what `load_stablehlo` will run it by."""
   exported = jax.export.export(jax.jit(network.function), platforms=PLATFORMS)(
-    network.symbolic_images
+    *network.symbolic_arguments
   )
   file = io.BytesIO()
   with zipfile.ZipFile(file, "w") as archive:
@@ -79,7 +80,7 @@ def load_stablehlo(path: str | Path) -> Loaded:
       f"({jax.__version__}) does not read ({one_line(error, 200)}); export the network again"
     ) from error
   call = jax.jit(exported.call)
-  return lambda images: np.asarray(call(jnp.asarray(images))), config
+  return lambda *inputs: jax.tree.map(np.asarray, call(*map(jnp.asarray, inputs))), config
 
 
 def to_onnx(network: InferenceFunction) -> tuple[bytes, str]:
@@ -93,11 +94,13 @@ def to_onnx(network: InferenceFunction) -> tuple[bytes, str]:
 
   from lip_jax.export import onnx_graph
 
+  if network.more:
+    raise UsageError("detectors cannot be written as ONNX yet; export StableHLO or a folder")
   if network.config["dtype"] not in ("float32", "float16"):
     raise UsageError(
       f"ONNX Runtime has no {network.config['dtype']} convolutions; write float32 or float16"
     )
-  model = onnx_graph.to_onnx(network.function, network.symbolic_images)
+  model = onnx_graph.to_onnx(network.function, *network.symbolic_arguments)
   helper.set_model_props(model, {_CONFIG_ENTRY: json.dumps(network.config)})
   return model.SerializeToString(), f"onnxruntime {runtime.__version__}"
 

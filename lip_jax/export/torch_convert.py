@@ -13,12 +13,12 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.errors import UsageError
-from lip_jax.export import class_names, folders
+from lip_jax.export import class_names, folders, networks
 from lip_jax.export.destination import check_file, replacing
 from lip_jax.export.torch_files import read_torch_checkpoint
 from lip_jax.models import list_models
 from lip_jax.models.cost import count_parameters
-from lip_jax.models.description import CLASSIFIERS, build
+from lip_jax.models.description import CLASSIFIERS
 from lip_jax.models.torch_names import WRAPPERS, load_torch_weights, to_torch_state_dict
 
 # How images are prepared for the authors' and torchvision's networks: ImageNet's RGB moments.
@@ -31,8 +31,10 @@ PREPROCESS = {
 
 _CLASSIFIERS = [f"{name}.weight" for name in CLASSIFIERS]
 _CLASSIFIER = re.compile(rf"(?:{'|'.join(WRAPPERS)})*(?:{'|'.join(_CLASSIFIERS)})")
+# Parts of names that detectors have, of torchvision and of mmdetection 0.6.
+_OF_DETECTORS = re.compile(r"(^|\.)(fpn|neck)\.")
 _TORCH_SUFFIXES = (".pth", ".pt")
-_SUFFIXES = (".safetensors", ".npz", *_TORCH_SUFFIXES)
+SUFFIXES = (".safetensors", ".npz", *_TORCH_SUFFIXES)
 
 
 def convert_weights(
@@ -94,9 +96,9 @@ def _from_torch(
   if name is None:
     raise UsageError(
       f"which network are the weights in {source} of? Name the model, one of "
-      f"{', '.join(list_models())}"
+      f"{', '.join([*list_models(), *networks.DETECTORS])}"
     )
-  if out.suffix in _SUFFIXES:
+  if out.suffix in SUFFIXES:
     raise UsageError(
       f"{out} looks like a file, but what becomes of the file {source} is a folder; name a folder"
     )
@@ -122,20 +124,34 @@ def read(
   """
   source = Path(source)
   state_dict = read_torch_checkpoint(source)
-  classes = _num_classes(state_dict, source) if num_classes is None else num_classes
   model = {"name": name, **options}
-  network = build(model, classes, str(source), dtype)
+  task = networks.task_of(name)
+  kind = networks.of({"task": task})
+  if num_classes is not None:
+    classes = num_classes
+  elif kind.count_classes is not None:
+    classes = kind.count_classes(model, state_dict, str(source))
+  else:
+    classes = _num_classes(state_dict, source)
+  network = kind.build(model, classes, str(source), dtype)
   load_torch_weights(network, state_dict)
   rounded = any(array.dtype == np.float64 for array in state_dict.values())
+  config = {"task": task, "model": model, "num_classes": classes}
+  if kind.published is not None:
+    return network, rounded, {**config, **kind.published(classes)}
   names = class_names.of_imagenet() if classes == 1000 else None
-  config = {"model": model, "num_classes": classes, "preprocess": PREPROCESS, "class_names": names}
-  return network, rounded, config
+  return network, rounded, {**config, "preprocess": PREPROCESS, "class_names": names}
+
+
+def is_detector(path: str | Path) -> bool:
+  """Whether a file of PyTorch weights is of a detector, by its names."""
+  return any(map(_OF_DETECTORS.search, read_torch_checkpoint(Path(path))))
 
 
 def _to_torch(source: Path, out: Path, overwrite: bool) -> str:
-  if out.suffix not in _SUFFIXES:
+  if out.suffix not in SUFFIXES:
     raise UsageError(
-      f"{source} is a folder, so {out} must be a file that ends in {', '.join(_SUFFIXES)}"
+      f"{source} is a folder, so {out} must be a file that ends in {', '.join(SUFFIXES)}"
     )
   check_file(out, overwrite=overwrite)
   if out.suffix in _TORCH_SUFFIXES:

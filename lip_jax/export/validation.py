@@ -11,7 +11,7 @@ from lip_jax.models.description import check_model, check_num_classes
 
 # Far above any network's. What they keep away takes hours or all memory, not seconds.
 _MAX_NUMBER = 10**7
-_MAX_PIXELS = 2**14
+MAX_PIXELS = 2**14
 _MAX_NAME = 10_000  # characters; paths may have 4,096
 # Bytes that any file may unpack to, and how often its size on top of it.
 _MAX_UNPACKED = 2**26
@@ -56,14 +56,10 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
   check_model(config.get("model"), where)
   num_classes = check_num_classes(config.get("num_classes"), where)
   check_class_names(config.get("class_names"), num_classes, where)
-  for key, check in (
-    ("preprocess", _check_preprocess),
-    ("evaluation", check_evaluation),
-    ("source", _check_source),
-  ):
+  for key, check in (("evaluation", check_evaluation), ("source", _check_source)):
     values = config.get(key)
     if values is not None:
-      _expect(isinstance(values, dict), where, key, values, "an object")
+      expect(isinstance(values, dict), where, key, values, "an object")
       check(values, where)
 
 
@@ -72,7 +68,7 @@ def check_class_names(names: Any, num_classes: int, where: str) -> list[str] | N
   if names is None:
     return None
   good = isinstance(names, list | tuple) and all(map(_is_name, names))
-  _expect(good, where, "class_names", names, "a list of names")
+  expect(good, where, "class_names", names, "a list of names")
   if len(names) != num_classes:
     raise UsageError(f"{where} has {len(names)} class names for {num_classes} classes")
   return list(names)
@@ -81,23 +77,33 @@ def check_class_names(names: Any, num_classes: int, where: str) -> list[str] | N
 def check_evaluation(values: Mapping[str, Any], where: str) -> None:
   """Raises UsageError unless these are "data", a name, "count" of images, and a task's metrics."""
   data, count = values.get("data"), values.get("count")
-  _expect(_is_name(data), where, "evaluation.data", data, "a name")
-  _expect(_is_whole(count, 0, 2**63), where, "evaluation.count", count, "a number of images")
+  expect(_is_name(data), where, "evaluation.data", data, "a name")
+  expect(is_whole(count, 0, 2**63), where, "evaluation.count", count, "a number of images")
   for key in sorted(set(values) - {"data", "count"}):
     number, fraction = values[key], key.startswith("top")
     good = _is_number(number) and (not fraction or 0 <= number <= 1)
     expected = "a fraction, 0 to 1" if fraction else "a number"
-    _expect(good, where, f"evaluation.{shown(key)}", number, expected)
+    expect(good, where, f"evaluation.{shown(key)}", number, expected)
 
 
-def _check_preprocess(values: Mapping[str, Any], where: str) -> None:
+def check_preprocess(config: Mapping[str, Any], where: str) -> None:
+  """Raises UsageError unless a classifier's config says how images are prepared, or nothing."""
+  values = config.get("preprocess")
+  if values is None:
+    return
+  expect(isinstance(values, dict), where, "preprocess", values, "an object")
   size, resize = values.get("image_size"), values.get("resize")
   sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
-  good = all(_is_whole(side, 1, _MAX_PIXELS) for side in sides)
-  _expect(good, where, "preprocess.image_size", size, f"1 to {_MAX_PIXELS:,} pixels")
-  good = resize == size or _is_whole(resize, max(sides), _MAX_PIXELS)
-  expected = f"image_size={size} to {_MAX_PIXELS:,} pixels"
-  _expect(good, where, "preprocess.resize", resize, expected)
+  good = all(is_whole(side, 1, MAX_PIXELS) for side in sides)
+  expect(good, where, "preprocess.image_size", size, f"1 to {MAX_PIXELS:,} pixels")
+  good = resize == size or is_whole(resize, max(sides), MAX_PIXELS)
+  expected = f"image_size={size} to {MAX_PIXELS:,} pixels"
+  expect(good, where, "preprocess.resize", resize, expected)
+  check_moments(values, where)
+
+
+def check_moments(values: Mapping[str, Any], where: str) -> None:
+  """Raises UsageError unless these have the "mean" and "std" of each colour."""
   for key, least, kind in (("mean", -math.inf, ""), ("std", 0, "positive ")):
     numbers = values.get(key)
     good = (
@@ -105,16 +111,17 @@ def _check_preprocess(values: Mapping[str, Any], where: str) -> None:
       and len(numbers) in (1, 3)
       and all(_is_number(v) and least < v <= _MAX_NUMBER for v in numbers)
     )
-    _expect(good, where, f"preprocess.{key}", numbers, f"three {kind}numbers, for R, G and B")
+    expect(good, where, f"preprocess.{key}", numbers, f"three {kind}numbers, for R, G and B")
 
 
 def _check_source(values: Mapping[str, Any], where: str) -> None:
   step = values.get("step")
-  good = step is None or _is_whole(step, 0, 2**63)
-  _expect(good, where, "source.step", step, "a number of steps")
+  good = step is None or is_whole(step, 0, 2**63)
+  expect(good, where, "source.step", step, "a number of steps")
 
 
-def _expect(good: bool, where: str, key: str, value: Any, expected: str) -> None:
+def expect(good: bool, where: str, key: str, value: Any, expected: str) -> None:
+  """Raises UsageError, of what stands under `key`, unless it is good."""
   if not good:
     raise UsageError(f"{where}: {key} is {shown(value)}, expected {expected}")
 
@@ -129,5 +136,6 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def _is_whole(value: Any, least: Any, most: int) -> bool:
+def is_whole(value: Any, least: Any, most: int) -> bool:
+  """Whether `value` is a whole number in [least, most]."""
   return type(value) is int and least <= value <= most

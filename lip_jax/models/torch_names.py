@@ -12,7 +12,7 @@ from flax import nnx
 
 from lip_jax.errors import UsageError
 from lip_jax.models.densenet import DenseNet
-from lip_jax.models.description import check_weights
+from lip_jax.models.description import check_weights, flat_variables
 from lip_jax.models.lan import LIP
 from lip_jax.models.network import Network
 from lip_jax.models.resnet import ResNet
@@ -20,6 +20,7 @@ from lip_jax.models.resnet import ResNet
 log = logging.getLogger("lip_jax")
 
 # Patterns and what takes their places, as of `re.sub`.
+Shape = tuple[int, ...]
 Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 # Our path, dots between its parts -> the authors' name. Applied in order, each at most once;
@@ -140,6 +141,18 @@ def _unwrapped(
     if wrapper is None:
       return "", None
     name = name.removeprefix(wrapper)
+
+
+def shapes_in(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str, Shape]:
+  """Shapes of those arrays of a state dict that the model has, in our layout, by our paths."""
+  flat = {id(variable): path for path, variable in flat_variables(model).items()}
+  paths = {name: flat[id(variable)] for name, variable in torch_names(model)}
+  rules, found = spellings(model), {}
+  for given, array in state_dict.items():
+    _, name = _unwrapped(given, paths.keys(), rules, None)
+    if name is not None:
+      found[paths[name]] = _to_our_layout(np.asarray(array)).shape
+  return found
 
 
 def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:

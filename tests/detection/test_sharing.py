@@ -1,0 +1,201 @@
+"""Detectors as folders and files to share, and what reads them back."""
+
+import dataclasses
+import json
+import re
+
+import fixture_boxes
+import jax
+import numpy as np
+import optax
+import pytest
+from fixture_detector_runs import MODEL, make_detector, write
+
+import lip_jax
+from lip_jax import cli
+from lip_jax.detection.inputs import normalize
+from lip_jax.detection.task import Detection
+from lip_jax.distributed import sharding
+from lip_jax.errors import UsageError
+from lip_jax.export import folders, stablehlo_onnx
+from lip_jax.export.torch_convert import convert_weights
+from lip_jax.models.description import flat_variables
+from lip_jax.training import config as config_lib
+from lip_jax.training import train_state
+
+NETWORK = {"task": "detection", "model": MODEL, "num_classes": 2, "category_ids": [7, 200]}
+PREPROCESS = {"short_side": 48, "long_side": 64, "mean": [128.0] * 3, "std": [64.0] * 3}
+SIZES = np.array([[64, 64], [40, 33], [64, 64]], np.int32)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A detector's run, its data set, and its exported folder."""
+  folder = tmp_path_factory.mktemp("place")
+  write(folder / "run", fixture_boxes.write(folder, count=9))
+  assert cli.main(["export", str(folder / "run"), str(folder / "exported")]) == 0
+  return folder
+
+
+def run(capsys, *arguments):
+  status = cli.main([str(part) for part in arguments])
+  captured = capsys.readouterr()
+  assert status == 0, captured.err
+  return captured.out
+
+
+def pictures():
+  images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+  images[2] = 128
+  return images
+
+
+def test_a_folder_is_what_the_run_was(place):
+  (ours, before), (theirs, after) = (lip_jax.load(place / name) for name in ("run", "exported"))
+  keys = ("task", "model", "num_classes", "class_names", "category_ids", "preprocess", "evaluation")
+  before["model"] = {**before["model"], "lip_stages": ["c4"]}
+  assert {key: after[key] for key in keys} == {key: before[key] for key in keys}
+  assert after["source"]["step"] == 4
+  weights = flat_variables(theirs)
+  for name, variable in flat_variables(ours).items():
+    np.testing.assert_array_equal(variable[...], weights[name][...], err_msg=name)
+
+
+def test_predict_and_evaluate_read_the_folder(place, capsys):
+  found = [
+    run(capsys, "predict", place / name, place / "images/0.jpg", "--threshold=.9", "--json")
+    for name in ("run", "exported")
+  ]
+  assert found[0] == found[1]
+  assert json.loads(found[0])[0]["boxes"]
+  dataset = f"--data={json.loads((place / 'run/config.json').read_text())['data']['dataset']}"
+  options = ["--split=all", "--batch-size=8", "--json"]
+  scores = [
+    json.loads(run(capsys, "evaluate", place / "run", *options)),
+    json.loads(run(capsys, "evaluate", place / "exported", dataset, *options)),
+  ]
+  assert scores[0]["AP_by_class"] == scores[1]["AP_by_class"]
+  assert scores[0]["count"] == scores[1]["count"] == 9
+  assert cli.main(["evaluate", str(place / "exported")]) == 1
+  assert "names no data set; say which (--data)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nothing", [False, True])
+@pytest.mark.parametrize("form", ["stablehlo"])
+def test_files_find_what_the_model_does(form, nothing, place, tmp_path, capsys):
+  """Images of two sizes in one batch, and a detector that sees objects nowhere."""
+  source = place / "exported"
+  if nothing:
+    detector = make_detector()
+    bias = detector.head.class_logits.bias
+    bias.set_value(bias[...] - 1000)
+    source = tmp_path / "nothing"
+    folders.save(source, detector, {**NETWORK, "preprocess": PREPROCESS})
+  path = tmp_path / f"detector.{form}"
+  printed = run(capsys, "export", source, path)
+  assert "takes uint8 RGB images [N, 64, 64, 3] and their sizes [N, 2]" in printed
+  assert "px (0.01 is allowed)" in printed
+  load = {"stablehlo": stablehlo_onnx.load_stablehlo, "onnx": stablehlo_onnx.load_onnx}[form]
+  call, config = load(path)
+  assert config["category_ids"] == [7, 200]
+  assert config["outputs"] == ["boxes", "scores", "labels", "valid"]
+  detector, _ = lip_jax.load(source)
+  images = normalize(pictures(), SIZES, [128.0] * 3, [64.0] * 3)
+  expected = jax.device_get(jax.jit(lambda x, s: detector.detect(x, s))(images, SIZES))
+  boxes, scores, labels, valid = call(pictures(), SIZES)
+  np.testing.assert_array_equal(valid, expected.valid)
+  assert valid.any() != nothing
+  np.testing.assert_array_equal(labels[valid], expected.labels[valid])
+  np.testing.assert_allclose(boxes[valid], expected.boxes[valid], atol=1e-2)
+  np.testing.assert_allclose(scores[valid], expected.scores[valid], atol=1e-4)
+  alone = call(pictures()[1:2], SIZES[1:2])  # another number of images
+  np.testing.assert_allclose(alone[0], boxes[1:2], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"task": "yoga"}, "task is yoga, expected one of detection"),
+    ({"preprocess": None}, "preprocess is None, expected an object"),
+    ({"preprocess": {**PREPROCESS, "short_side": 10**9}}, "preprocess.short_side is 1000000000"),
+    ({"preprocess": {**PREPROCESS, "mean": ["a"]}}, "preprocess.mean is"),
+    ({"category_ids": [1, 1]}, "expected 2 different whole numbers"),
+    ({"model": {**MODEL, "fpn_channels": 16}}, "does not fit retinanet"),
+    ({"model": {**MODEL, "head_convs": 10**6}}, "head_convs must be at most 100"),
+  ],
+)
+def test_hostile_folders(place, tmp_path, change, message):
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  (folder / "model.safetensors").write_bytes((place / "exported/model.safetensors").read_bytes())
+  config = json.loads((place / "exported/config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**config, **change}))
+  with pytest.raises(UsageError, match=message) as caught:
+    lip_jax.load(folder)
+  assert len(str(caught.value).splitlines()) == 1
+
+
+def as_published(name):
+  """A name of torchvision's released file, which is older than its code."""
+  name = re.sub(r"(fpn\.(?:inner|layer)_blocks\.\d+)\.0\.", r"\1.", name)
+  return re.sub(r"(_head\.conv)\.(\d+)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", name)
+
+
+@pytest.mark.parametrize("preset", ["torchvision", "mmdet1"])
+def test_published_weights_there_and_back(preset, tmp_path):
+  """COCO's classes, by the file alone; the same bits under the names of each project."""
+  detector = make_detector(80, preset=preset, head_convs=1)
+  weights = lip_jax.to_torch_state_dict(detector)
+  rename = as_published if preset == "torchvision" else lambda name: f"module.{name}"
+  np.savez(tmp_path / "w.npz", **{rename(name): array for name, array in weights.items()})
+  options = {key: value for key, value in MODEL.items() if key != "name"}
+  options |= {"head_convs": 1, "preset": preset}
+  flags = [f"--option={key}={value}" for key, value in options.items() if key != "lip_stages"]
+  flags += ["--option=lip_stages=['c4']"]
+  source, folder, back = (str(tmp_path / name) for name in ("w.npz", "folder", "back.npz"))
+  assert cli.main(["convert", source, folder, "--model=retinanet", *flags]) == 0
+  config = json.loads((tmp_path / "folder/config.json").read_text())
+  assert (config["num_classes"], config["class_names"][0]) == (80, "person")
+  assert config["category_ids"][-1] == 90
+  assert cli.main(["convert", folder, back]) == 0
+  with np.load(back) as arrays:
+    assert set(arrays) == set(weights)
+    for name, array in weights.items():
+      assert arrays[name].tobytes() == array.tobytes(), name
+  other = {"torchvision": "mmdet1", "mmdet1": "torchvision"}[preset]
+  with pytest.raises(UsageError, match=r"num_classes|classes"):
+    convert_weights(source, tmp_path / "no", model="retinanet", **options | {"preset": other})
+  assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_fine_tuning_from_a_detector(same, place, tmp_path, caplog):
+  """The head is replaced, and said, where the classes are others; weights are frozen by name."""
+  values = fixture_boxes.content(9)
+  if not same:
+    values["categories"][0]["name"] = "dog"
+  dataset = fixture_boxes.write(tmp_path, values)
+  run_config = config_lib.load(place / "run")
+  config = dataclasses.replace(
+    run_config,
+    data=dataclasses.replace(run_config.data, dataset=dataset),
+    frozen=("backbone", "fpn.laterals.0"),
+  )
+  task = Detection(config)
+  caplog.set_level("INFO", "lip_jax")
+  state = jax.jit(lambda: train_state.init(optax.identity(), 1, 1, task.create_model))()
+  state = jax.device_put(state, sharding.replicated(sharding.make_mesh()))
+  for source in (place / "run", place / "exported"):
+    filled = task.start_from(source, state)
+    theirs = flat_variables(lip_jax.load(source)[0])
+    equal = {
+      jax.tree_util.keystr(path, simple=True, separator="."): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(filled.params)
+    }
+    other = {name for name, leaf in equal.items() if not np.array_equal(leaf, theirs[name][...])}
+    assert other == (set() if same else {"head.class_logits.kernel", "head.class_logits.bias"})
+  said = caplog.text
+  assert ("new, for 2 classes: head.class_logits.bias" in said) == (not same)
+  assert not task.trainable(("backbone", "conv1", "kernel"))
+  assert not task.trainable(("fpn", "laterals", 0, "kernel"))
+  assert task.trainable(("fpn", "laterals", 1, "kernel"))
