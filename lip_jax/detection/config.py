@@ -58,6 +58,8 @@ class Config(base.Config):
   data: Data
   # Of the backbone, such as ("stem", "c2"): not trained.
   frozen_stages: tuple[Literal["stem", "c2", "c3", "c4", "c5"], ...] = ()
+  # Beginnings of the names of weights that are not trained either, such as ("backbone", "fpn").
+  frozen: tuple[str, ...] = ()
   # Validation images in the picture of what is found; 0: none.
   figure_images: Annotated[int, NOT_NEGATIVE] = 4
   # The same picture for TensorBoard, with evaluations; 0: never.

@@ -12,7 +12,7 @@ from lip_jax.detection import presets
 from lip_jax.detection.anchors import ANCHORS
 from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.errors import UsageError
-from lip_jax.models import create_model
+from lip_jax.models import create_model, description
 from lip_jax.models.description import check_num_classes
 
 _DETECTORS = {"retinanet": RetinaNet}
@@ -89,6 +89,15 @@ def abstract_detector(name: str, *, mask_padding: bool = True, **options: Any) -
   return nnx.eval_shape(
     lambda: create_detector(name, mask_padding=mask_padding, rngs=nnx.Rngs(0), **options)
   )
+
+
+def class_arrays(model: Mapping[str, Any]) -> set[str]:
+  """Paths of the weights of a detector's description whose shapes depend on the classes."""
+  few, more = (
+    description.flat_variables(description.build(model, count, "model", make=abstract_detector))
+    for count in (1, 2)
+  )
+  return {path for path, variable in few.items() if variable.shape != more[path].shape}
 
 
 def count_classes(

@@ -1,7 +1,6 @@
 """Detection as a task: images to boxes with classes, by the detector's own losses."""
 
 import functools
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,16 @@ from jax.sharding import Mesh
 
 from lip_jax.data import boxes_pipeline, pipeline
 from lip_jax.data.boxes import BoxSource, open_boxes
-from lip_jax.detection import categories, evaluation, presets
+from lip_jax.detection import categories, evaluation, fine_tuning, presets
 from lip_jax.detection.config import Config
 from lip_jax.detection.evaluation import Evaluator
 from lip_jax.detection.inputs import normalize
 from lip_jax.detection.registry import create_detector
 from lip_jax.errors import UsageError
-from lip_jax.export import class_names, initial_weights, loading
+from lip_jax.export import class_names
 from lip_jax.models.registry import network_class
 from lip_jax.training.task import Batch, Scalars, Task
 from lip_jax.training.train_state import TrainState, Tree
-
-log = logging.getLogger("lip_jax")
-
-_PYTORCH = (".pth", ".pt", ".safetensors", ".npz")
 
 
 class Detection(Task):
@@ -167,7 +162,9 @@ class Detection(Task):
   def trainable(self, path: tuple[str, ...]) -> bool:
     stages = network_class(self.config.model["backbone"]).stages
     frozen = {name for stage in self.config.frozen_stages for name in stages[stage]}
-    return not (path[0] == "backbone" and path[1] in frozen)
+    name = ".".join(map(str, path))
+    by_name = any(f"{name}.".startswith(f"{one}.") for one in self.config.frozen)
+    return not (by_name or (path[0] == "backbone" and path[1] in frozen))
 
   def evaluator(self, graph: nnx.GraphDef, mesh: Mesh) -> Evaluator:
     config = self.config
@@ -193,25 +190,12 @@ class Detection(Task):
     return evaluation.summary(metrics)
 
   def start_from(self, path: str | Path, state: TrainState) -> TrainState:
-    """`state` with the backbone of a classifier: a run, an exported folder, hf://, or a file of
-    PyTorch's.
+    """`state` with the weights of a detector, or the backbone of a classifier: a run, an exported
+    folder, hf://, or a file of PyTorch's.
     """
-    backbone = self.config.model["backbone"]
-    if str(path).endswith(_PYTORCH):
-      model, found = loading.load_file(path, backbone)
-    else:
-      model, found = loading.load_classifier(path)
-    state = initial_weights.fill(
-      state,
-      model,
-      f"the weights of {path} ({found['model']}) are not those of config.model's backbone "
-      f"({backbone})",
-      prefix="backbone.",
-      without=initial_weights.CLASSIFIERS,
+    return fine_tuning.start_from(
+      path, state, self.config, self.source.class_names, self.source.category_ids
     )
-    log.info("backbone of %s; pyramid and head are new", path)
-    initial_weights.compare_preparation(path, found["preprocess"], self.config.data)
-    return state
 
   def files(self) -> dict[str, str]:
     return {
