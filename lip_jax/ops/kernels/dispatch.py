@@ -3,7 +3,7 @@
 Pallas kernels on TPU and on NVIDIA GPUs, plain XLA elsewhere and for what the kernels do not
 support; on CPUs by the range that the logits have, where it is not given. The choice of the form is
 made when a program is compiled, among those for the devices of this process and, if it compiles for
-TPUs that are not there (`jax.experimental.topologies`), for those.
+devices that are not there (`jax.experimental.topologies`), for those.
 """
 
 import functools
@@ -282,9 +282,12 @@ def _symbolic(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
 def _targets() -> set[str]:
   """Platforms that a program may be compiled for: tracing a kernel takes a tenth of a second."""
-  targets = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
-  # What compiles for TPUs that are not there has imported this.
-  return targets | ({"tpu"} if "jax.experimental.topologies" in sys.modules else set())
+  targets: set[str] = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
+  if "jax.experimental.topologies" not in sys.modules:
+    return targets
+  # To compile for devices that are not there: for any whose compiler JAX has loaded.
+  gpu = any(name.startswith("jax_plugins.xla_cuda") for name in sys.modules)
+  return targets | ({"tpu", "cuda"} if gpu else {"tpu"})
 
 
 def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
