@@ -25,7 +25,7 @@ KINDS = {
   "convolutions": "convolutions",
   "reductions": "reductions, and what is fused with them",
   "element by element": "element by element, and others",
-  "kernels": "Pallas kernels",
+  "kernels": "custom kernels",
   "copies": "copies and transpositions",
 }
 
@@ -95,8 +95,8 @@ def _operations(program: Program, step: dict[str, Any]) -> list[str]:
   del program
   moved = {one["kind"]: one["bytes"] for one in step["traffic"]}
   cells = [f"{moved.get(kind, 0) / 1e9:.1f}" for kind in KINDS.values()]
-  for name in ("_forward", "_backward"):
-    registers = [one["registers"] for one in step["kernels"] if one["name"].startswith(name)]
+  for name in ("lip_pool_forward", "lip_pool_backward"):
+    registers = [one["registers"] for one in step["kernels"] if one["name"] == name]
     cells.append(f"{min(registers)} to {max(registers)}" if registers else "")
   spilled = sum(one["spilled"] for one in step["kernels"])
   return [*cells, f"{spilled:,}" if step["kernels"] else ""]

@@ -126,15 +126,17 @@ def _busy(what: str) -> Iterator[None]:
 
 def _values(figures: "Figures", chip: "Chip", images: float) -> dict[str, Any]:
   """All that is said of a step that takes so many images on each chip."""
+  from lip_jax.tools import ptx
   from lip_jax.tools.aot_compile import roofline
 
   bound = roofline(figures, chip)
+  kernels = ptx.kernels(figures.kernels, chip.architecture) if ptx.assembler() else ()
   return {
     "images_per_chip": images,
     **dataclasses.asdict(figures),
     "collectives": [each._asdict() for each in figures.collectives],
     "traffic": [each._asdict() for each in figures.traffic],
-    "kernels": [each._asdict() for each in figures.kernels],
+    "kernels": [each._asdict() for each in kernels],
     "peak": figures.peak,
     "free": 1 - figures.peak / chip.memory,
     "estimate": {**bound._asdict(), "step": bound.step, "images_per_second": images / bound.step},
@@ -222,6 +224,9 @@ def _traffic(step: str, traffic: list[dict[str, Any]]) -> str:
 
 
 def _kernels(step: str, kernels: list[dict[str, Any]]) -> str:
-  rows = [("kernel", "registers", "bytes spilled")]
-  rows += [(each["name"], f"{each['registers']}", f"{each['spilled']:,}") for each in kernels]
-  return f"Pallas kernels, {step}:\n" + table(rows, right=(1, 2))
+  rows = [("kernel", "registers", "bytes spilled", "bytes shared")]
+  rows += [
+    (each["name"], *(f"{each[key]:,}" for key in ("registers", "spilled", "shared")))
+    for each in kernels
+  ]
+  return f"Custom kernels, {step}:\n" + table(rows, right=(1, 2, 3))

@@ -7,18 +7,16 @@ of one chip, or counted in the program that they give; none is measured.
 import dataclasses
 import math
 import re
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from lip_jax.errors import UsageError
-from lip_jax.tools import hlo, paper, ptx
+from lip_jax.tools import hlo, paper
 from lip_jax.tools.chips import Chip
 from lip_jax.tools.collectives import Collective, collectives
-from lip_jax.tools.traffic import Traffic, pallas_kernels, traffic
+from lip_jax.tools.traffic import Traffic, kernels_of, traffic
 from lip_jax.training import task as task_lib
 from lip_jax.training.config import Config
 from lip_jax.training.task import Task
@@ -48,9 +46,9 @@ class Figures:
   flops: float
   bytes_accessed: float
   collectives: tuple[Collective, ...]
-  # Of GPUs: what adds up to `bytes_accessed`, and the Pallas kernels where there is an assembler.
+  # Of GPUs: what adds up to `bytes_accessed`, and the PTX of the kernels that are not XLA's.
   traffic: tuple[Traffic, ...] = ()
-  kernels: tuple[ptx.Kernel, ...] = ()
+  kernels: tuple[str, ...] = ()
 
   @property
   def peak(self) -> int:
@@ -92,7 +90,7 @@ def train_step(config: Config, classes: int, devices: Sequence[jax.Device], buck
     UsageError: a batch that cannot be divided among the devices, or too little memory.
   """
   _, program = _program(config, classes, devices)
-  found = _compile(lambda: program.update.lower(*program.arguments(bucket)), devices)
+  found = _compile(lambda: program.update.lower(*program.arguments(bucket)))
   if devices[0].platform != "tpu":
     return found
   # The compiler for TPUs counts one round of a loop. What is outside, the update of the parameters,
@@ -108,7 +106,7 @@ def eval_step(config: Config, classes: int, devices: Sequence[jax.Device], bucke
   task, program = _program(config, classes, devices)
   params, batch_stats = jax.eval_shape(program.weights, program.state)
   return _compile(
-    lambda: task.lower_evaluation(program.graph, program.mesh, params, batch_stats, bucket), devices
+    lambda: task.lower_evaluation(program.graph, program.mesh, params, batch_stats, bucket)
   )
 
 
@@ -155,26 +153,13 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
     bytes_accessed=cost.get("bytes accessed", math.nan),
     collectives=tuple(collectives(program)),
     traffic=of_kinds,
+    kernels=tuple(kernels_of(text)),
   )
 
 
-def compiled_with_kernels(
-  lowered: jax.stages.Lowered,
-) -> tuple[jax.stages.Compiled, list[ptx.Kernel]]:
-  """A program compiled for GPUs, and its Pallas kernels; none where there is no assembler."""
-  if ptx.assembler() is None:
-    return lowered.compile(), []
-  with tempfile.TemporaryDirectory() as folder:
-    compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
-    return compiled, ptx.kernels(Path(folder), pallas_kernels(compiled.as_text() or ""))
-
-
-def _compile(lower: Callable[[], jax.stages.Lowered], devices: Sequence[jax.Device]) -> Figures:
+def _compile(lower: Callable[[], jax.stages.Lowered]) -> Figures:
   try:
-    if devices[0].platform != "gpu":
-      return figures(lower().compile())
-    compiled, kernels = compiled_with_kernels(lower())
-    return dataclasses.replace(figures(compiled), kernels=tuple(kernels))
+    return figures(lower().compile())
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -26,6 +26,7 @@ class Chip(NamedTuple):
   # Bytes a second that it sends over all of its links in one direction. TPUs: what the pages give
   # as all-reduce bandwidth of a pod, for each chip (v5p: as interchip interconnect bandwidth).
   link_bandwidth: float
+  architecture: str = ""  # of a GPU, as its assembler calls it
 
 
 class _Tpu(NamedTuple):
@@ -153,7 +154,7 @@ def _hosts(name: str, generation: str, sizes: list[int]) -> Topology:
     topology=f"1x{hosts}x{each}",
     target_config=gpu.target(),
   )
-  chip = gpu.chip
+  chip = gpu.chip._replace(architecture="sm_{}{}".format(*gpu.capability))
   if hosts > 1:  # a ring through all of them enters and leaves a host on each of its GPUs' links
     across = each * gpu.network
     chip = chip._replace(link_bandwidth=min(across, chip.link_bandwidth) if each > 1 else across)

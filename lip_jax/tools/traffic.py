@@ -14,7 +14,7 @@ from lip_jax.tools.collectives import KINDS as COLLECTIVES
 # Kinds of operations, in the order in which the contents of a fusion are looked at.
 _CONVOLUTION = "convolutions"
 _PRODUCT = "matrix products"
-_KERNEL = "Pallas kernels"
+_KERNEL = "custom kernels"
 _COMMUNICATION = "communication"
 _REDUCTION = "reductions, and what is fused with them"
 _MOVE = "copies and transpositions"
@@ -68,10 +68,13 @@ def traffic(program: hlo.Program) -> list[Traffic]:
   return sorted(found, key=lambda one: (-one.bytes, one.kind))
 
 
-def pallas_kernels(text: str) -> set[str]:
-  """Names of the Pallas kernels in the text of a program for GPUs."""
-  calls = re.findall(r'custom_call_target="[^"]*triton[^"]*".*', text)
-  return {name for call in calls for name in re.findall(r' name = "(\w+)"', call)}
+def kernels_of(text: str) -> list[str]:
+  """PTX of the kernels that a program for GPUs has been given, each once."""
+  found = re.findall(r' kernel_data = "((?:[^"\\]|\\.)*)"', text)
+  return [
+    re.sub(r"\\([0-9A-F]{2}|.)", lambda one: chr(int(one[1], 16)) if one[1][1:] else one[1], quoted)
+    for quoted in dict.fromkeys(found)
+  ]
 
 
 def _contents(one: hlo.Instruction, program: hlo.Program) -> dict[str, hlo.Instruction]:
@@ -89,7 +92,7 @@ def _kind(one: hlo.Instruction, inner: set[str]) -> str:
     return _CONVOLUTION
   if "dot" in inner or (target and target[1].startswith("__cublas$")):
     return _PRODUCT
-  if target and re.search("triton|mosaic|tpu_custom_call", target[1]):
+  if target and re.search("gpu.ptx|triton|mosaic|tpu_custom_call", target[1]):
     return _KERNEL
   if inner & _REDUCING:
     return _REDUCTION

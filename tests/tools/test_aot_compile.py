@@ -23,7 +23,7 @@ from lip_jax.models import cost
 from lip_jax.tools import aot_compile, hlo, ptx
 from lip_jax.tools.chips import Chip
 from lip_jax.tools.collectives import Collective, collectives
-from lip_jax.tools.traffic import Traffic, pallas_kernels, traffic
+from lip_jax.tools.traffic import Traffic, kernels_of, traffic
 from lip_jax.training.train_step import Program
 
 ROOT = Path(__file__).parents[2]
@@ -274,8 +274,9 @@ custom_call_target="__cudnn$convBackwardInput"
   %conv.3 = (bf16[16,3,3,4]{3,2,1,0}, u8[0]{0}) custom-call(%x, %g), dim_labels=b01f_o01i->b01f, \
 custom_call_target="__cudnn$convBackwardFilter"
   %y = bf16[2,8,8,16]{3,2,1,0} get-tuple-element(%conv.1), index=0
-  %pool = bf16[2,4,4,16]{3,2,1,0} custom-call(%y, %g), custom_call_target="__gpu$xla.gpu.triton", \
-backend_config={debug = false, name = "_forward_kernel", num_warps = 4 : i32}
+  %pool = bf16[2,4,4,16]{3,2,1,0} custom-call(%y, %g), custom_call_target="__gpu$xla.gpu.ptx", \
+backend_config={name = "pool", kernel_type = "ptx", \
+kernel_data = ".target \\22sm_80\\22\\0A// \\\\", grid_x = 1}
   %sum = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%fused_slice
   ROOT %turned = bf16[3,2]{1,0} fusion(%m), kind=kInput, calls=%fused_transpose
 }
@@ -283,11 +284,11 @@ backend_config={debug = false, name = "_forward_kernel", num_warps = 4 : i32}
   image, gradient, kernel = 2 * 8 * 8 * 4, 2 * 8 * 8 * 16, 16 * 3 * 3 * 4
   assert traffic(hlo.read(text)) == [
     Traffic("convolutions", 3, 3 * 2 * (image + gradient + kernel), 3 * 2 * gradient * (3 * 3 * 4)),
-    Traffic("Pallas kernels", 1, 2 * (2 * gradient + gradient // 4), 0),
+    Traffic("custom kernels", 1, 2 * (2 * gradient + gradient // 4), 0),
     Traffic("element by element, and others", 1, 4 * 3 * 10, 0),
     Traffic("copies and transpositions", 1, 2 * 2 * 6, 0),
   ]
-  assert pallas_kernels(text) == {"_forward_kernel"}
+  assert kernels_of(text) == ['.target "sm_80"\n// \\']
 
 
 SCRIPT = """
@@ -390,7 +391,7 @@ def test_for_gpus():
   assert step["estimate"]["communication"] == pytest.approx(2 * (reduced["bytes"] + 4) / 200e9)
 
   evaluation = pooling["steps"]["eval"]
-  kernels = [one for one in evaluation["traffic"] if one["kind"] == "Pallas kernels"]
+  kernels = [one for one in evaluation["traffic"] if one["kind"] == "custom kernels"]
   assert kernels[0]["operations"] == 7
   if ptx.assembler():
     assert len(evaluation["kernels"]) == 7
