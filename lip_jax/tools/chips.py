@@ -71,7 +71,7 @@ _TPUS = {
   "v6e": _Tpu(Chip(918e12, 32e9, 1638e9, 400e9), 2, {}),
 }
 # SXM modules, with the network of NVIDIA's own hosts of 8 (DGX); l4: PCIe, in Google's G2 machines.
-_GPUS = {
+GPUS = {
   "a100": _Gpu(Chip(312e12, 80e9, 2039e9, 300e9), 25e9, (8, 0), 108, 64, 2048, 164, 40, 1.41),
   "h100": _Gpu(Chip(989e12, 80e9, 3350e9, 450e9), 50e9, (9, 0), 132, 128, 2048, 228, 50, 1.98),
   "h200": _Gpu(Chip(989e12, 141e9, 4800e9, 450e9), 50e9, (9, 0), 132, 128, 2048, 228, 50, 1.98),
@@ -105,12 +105,12 @@ def topology(name: str) -> Topology:
     sizes = []
   if generation in _TPUS:
     return _slice(name, generation, sizes)
-  if generation in _GPUS:
+  if generation in GPUS:
     return _hosts(name, generation, sizes)
   raise UsageError(
     f"unknown chip {generation!r} in topology {name!r}; expected a TPU, one of {', '.join(_TPUS)}, "
     f"and the number of chips along each axis, for example {_TPU_EXAMPLES}; or a GPU, one of "
-    f"{', '.join(_GPUS)}, and how many, for example {_GPU_EXAMPLES}"
+    f"{', '.join(GPUS)}, and how many, for example {_GPU_EXAMPLES}"
   )
 
 
@@ -134,7 +134,7 @@ def _slice(name: str, generation: str, sizes: list[int]) -> Topology:
 
 
 def _hosts(name: str, generation: str, sizes: list[int]) -> Topology:
-  gpu = _GPUS[generation]
+  gpu = GPUS[generation]
   if len(sizes) not in (1, 2):
     raise UsageError(
       f"topology {name!r}: expected how many GPUs, or how many hosts and how many GPUs on each; "
