@@ -1,8 +1,7 @@
 """`lip_pool` in plain XLA by a look at its logits, for CPUs.
 
-Where all logits lie within 80 of each other, one shift for each channel of each image gives what
-one for each window does, up to rounding, in less time; else the safe form computes what it always
-does.
+Where all logits lie within 80 of each other, one shift for all gives what one for each window does,
+up to rounding, in less time; else the safe form computes what it always does.
 """
 
 import functools
@@ -21,7 +20,7 @@ _BOUND = 1e9
 
 
 class Windows(NamedTuple):
-  """`xla.Windows`, and what was taken from each channel's logits, [N, 1, 1, C]; NaN: the largest.
+  """`xla.Windows`, and what was taken from all logits, as [N, 1, 1, C]; NaN: the largest.
 
   Where that is known `largest` repeats it, so that the safe gradient holds in any case.
   """
@@ -35,11 +34,7 @@ class Windows(NamedTuple):
 def forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
   """Pools x, [N, H, W, C], by logits h as `xla.forward` without a shift."""
   logits = h.astype(jnp.promote_types(h.dtype, jnp.float32))
-  low, high = (find(logits, axis=(1, 2), keepdims=True) for find in (jnp.min, jnp.max))
-  # XLA would read the logits again for the extremes of all.
-  low, high = lax.optimization_barrier(low), lax.optimization_barrier(high)
-  spread = high.max(initial=-jnp.inf) - low.min(initial=jnp.inf)
-  middle = low + (high - low) / 2
+  low, high = logits.min(initial=jnp.inf), logits.max(initial=-jnp.inf)
 
   def one_shift(x, h, middle):
     y, _, total = xla.forward(x, h, None, geometry, middle)[1]
@@ -47,7 +42,8 @@ def forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
     return Windows(y, jnp.broadcast_to(middle, total.shape), total, middle)
 
   # NaN and infinity are not within, so that the safe form says what becomes of them.
-  within = (spread <= _SPREAD) & (_largest(x) <= _BOUND)
+  within = (high - low <= _SPREAD) & (_largest(x) <= _BOUND)
+  middle = jnp.broadcast_to(low + (high - low) / 2, (h.shape[0], 1, 1, h.shape[3]))
   return lax.cond(within, one_shift, lambda x, h, _: safe_forward(x, h, geometry), x, h, middle)
 
 
