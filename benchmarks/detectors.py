@@ -1,7 +1,7 @@
 """Images/s of training steps of the detectors of configs/coco.py, on noise.
 
-  python benchmarks/detectors.py --set dtype=bfloat16
-  python benchmarks/detectors.py --networks retinanet_lip_resnet50,tiny --seconds 0.1   # CPU
+python benchmarks/detectors.py --set dtype=bfloat16
+python benchmarks/detectors.py --networks retinanet_lip_resnet50,tiny --seconds 0.1   # CPU
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Whether the operator is right on this machine's device: against float64, and from run to run.
 
   python benchmarks/kernel_check.py                    # GPU: the kernels
-  python benchmarks/kernel_check.py --json check.json --shapes 9x8x3
+  python benchmarks/kernel_check.py --shapes 9x8x3 --dtypes bfloat16 --modes fused   # CPU
 
 Forward and both gradients, with a known range of logits, without, and with the fused tail of the
 logit module, window 3 and 2, against the XLA form in float64 on the same device. The error is the
@@ -35,6 +35,8 @@ def main() -> None:
   )
   parser.add_argument("--batch", type=int, default=4)
   parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="HxWxC")
+  parser.add_argument("--dtypes", nargs="+", choices=LIMITS, default=list(LIMITS))
+  parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
   parser.add_argument("--json", type=Path, help="also write the figures to this file")
   args = parser.parse_args()
   jax.config.update("jax_enable_x64", True)
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-  for text, dtype, mode, window in itertools.product(args.shapes, LIMITS, MODES, (3, 2)):
+  for text, dtype, mode, window in itertools.product(args.shapes, args.dtypes, args.modes, (3, 2)):
     shape = (args.batch, *map(int, text.split("x")))
     yield {
       "shape": "x".join(map(str, shape)),
@@ -64,17 +66,17 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _compare(shape: tuple[int, ...], dtype: str, mode: str, window: int) -> dict[str, Any]:
   rng = np.random.default_rng(0)
-  geometry = {"window": window, "stride": 2, "padding": window // 2}
+  options: dict[str, Any] = {"window": window, "stride": 2, "padding": window // 2}
   x = jnp.asarray(rng.standard_normal(shape), dtype)
   h = jnp.asarray(12 * rng.random(shape), dtype)
   statistics = [jnp.asarray(rng.standard_normal(shape[3]), jnp.float32) for _ in range(2)]
 
-  def pool(x, h, *statistics, implementation):
-    if mode == "fused":
-      return lip_jax.gated_lip_pool(x, h, *statistics, **geometry, implementation=implementation)
-    known = (0, 12) if mode == "range known" else None
-    options = {"implementation": implementation, "logit_range": known}
-    return lip_jax.lip_pool(x, h, **geometry, **options)
+  if mode == "range known":
+    options["logit_range"] = (0, 12)
+
+  def pool(*arrays, implementation):
+    function = lip_jax.gated_lip_pool if mode == "fused" else lip_jax.lip_pool
+    return function(*arrays, **options, implementation=implementation)
 
   def results(implementation, *arrays):
     y, vjp = jax.vjp(functools.partial(pool, implementation=implementation), *arrays)
