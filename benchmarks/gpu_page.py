@@ -26,9 +26,10 @@ def main() -> None:
     steps.append({"name": name, "status": int(status), "seconds": int(seconds), "result": result})
     log = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
     parts.append(f"## {name}: {_outcome(int(status))}, {seconds} s\n\n{_end(log, int(status))}")
-  summary = {"steps": steps, "predicted": _predicted(steps)}
+  predicted = _predicted(steps)
+  summary = {"steps": steps, "predicted": predicted}
   (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-  page = ["# A day with a GPU", *_model(summary["predicted"]), *parts]
+  page = ["# A day with a GPU", *_model(predicted), *parts]
   (folder / "page.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
   print(folder / "page.md")
 
