@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lip_jax.data import disk, imagenet, preprocess, tfrecord
-from lip_jax.data.boxes import COCO, open_boxes
+from lip_jax.data.boxes import open_boxes
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import FolderImages, ImageFolder, first_few
 from lip_jax.data.prepare import array_record_writer
@@ -118,7 +118,7 @@ def verify(
   workers = num_workers or min(os.cpu_count() or 1, 16)
   from lip_jax.data.prepare import verify_boxes  # which builds on this module
 
-  if dataset.startswith(COCO):
+  if dataset.startswith(disk.COCO):
     return verify_boxes.verify_boxes(dataset, None, decode, workers)
   if dataset.startswith(disk.FOLDER):
     return _verify_folder(dataset, decode, workers)
