@@ -19,6 +19,7 @@ from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
+from lip_jax.models import description
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
 
@@ -53,8 +54,10 @@ def evaluate_loaded(
     name, "area_limits", "step".
 
   Raises:
-    UsageError: there is no such data set, or its classes are others; a file cannot be written.
+    UsageError: there is no such data set, its classes are others, weights are not finite, or a file
+      cannot be written.
   """
+  description.check_finite(detector, config["source"]["path"])
   run: Any = config_lib.load(config["source"]["path"])
   data = dataclasses.replace(
     run.data,
