@@ -2,6 +2,7 @@
 
   python benchmarks/tpu_table.py                      # compiles what is missing, prints the tables
   python benchmarks/tpu_table.py --print              # prints what there is, compiles nothing
+  python benchmarks/tpu_table.py --detectors          # the same of detectors alone
   python benchmarks/tpu_table.py --sizes 8 16 32 64 128 256 --generations v5e
 
 Needs the `tpu` extra, and no TPU. Each program is compiled by `lip-jax compile --json` in a process
@@ -55,6 +56,11 @@ OPTIONS: tuple[dict[str, str], ...] = (
   {"dtype": "float32"},
 )
 
+# The recipe's two images on a chip, on the slice whose step is then of 32.
+DETECTORS = ("retinanet_lip_resnet50",)
+DETECTORS_ON, DETECTORS_BATCH = "v5e:4x4", 2
+BUCKETS = ("800x1344", "1344x800")
+
 
 class Program(NamedTuple):
   """What to compile."""
@@ -63,12 +69,20 @@ class Program(NamedTuple):
   topology: str
   batch: int  # images on a chip
   options: dict[str, str]
+  step: str = "train"  # or "eval"
 
   @property
   def key(self) -> str:
     """Of its line in the results."""
     options = " ".join(f"{name}={value}" for name, value in sorted(self.options.items()))
-    return f"{self.network} {self.topology} {self.batch} {options}".strip()
+    step = "" if self.step == "train" else self.step
+    return f"{self.network} {self.topology} {self.batch} {options} {step}".strip()
+
+  @property
+  def config(self) -> str:
+    """Its configuration."""
+    name = "coco" if self.network in DETECTORS else "imagenet"
+    return f"{ROOT / 'configs' / name}.py:{self.network}"
 
 
 def main() -> None:
@@ -82,6 +96,7 @@ def main() -> None:
   parser.add_argument("--generations", nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
   parser.add_argument("--greater", action="store_true", help="twice the batches, to see they fail")
   parser.add_argument("--options", action="store_true", help="also what each setting costs")
+  parser.add_argument("--detectors", action="store_true", help="detectors in place of classifiers")
   parser.add_argument("--print", action="store_true", help="compile nothing")
   args = parser.parse_args()
 
@@ -96,12 +111,17 @@ def main() -> None:
     with args.results.open("a", encoding="utf-8") as lines:
       lines.write(json.dumps(result) + "\n")
     results[program.key] = result
+  if args.detectors:
+    return _print_detectors(results)
   _print_table(args, results)
   _print_options(results)
 
 
 def _programs(args: argparse.Namespace) -> Iterator[Program]:
   """In the order in which they are compiled."""
+  if args.detectors:
+    yield from _detector_programs()
+    return
   for network, generation, size in sorted(_slices(args), key=lambda one: one[2]):
     yield _program(network, generation, size, factor=2 if args.greater else 1)
   if args.options:
@@ -122,6 +142,12 @@ def _program(network: str, generation: str, size: int, factor: int = 1) -> Progr
   return Program(network, f"{generation}:{shape}", batch, {"dtype": "bfloat16"})
 
 
+def _detector_programs() -> Iterator[Program]:
+  for network, step, bucket in itertools.product(DETECTORS, ("train", "eval"), BUCKETS):
+    options = {"dtype": "bfloat16", "data.buckets": f"('{bucket}',)"}
+    yield Program(network, DETECTORS_ON, DETECTORS_BATCH, options, step)
+
+
 def _options_programs() -> Iterator[Program]:
   program = _program(*EXAMPLE)
   for options in OPTIONS:
@@ -138,8 +164,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 def _compile(program: Program) -> dict[str, Any]:
   """Figures of a program, or why there are none."""
   command = [
-    *(sys.executable, "-m", "lip_jax.cli", "compile", "--json", "--only=train"),
-    f"--config={ROOT / 'configs' / 'imagenet.py'}:{program.network}",
+    *(sys.executable, "-m", "lip_jax.cli", "compile", "--json", f"--only={program.step}"),
+    f"--config={program.config}",
     f"--topology={program.topology}",
     f"--per-device-batch={program.batch}",
     *(f"--set={name}={value}" for name, value in program.options.items()),
@@ -178,6 +204,33 @@ def _print_options(results: dict[str, dict[str, Any]]) -> None:
     print("| " + " | ".join([name, *_cells(results.get(program.key), network)]) + " |")
 
 
+def _print_detectors(results: dict[str, dict[str, Any]]) -> None:
+  print(
+    "| detector | step | bucket | peak memory | left | GFLOPs | GB accessed | HLO instructions "
+    "| seconds to compile |"
+  )
+  print("|---|---|---|---|---|---|---|---|---|")
+  for program, bucket in zip(_detector_programs(), itertools.cycle(BUCKETS)):
+    result = results.get(program.key)
+    cells = [program.network, {"train": "training", "eval": "evaluation"}[program.step], bucket]
+    if result is None or "error" in result:
+      cells += ["does not fit" if result else "not yet compiled", *[""] * 5]
+    else:
+      step = result["steps"][program.step]
+      cells += _memory_cells(step)
+      cells += [f"{step['instructions']:,}", f"{step['compile_seconds']:,.0f}"]
+    print("| " + " | ".join(cells) + " |")
+
+
+def _memory_cells(step: dict[str, Any]) -> list[str]:
+  return [
+    f"{step['peak'] / 1e9:.2f} GB",
+    f"{100 * step['free']:.0f} %",
+    f"{step['flops'] / 1e9:,.0f}",
+    f"{step['bytes_accessed'] / 1e9:.1f}",
+  ]
+
+
 def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
   """Of one program, behind the columns that name it."""
   if result is None:
@@ -189,10 +242,7 @@ def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
   sent = sum(one["bytes"] for one in step["collectives"])
   gradients = _parameters(network) * (2 if result["gradient_dtype"] == "bfloat16" else 4)
   return [
-    f"{step['peak'] / 1e9:.2f} GB",
-    f"{100 * step['free']:.0f} %",
-    f"{step['flops'] / 1e9:,.0f}",
-    f"{step['bytes_accessed'] / 1e9:.1f}",
+    *_memory_cells(step),
     f"{sent / 1e6:.2f}",
     f"{sent / gradients:.5f}",
     f"{1e3 * estimate['step']:.1f} ms",

@@ -14,6 +14,7 @@ from lip_jax.detection.anchors import DIVISOR
 from lip_jax.detection.inputs import normalize
 from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.models import description
+from lip_jax.models.folding import fold_batch_norm
 from lip_jax.visualize import Boxes, pixel_importance, with_importance
 
 # Images [N, H, W, 3], normalized and padded, and their sizes [N, 2] -> `Detections`, and the
@@ -37,7 +38,8 @@ def looker(detector: RetinaNet) -> Look:
   Args:
     detector: in eval mode.
   """
-  run = with_importance(detector, lambda copy, images, sizes: copy.detect(images, sizes))
+  folded = fold_batch_norm(detector)
+  run = with_importance(folded, lambda copy, images, sizes: copy.detect(images, sizes))
   prefix = "backbone."
 
   def look(images: jax.Array, sizes: np.ndarray) -> tuple[Any, list[np.ndarray] | None]:

@@ -59,9 +59,7 @@ def create_detector(
   if name not in _DETECTORS:
     raise UsageError(f"unknown detector {name!r}; choose one of {', '.join(list_detectors())}")
   constructor, rules = _DETECTORS[name], presets.find(preset)
-  own = set(inspect.signature(constructor.__init__).parameters)
-  own -= {"self", "backbone", "num_outputs", "preset", "dtype", "rngs"}
-  of_backbone = {option: value for option, value in options.items() if option not in own}
+  of_backbone = backbone_options(name, options)
   norms = {
     "bn_frozen": True,
     "bn_affine": rules.bn_affine or not of_backbone.get("bn_frozen", True),
@@ -70,15 +68,27 @@ def create_detector(
   try:
     network = create_model(backbone, num_classes=0, dtype=dtype, rngs=rngs, **norms | of_backbone)
   except UsageError as error:
-    raise UsageError(f"{error} (of detector {name!r}: {', '.join(sorted(own))})") from error
+    own = ", ".join(sorted(_own_options(name)))
+    raise UsageError(f"{error} (of detector {name!r}: {own})") from error
   return constructor(
     network,
     rules.outputs(num_classes),
     preset=rules,
     dtype=dtype,
     rngs=rngs,
-    **{option: value for option, value in options.items() if option in own},
+    **{option: value for option, value in options.items() if option not in of_backbone},
   )
+
+
+def backbone_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+  """Those of a detector's options that are arguments of `create_model`."""
+  own = _own_options(name)
+  return {option: value for option, value in options.items() if option not in own}
+
+
+def _own_options(name: str) -> set[str]:
+  own = set(inspect.signature(_DETECTORS[name].__init__).parameters)
+  return own - {"self", "backbone", "num_outputs", "preset", "dtype", "rngs"}
 
 
 def abstract_detector(name: str, *, mask_padding: bool = True, **options: Any) -> Any:

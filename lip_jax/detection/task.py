@@ -19,7 +19,7 @@ from lip_jax.detection import categories, evaluation, presets
 from lip_jax.detection.config import Config
 from lip_jax.detection.evaluation import Evaluator
 from lip_jax.detection.inputs import normalize
-from lip_jax.detection.registry import create_detector
+from lip_jax.detection.registry import backbone_options, create_detector
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names, initial_weights, loading
 from lip_jax.models.registry import network_class
@@ -196,9 +196,11 @@ class Detection(Task):
     """`state` with the backbone of a classifier: a run, an exported folder, hf://, or a file of
     PyTorch's.
     """
-    backbone = self.config.model["backbone"]
+    options = dict(self.config.model)
+    name, backbone = options.pop("name"), options.pop("backbone")
+    options.pop("preset", None)
     if str(path).endswith(_PYTORCH):
-      model, found = loading.load_file(path, backbone)
+      model, found = loading.load_file(path, backbone, backbone_options(name, options))
     else:
       model, found = loading.load_classifier(path)
     state = initial_weights.fill(

@@ -45,6 +45,7 @@ CHIPS = {
   "v5p": Chip(459e12, 95e9, 2765e9, 600e9, 3, {}),
   "v6e": Chip(918e12, 32e9, 1638e9, 400e9, 2, {}),
 }
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.-]+ = ", re.MULTILINE)
 _EXAMPLES = "v5e:2x4, v5e:16x16, v6e:8x8, v4:2x2x2, v5p:4x4x4"
 
 
@@ -68,6 +69,7 @@ class Figures:
   flops: float
   bytes_accessed: float
   collectives: tuple[Collective, ...]
+  instructions: int  # of HLO, in all computations, also those inside of fusions
 
   @property
   def peak(self) -> int:
@@ -205,6 +207,7 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
     flops=cost.get("flops", math.nan),
     bytes_accessed=cost.get("bytes accessed", math.nan),
     collectives=tuple(collectives(text)),
+    instructions=len(_INSTRUCTION.findall(text)),
   )
 
 

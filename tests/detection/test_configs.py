@@ -10,6 +10,7 @@ from flax import nnx
 
 from lip_jax.detection.task import Detection
 from lip_jax.errors import UsageError
+from lip_jax.tools import paper
 from lip_jax.training import config as config_lib
 from lip_jax.training import optim, train_state, trainer
 
@@ -43,6 +44,13 @@ def test_a_row_is_that_network_and_that_recipe(arg, parameters):
   assert [float(rate(step)) for step in steps] == pytest.approx(expected)
   shapes = {name: task.batch_shapes(16, name)["image"].shape for name in task.buckets}
   assert shapes == {"800x1344": (16, 800, 1344, 3), "1344x800": (16, 1344, 800, 3)}
+
+
+def test_the_tables_name_rows_that_are_there():
+  for row, (name, backbone) in paper.DETECTORS.items():
+    assert read(name).model["backbone"] == backbone
+    assert row in {one.name for one in paper.ROWS}
+    assert f"table4_{backbone}" in paper.NETWORKS
 
 
 def test_a_row_that_is_not_there():

@@ -92,10 +92,15 @@ class Training:
   def train(self, workdir: Path, *overrides: str, **environment: str):
     return self.run(*self.train_flags(workdir, *overrides), **environment)
 
-  def signal_at(self, workdir: Path, step: int, number: signal.Signals) -> tuple[int, str]:
-    """Starts training, sends a signal once `step` is logged; (exit code, output)."""
+  def signal_at(
+    self, workdir: Path, step: int, number: signal.Signals, *flags: str
+  ) -> tuple[int, str]:
+    """Starts training, sends a signal once `step` is logged; (exit code, output).
+
+    `flags`: default: `train_flags`.
+    """
     process = subprocess.Popen(
-      self.command(*self.train_flags(workdir)),
+      self.command(*(flags or self.train_flags(workdir))),
       env=self.environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
