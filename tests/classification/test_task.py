@@ -49,6 +49,15 @@ def write(name, text):
 def stay(images, workdir): ...
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  """A folder with images and a run on them."""
+  folder = tmp_path_factory.mktemp("written")
+  write_images(folder / "images")
+  write_run(folder / "run", folder / "images", {4: None, 8: None})
+  return folder
+
+
 @pytest.mark.parametrize(
   ("change", "values", "message"),
   [
@@ -67,11 +76,14 @@ def stay(images, workdir): ...
     (stay, {"eval_batch_size": 3}, "eval_batch_size|3"),
   ],
 )
-def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, message, files_of):
+def test_a_refused_start_changes_no_byte_of_the_run(
+  written, tmp_path, change, values, message, files_of
+):
+  shutil.copytree(written, tmp_path, dirs_exist_ok=True)
   images, workdir = tmp_path / "images", tmp_path / "run"
-  write_images(images)
-  write_run(workdir, images, {4: None, 8: None})
-  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  config = config_lib.load(workdir)
+  data = dataclasses.replace(config.data, dataset=f"folder:{images}")
+  config = dataclasses.replace(config, data=data, global_batch_size=8, num_epochs=100.0)
   (workdir / "config.json").write_text(config_lib.to_json(config))
   config = dataclasses.replace(config, **values)
   change(images, workdir)
