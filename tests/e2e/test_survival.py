@@ -49,7 +49,7 @@ def test_many_sigkills_and_the_same_run(training, tmp_path):
     )
     return [f"--config={config}", *rest]
 
-  done = training.run(*flags(tmp_path / "whole"))
+  done = training.start(*flags(tmp_path / "whole"))
   assert done.returncode == 0, done.stdout + done.stderr
 
   workdir = tmp_path / "killed"
@@ -61,7 +61,7 @@ def test_many_sigkills_and_the_same_run(training, tmp_path):
   steps = [line["step"] for line in metrics_of(workdir)]
   assert steps[-1] < 8 * (KILLS + 2)  # the run was not over before
 
-  last = training.run(*flags(workdir))  # by the usual command
+  last = training.start(*flags(workdir))  # by the usual command
   assert last.returncode == 0, last.stdout + last.stderr
   assert "restored step" in last.stdout
   assert_same_run(workdir, tmp_path / "whole")
