@@ -116,7 +116,7 @@ def count_classes(
   """
   preset = presets.find(str(model.get("preset", "mmdet1")))
   if model.get("name") == "faster_rcnn":
-    (outputs,) = shapes.get("box_head.class_logits.bias") or (0,)
+    outputs = (shapes.get("box_head.class_logits.bias") or (0,))[-1]
     by_id = preset.outputs(80) != 80 and outputs == preset.outputs(80)
     return check_num_classes(80 if by_id else outputs - 1, where)
   bias = shapes.get("head.class_logits.bias") or (0,)

@@ -27,6 +27,8 @@ def read(arg):
     ("faster_rcnn_lip_resnet50", 40_064_356),
     ("faster_rcnn_resnet101", 60_749_284),
     ("faster_rcnn_lip_resnet101", 59_056_484),
+    ("faster_rcnn_resnext101", 99_655_396),
+    ("faster_rcnn_lip_resnet101_md", 60_197_450),
     ("retinanet_resnet50", 37_968_692),
     ("retinanet_lip_resnet50", 36_275_892),
     ("retinanet_resnet101", 56_960_820),
