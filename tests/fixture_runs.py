@@ -26,9 +26,9 @@ SIZE = 32  # pixels
 _CONFIG = Path(__file__).parents[1] / "configs" / "cluttered_digits.py"
 
 
-def make_model(salt=""):
+def make_model(salt="", **options):
   """A network with arbitrary weights, without the time that initialisation takes."""
-  return with_weights(abstract_model(NAME, num_classes=len(CLASSES), **OPTIONS), salt)
+  return with_weights(abstract_model(NAME, num_classes=len(CLASSES), **OPTIONS | options), salt)
 
 
 def with_weights(model, salt=""):
@@ -50,22 +50,23 @@ def write_images(folder):
         Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
 
 
-def write_run(workdir, images, metrics):
+def write_run(workdir, images, metrics, **options):
   """What training leaves behind, on all devices.
 
   Args:
     workdir: to create.
     images: folder of the data set.
     metrics: validation results by step, each of which becomes a checkpoint; None: not evaluated.
+    options: of the network, other than `OPTIONS`.
   """
   values = runpy.run_path(str(_CONFIG))["get_config"]().to_dict()
-  values["model"].update(name=NAME, **OPTIONS)
+  values["model"].update(name=NAME, **OPTIONS | options)
   values["data"].update(dataset=f"folder:{images}", image_size=SIZE)
   values["eval_batch_size"] = 8
   config = config_lib.from_dict(values)
   workdir.mkdir(parents=True)
   (workdir / class_names.FILE).write_text(class_names.to_json(CLASSES))
-  models = {step: make_model(str(step)) for step in metrics}
+  models = {step: make_model(str(step), **options) for step in metrics}
   write_checkpoints(workdir, config, models, metrics, "top1")
 
 

@@ -23,6 +23,7 @@ from lip_jax.data.source import Source, open_split
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
+from lip_jax.models import description
 from lip_jax.models.folding import fold_batch_norm
 from lip_jax.ops.images import normalize
 from lip_jax.training import config as config_lib
@@ -319,10 +320,11 @@ def evaluate_loaded(
   )
   class_names.check(config["num_classes"], config["class_names"], images.class_names, images.name)
   batch_size = batch_size or (run.eval_batch_size if run else 128)
+  description.check_finite(model, source["path"])
   results = evaluate_model(model, images, data, batch_size)
   if not math.isfinite(results["loss"]):
     raise UsageError(
       f"the loss over {images.name} is not finite ({results['loss']}): the weights of "
-      f"{source['path']} have diverged, or are damaged; take another checkpoint"
+      f"{source['path']} have diverged; take another checkpoint"
     )
   return {**results, "data": images.name}

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from lip_jax.errors import UsageError
+from lip_jax.models import description
 from lip_jax.models.folding import fold_batch_norm
 from lip_jax.ops import images
 
@@ -85,7 +86,11 @@ def predict(
     config: from `lip_jax.load`.
     pixels: uint8 [N, S, S, 3], as `read` gives them.
     top: classes for each image; no more than there are.
+
+  Raises:
+    UsageError: the network has weights that are not finite.
   """
+  description.check_finite(model, config["source"]["path"])
   graph, state = nnx.split(fold_batch_norm(model))
   top = min(top, config["num_classes"])
   names = config["class_names"] or [str(label) for label in range(config["num_classes"])]

@@ -13,6 +13,7 @@ from lip_jax.detection import categories
 from lip_jax.detection.anchors import DIVISOR
 from lip_jax.detection.detector import Detector
 from lip_jax.detection.inputs import normalize
+from lip_jax.models import description
 from lip_jax.visualize import Boxes, pixel_importance, with_importance
 
 # Images [N, H, W, 3], normalized and padded, and their sizes [N, 2] -> `Detections`, and the
@@ -67,7 +68,11 @@ def predict(
   Args:
     config: from `lip_jax.load`.
     upright: whether to turn images as their EXIF orientation says.
+
+  Raises:
+    UsageError: the detector has weights that are not finite.
   """
+  description.check_finite(detector, config["source"]["path"])
   prepared = config["preprocess"]
   look = looker(detector)
   ids = config["category_ids"] or list(range(1, config["num_classes"] + 1))

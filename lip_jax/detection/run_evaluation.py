@@ -18,6 +18,7 @@ from lip_jax.detection.evaluation import Evaluator
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
+from lip_jax.models import description
 from lip_jax.training import config as config_lib
 from lip_jax.training import train_state
 
@@ -48,8 +49,9 @@ def evaluate_loaded(
     name, "step".
 
   Raises:
-    UsageError: there is no such data set, or its classes are others.
+    UsageError: there is no such data set, its classes are others, or weights are not finite.
   """
+  description.check_finite(detector, config["source"]["path"])
   run: Any = config_lib.load(config["source"]["path"])
   data = dataclasses.replace(
     run.data,

@@ -102,6 +102,18 @@ def flat_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
   return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
+def check_finite(model: nnx.Module, path: str) -> None:
+  """Raises UsageError where weights of `path` are not finite, which XLA's CPU programs may hide."""
+  faults = [
+    key for key, variable in flat_variables(model).items() if not jnp.isfinite(variable[...]).all()
+  ]
+  if faults:
+    raise UsageError(
+      f"{path} has diverged, or is damaged: {len(faults)} arrays hold numbers that are not finite, "
+      f"such as {faults[0]}; take another checkpoint"
+    )
+
+
 def check_weights(
   found: Mapping[str, tuple[tuple[int, ...], str]],
   variables: Mapping[str, Any],

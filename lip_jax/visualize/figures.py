@@ -4,9 +4,11 @@ matplotlib is imported when something is drawn, without pyplot, which would choo
 and keep every figure.
 """
 
+import contextlib
 import io
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +34,21 @@ _TICKS: dict[str, dict[float, str]] = {
   _ACTIVATION: {0: "0", 1: "largest"},
   _FIELD: {0: "0", 0.5: "1/4", 1: "largest"},
 }
+# What most systems have for scripts that the first lacks: Chinese, Japanese, Korean, Arabic, Hindi.
+_FONTS = (
+  "DejaVu Sans",
+  "Noto Sans CJK SC",
+  "Noto Sans CJK JP",
+  "WenQuanYi Micro Hei",
+  "PingFang SC",
+  "Hiragino Sans",
+  "Apple SD Gothic Neo",
+  "Microsoft YaHei",
+  "Malgun Gothic",
+  "Noto Sans Arabic",
+  "Noto Sans Devanagari",
+  "Arial Unicode MS",
+)
 _TITLE: dict[str, Any] = {"fontsize": 9, "parse_math": False}  # a dollar sign is no formula
 # Blue, orange, green, ... of Okabe and Ito, and a line style for print in grey.
 _LINES: tuple[tuple[str, Any], ...] = (
@@ -266,11 +283,28 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
   check_format(path)
   # Matplotlib writes to disks only, and the path may be in a bucket.
   picture = io.BytesIO()
-  figure.savefig(picture, format=Path(path).suffix.lower()[1:], dpi=_DPI)
+  with _any_script(figure):
+    figure.savefig(picture, format=Path(path).suffix.lower()[1:], dpi=_DPI)
   try:
     epath.Path(path).write_bytes(picture.getvalue())
   except OSError as error:
     raise UsageError(f"cannot write {path} ({error}); choose another file") from error
+
+
+@contextlib.contextmanager
+def _any_script(figure: "Figure") -> Iterator[None]:
+  """While it is drawn, texts take letters from all fonts that are there.
+
+  A letter that none has is an empty box, as everywhere; matplotlib would warn of each.
+  """
+  from matplotlib import font_manager, text
+
+  there = set(font_manager.get_font_names())
+  for one in figure.findobj(text.Text):
+    one.set_fontfamily([font for font in _FONTS if font in there])
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing from")
+    yield
 
 
 def check_format(path: str | os.PathLike[str]) -> None:
@@ -288,7 +322,8 @@ def figure_to_array(figure: "Figure") -> np.ndarray:
 
   figure.set_dpi(_DPI)
   canvas = FigureCanvasAgg(figure)
-  canvas.draw()
+  with _any_script(figure):
+    canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 

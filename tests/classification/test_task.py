@@ -17,6 +17,16 @@ from lip_jax.training import trainer
 from lip_jax.training.train_step import Program
 
 
+def write_all(folder):
+  """Images, a run on them with two checkpoints, and its configuration."""
+  images, workdir = folder / "images", folder / "run"
+  write_images(images)
+  write_run(workdir, images, {4: None, 8: None})
+  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
+  (workdir / "config.json").write_text(config_lib.to_json(config))
+  return images, workdir, config
+
+
 def rename(old, new):
   def change(images, workdir):
     for split in ("train", "validation"):
@@ -49,6 +59,16 @@ def write(name, text):
 def stay(images, workdir): ...
 
 
+def no_checkpoints(images, workdir):
+  shutil.rmtree(workdir / "checkpoints")
+
+
+def another_run(images, workdir):
+  """The run has no checkpoint yet; beside it lies one of a wider network."""
+  no_checkpoints(images, workdir)
+  write_run(workdir.parent / "other", images, {4: None}, width=4)
+
+
 @pytest.mark.parametrize(
   ("change", "values", "message"),
   [
@@ -68,15 +88,43 @@ def stay(images, workdir): ...
   ],
 )
 def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, message, files_of):
-  images, workdir = tmp_path / "images", tmp_path / "run"
-  write_images(images)
-  write_run(workdir, images, {4: None, 8: None})
-  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
-  (workdir / "config.json").write_text(config_lib.to_json(config))
+  images, workdir, config = write_all(tmp_path)
   config = dataclasses.replace(config, **values)
   change(images, workdir)
   before = files_of(workdir)
   with pytest.raises(UsageError, match=message):
+    trainer.train(config, workdir)
+  assert files_of(workdir) == before
+
+
+@pytest.mark.parametrize(
+  ("change", "arguments", "message"),
+  [
+    (no_checkpoints, {"weights": "none"}, "none"),
+    (no_checkpoints, {"start_from": "none/checkpoints/4"}, "none/checkpoints/4"),
+    (another_run, {"weights": "other"}, "other"),
+    (another_run, {"start_from": "other/checkpoints/4"}, "other/checkpoints/4"),
+    (another_run, {"start_from": "other/checkpoints/4", "weights": "other"}, "leave one of them"),
+  ],
+)
+def test_refused_weights_change_no_byte_of_the_run(
+  tmp_path, change, arguments, message, files_of, monkeypatch
+):
+  images, workdir, config = write_all(tmp_path)
+  change(images, workdir)
+  before = files_of(workdir)
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UsageError, match=message):
+    trainer.train(config, workdir, **arguments)
+  assert files_of(workdir) == before
+
+
+def test_a_full_disk_refuses_the_start_and_changes_nothing(tmp_path, files_of, monkeypatch):
+  _, workdir, config = write_all(tmp_path)
+  before = files_of(workdir)
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+  with pytest.raises(UsageError, match="make room"):
     trainer.train(config, workdir)
   assert files_of(workdir) == before
 

@@ -1,6 +1,7 @@
 """Image folders as people have them: what lies beside the images, other names, turned pictures."""
 
 import os
+import struct
 import tempfile
 from pathlib import Path
 
@@ -214,3 +215,27 @@ def test_pictures_without_a_white_are_refused(dtype):
   grey = Image.fromarray(np.full((8, 8), 200 << 8, np.uint16))
   for kind in ("TIFF", "PNG"):
     assert (preprocess.decode_jpeg(saved(grey, kind)) == 200).all()
+
+
+def test_grey_of_12_bits():
+  """Of which two lie in three bytes."""
+  pixels = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
+  first, second = pixels.ravel()[::2], pixels.ravel()[1::2]
+  packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1)
+  # Width, height, bits, uncompressed, black is zero, offset, samples, rows, bytes.
+  tags = [
+    (256, 8),
+    (257, 8),
+    (258, 12),
+    (259, 1),
+    (262, 1),
+    (273, 8),
+    (277, 1),
+    (278, 8),
+    (279, 96),
+  ]
+  directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+  start = struct.pack("<2sHI", b"II", 42, 8 + packed.size)
+  tiff = start + packed.astype(np.uint8).tobytes() + struct.pack("<H", len(tags)) + directory
+  image = preprocess.decode_jpeg(tiff + struct.pack("<I", 0))
+  np.testing.assert_array_equal(image, np.repeat((pixels >> 4)[..., None], 3, axis=2))

@@ -1,9 +1,14 @@
 """What goes wrong is said in one line that names the thing and the remedy."""
 
+import subprocess
+
 import pytest
 import tensorflow_datasets as tfds
+from fixture_ports import free_port
+from fixture_runs import write_images, write_run
 
 from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
+from lip_jax.distributed import service_log
 
 
 def assert_one_line(done, *parts):
@@ -69,6 +74,30 @@ def test_workdir_of_another_run(training, tmp_path):
   # How often to log is no part of what a run computes.
   again = training.train(workdir, "--config.num_epochs=0.25", "--config.log_every_steps=7")
   assert again.returncode == 0, again.stderr
+
+
+def test_a_start_of_several_processes_that_is_refused_changes_nothing(training, tmp_path, files_of):
+  write_images(tmp_path / "images")
+  write_run(tmp_path / "run", tmp_path / "images", {4: None})
+  before = files_of(tmp_path / "run")
+  company = [f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+  flags = training.train_flags(tmp_path / "run", *company)
+  processes = [
+    subprocess.Popen(
+      training.command(*flags, f"--process_id={k}"),
+      env=training.environment | service_log.ENVIRONMENT,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for k in range(2)
+  ]
+  for process in processes:
+    message = process.communicate(timeout=300)[1]
+    assert process.returncode == 1, message
+    assert (
+      "data.dataset: 'cluttered_digits/tiny' (was" in message or "ended with an error" in message
+    )
+  assert files_of(tmp_path / "run") == before
 
 
 def test_a_network_without_lip_ends_without_a_picture(training, tmp_path):

@@ -302,6 +302,37 @@ def test_data_that_does_not_fit(change, data, message, place, tmp_path, capsys):
     raise UsageError(err)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_what_is_not_finite_is_an_error(command, place, tmp_path, capsys):
+  model = make_model("4")
+  model.bn1.scale[...] = jnp.full_like(model.bn1.scale[...], jnp.nan)
+  config = {"model": {"name": NAME, **OPTIONS}, "num_classes": 3, "preprocess": SMALL}
+  folders.save(tmp_path / "out", model, config)
+  what = {
+    "evaluate": ["--data", f"folder:{place / 'images'}"],
+    "predict": [place / "images/validation/bee/0.png"],
+  }
+  status, out, err = run_cli(capsys, command, tmp_path / "out", *what[command], "--json")
+  assert (status, out) == (1, "")
+  assert len(err.splitlines()) == 1
+  assert "not finite" in err
+  assert str(tmp_path / "out") in err
+
+
+def test_predict_turns_photographs_unless_told_otherwise(place, tmp_path, capsys):
+  upright = Image.open(place / "images/validation/bee/0.png").crop((0, 0, 24, 16)).resize((48, 32))
+  sideways = Image.Exif()
+  sideways[274] = 6  # to be turned right to be upright
+  upright.save(tmp_path / "upright.png")
+  upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=sideways)
+  paths = [tmp_path / "upright.png", tmp_path / "turned.png"]
+  for arguments, same in (([], True), (["--as-stored"], False)):
+    status, out, err = run_cli(capsys, "predict", place / "exported", *paths, *arguments, "--json")
+    assert status == 0, err
+    one, other = (image["classes"] for image in json.loads(out))
+    assert (one == other) == same
+
+
 def test_predict(place, tmp_path, capsys):
   image = place / "images/validation/bee/0.png"
   damaged = tmp_path / "damaged.jpg"

@@ -115,6 +115,19 @@ def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
   assert all(name in (tmp_path / file).read_text() for file in ("a.svg", "b.svg"))
 
 
+def test_names_in_any_script_are_drawn_without_a_warning(tmp_path):
+  """Warnings are errors here, and no font for these need be installed."""
+  name = "貓 گربه बिल्ली 고양이 🐈"
+  plot = visualize.Plot(name, "x", "y", [visualize.Curve(name, "", [1, 2], [1, 2])])
+  figure = visualize.curves_figure([plot])
+  visualize.save_figure(figure, tmp_path / "a.png")
+  assert visualize.figure_to_array(figure).min() < 200
+  boxes = visualize.Boxes(np.array([[2.0, 2, 30, 30]]), np.array([0]), np.array([0.9]))
+  picture = visualize.Picture(name, np.zeros((64, 64, 3), np.uint8), {name: boxes})
+  visualize.save_figure(visualize.boxes_figure([picture], [name]), tmp_path / "b.png")
+  assert (tmp_path / "b.png").stat().st_size > 1000
+
+
 def test_a_network_without_lip_has_nothing_to_draw(tmp_path):
   pixels = np.zeros((1, 32, 32, 3), np.uint8)
   path = tmp_path / "x.png"
