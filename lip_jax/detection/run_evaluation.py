@@ -14,8 +14,8 @@ from lip_jax.data.boxes import open_boxes
 from lip_jax.detection import coco_metric, result_files
 from lip_jax.detection.coco_metric import Results
 from lip_jax.detection.curves import draw_curves
+from lip_jax.detection.detector import Detector
 from lip_jax.detection.evaluation import Evaluator
-from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
@@ -25,7 +25,7 @@ from lip_jax.training import train_state
 
 
 def evaluate_loaded(
-  detector: RetinaNet,
+  detector: Detector,
   config: Mapping[str, Any],
   *,
   data_dir: str | None = None,
