@@ -35,13 +35,16 @@ class Program(NamedTuple):
   batch: int  # images on a chip
   options: dict[str, str]
   kernels: bool = True
+  step: str = "train"  # or "eval"
+  configs: str = "imagenet"  # of which the network is a row
 
   @property
   def key(self) -> str:
     """Of its line in the results."""
     options = " ".join(f"{name}={value}" for name, value in sorted(self.options.items()))
+    step = "" if self.step == "train" else self.step
     form = "" if self.kernels else " without kernels"
-    return f"{self.network} {self.topology} {self.batch} {options}".strip() + form
+    return f"{self.network} {self.topology} {self.batch} {options} {step}".strip() + form
 
 
 def add_arguments(parser: argparse.ArgumentParser, results: str) -> None:
@@ -77,8 +80,8 @@ def _compile(program: Program) -> dict[str, Any]:
   command = [
     sys.executable,
     *(("-m", "lip_jax.cli") if program.kernels else ("-c", _WITHOUT_KERNELS)),
-    *("compile", "--json", "--only=train"),
-    f"--config={ROOT / 'configs' / 'imagenet.py'}:{program.network}",
+    *("compile", "--json", f"--only={program.step}"),
+    f"--config={ROOT / 'configs' / program.configs}.py:{program.network}",
     f"--topology={program.topology}",
     f"--per-device-batch={program.batch}",
     *(f"--set={name}={value}" for name, value in program.options.items()),

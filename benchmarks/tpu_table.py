@@ -2,6 +2,7 @@
 
   python benchmarks/tpu_table.py                      # compiles what is missing, prints the tables
   python benchmarks/tpu_table.py --print              # prints what there is, compiles nothing
+  python benchmarks/tpu_table.py --detectors          # the same of detectors alone
   python benchmarks/tpu_table.py --sizes 8 16 32 64 128 256 --generations v5e
 
 Needs the `tpu` extra, and no TPU. Figures are kept in RESULTS (runs/tpu_table.jsonl), so that the
@@ -47,6 +48,11 @@ OPTIONS: tuple[dict[str, str], ...] = (
   {"dtype": "float32"},
 )
 
+# The recipe's two images on a chip, on the slice whose step is then of 32.
+DETECTORS = ("retinanet_lip_resnet50",)
+DETECTORS_ON, DETECTORS_BATCH = "v5e:4x4", 2
+BUCKETS = ("800x1344", "1344x800")
+
 
 def main() -> None:
   """Compiles what is missing and prints the tables."""
@@ -59,8 +65,11 @@ def main() -> None:
   parser.add_argument("--generations", nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
   parser.add_argument("--greater", action="store_true", help="twice the batches, to see they fail")
   parser.add_argument("--options", action="store_true", help="also what each setting costs")
+  parser.add_argument("--detectors", action="store_true", help="detectors in place of classifiers")
   args = parser.parse_args()
 
+  if args.detectors:
+    return _print_detectors(results(args, _detector_programs()))
   found = results(args, _programs(args))
   _print_table(args, found)
   _print_options(found)
@@ -68,6 +77,9 @@ def main() -> None:
 
 def _programs(args: argparse.Namespace) -> Iterator[Program]:
   """In the order in which they are compiled."""
+  if args.detectors:
+    yield from _detector_programs()
+    return
   for network, generation, size in sorted(_slices(args), key=lambda one: one[2]):
     yield _program(network, generation, size, factor=2 if args.greater else 1)
   if args.options:
@@ -86,6 +98,13 @@ def _program(network: str, generation: str, size: int, factor: int = 1) -> Progr
   shape = SHAPES[DIMENSIONS[generation]][size]
   batch = BATCHES[network][generation] * factor
   return Program(network, f"{generation}:{shape}", batch, {"dtype": "bfloat16"})
+
+
+def _detector_programs() -> Iterator[Program]:
+  for network, step, bucket in itertools.product(DETECTORS, ("train", "eval"), BUCKETS):
+    options = {"dtype": "bfloat16", "data.buckets": f"('{bucket}',)"}
+    program = Program(network, DETECTORS_ON, DETECTORS_BATCH, options)
+    yield program._replace(step=step, configs="coco")
 
 
 def _options_programs() -> Iterator[Program]:
@@ -119,6 +138,33 @@ def _print_options(found: dict[str, dict[str, Any]]) -> None:
     print("| " + " | ".join([name, *_cells(found.get(program.key), network)]) + " |")
 
 
+def _print_detectors(found: dict[str, dict[str, Any]]) -> None:
+  print(
+    "| detector | step | bucket | peak memory | left | GFLOPs | GB accessed | HLO instructions "
+    "| seconds to compile |"
+  )
+  print("|---|---|---|---|---|---|---|---|---|")
+  for program, bucket in zip(_detector_programs(), itertools.cycle(BUCKETS)):
+    result = found.get(program.key)
+    cells = [program.network, {"train": "training", "eval": "evaluation"}[program.step], bucket]
+    if result is None or "error" in result:
+      cells += ["does not fit" if result else "not yet compiled", *[""] * 5]
+    else:
+      step = result["steps"][program.step]
+      cells += _memory_cells(step)
+      cells += [f"{step['instructions']:,}", f"{step['compile_seconds']:,.0f}"]
+    print("| " + " | ".join(cells) + " |")
+
+
+def _memory_cells(step: dict[str, Any]) -> list[str]:
+  return [
+    f"{step['peak'] / 1e9:.2f} GB",
+    f"{100 * step['free']:.0f} %",
+    f"{step['flops'] / 1e9:,.0f}",
+    f"{step['bytes_accessed'] / 1e9:.1f}",
+  ]
+
+
 def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
   """Of one program, behind the columns that name it."""
   if result is None:
@@ -130,10 +176,7 @@ def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
   sent = sum(one["bytes"] for one in step["collectives"])
   gradients = parameters(network) * (2 if result["gradient_dtype"] == "bfloat16" else 4)
   return [
-    f"{step['peak'] / 1e9:.2f} GB",
-    f"{100 * step['free']:.0f} %",
-    f"{step['flops'] / 1e9:,.0f}",
-    f"{step['bytes_accessed'] / 1e9:.1f}",
+    *_memory_cells(step),
     f"{sent / 1e6:.2f}",
     f"{sent / gradients:.5f}",
     f"{1e3 * estimate['step']:.1f} ms",

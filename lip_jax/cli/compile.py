@@ -177,6 +177,8 @@ def _column(step: dict[str, Any], memory: float) -> dict[str, str]:
     f"  left of {_giga(memory)}": f"{100 * step['free']:.1f} %",
     "FLOPs": f"{step['flops'] / 1e9:,.3f} G",
     "bytes accessed": _giga(step["bytes_accessed"]),
+    "HLO instructions": f"{step['instructions']:,}",
+    "seconds to compile": f"{step['compile_seconds']:,.0f}",
     "estimate: computing": _milli(estimate["compute"]),
     "  memory accesses": _milli(estimate["memory"]),
     "  communication": _milli(estimate["communication"]),

@@ -157,6 +157,7 @@ def test_evaluation_sends_no_parameters():
   config = dataclasses.replace(configuration.load(TINY, CHANGES), eval_batch_size=16)
   figures = aot_compile.eval_step(config, 10, jax.devices(), "all")
   assert figures.flops > 0
+  assert figures.instructions > 100
   assert sum(one.bytes for one in figures.collectives) < figures.arguments / 100
 
 
@@ -169,6 +170,7 @@ def test_the_estimate_is_set_by_the_slowest_part():
       Collective("all-reduce", "f32", 1, 4_000_000),
       Collective("all-gather", "f32", 1, 1_000_000),
     ),
+    instructions=7,
   )
   chip = Chip(flops=1e12, memory=105, memory_bandwidth=1e12, link_bandwidth=1e9)
   bound = aot_compile.roofline(figures, chip)
