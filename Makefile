@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Material for MkDocs otherwise prints news of other projects at each start.
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help train detect test compare small_objects lint docs docs-serve ci clean interpreter
+.PHONY: help train detect test compare small_objects detect_pools lint docs docs-serve ci clean interpreter
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
@@ -27,6 +27,9 @@ compare: $(VENV)/.train  ## Train the embedded job with each pooling, three seed
 
 small_objects: $(VENV)/.train  ## Accuracy by pooling as objects get smaller and clutter denser (21 trainings).
 	$(BIN)/python benchmarks/small_objects.py --workdir=runs/small_objects
+
+detect_pools: $(VENV)/.train  ## The embedded detector with each pooling, five seeds each (25 trainings).
+	$(BIN)/python benchmarks/detect_pools.py --workdir=runs/detect_pools
 
 lint: $(VENV)/.lint  ## Check formatting, lint and types.
 	$(BIN)/ruff format --check .

@@ -28,15 +28,15 @@ def make_detector(num_classes=2, **changes):
   return detector
 
 
-def write(workdir, dataset, **changes):
+def write(workdir, dataset, names=("bird", "cat"), ids=(7, 200), **changes):
   data = Data(
     dataset=dataset, train_split="all", validation_split="all", short_side=48, long_side=64,
     buckets=("64x64",), num_threads=2, mean=(128.0,) * 3, std=(64.0,) * 3,
   )  # fmt: skip
   config = Config(model={**MODEL, **changes}, data=data, eval_batch_size=8)
   workdir.mkdir()
-  (workdir / "classes.json").write_text(json.dumps({"class_names": ["bird", "cat"]}))
-  (workdir / "categories.json").write_text(json.dumps({"category_ids": [7, 200]}))
+  (workdir / "classes.json").write_text(json.dumps({"class_names": names}))
+  (workdir / "categories.json").write_text(json.dumps({"category_ids": ids}))
   metrics = {"AP": 0.25, "count": 9}
-  detector = make_detector(**changes)
+  detector = make_detector(len(names), **changes)
   write_checkpoints(workdir, config, {4: detector}, {4: metrics}, "AP")

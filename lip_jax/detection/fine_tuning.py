@@ -69,6 +69,9 @@ def _load(path: str | Path, config: Config) -> tuple[nnx.Module, dict[str, Any]]
   if not str(path).endswith(torch_convert.SUFFIXES):
     return loading.load(path)
   options = dict(config.model)
+  name = options.pop("name")
   if torch_convert.is_detector(path):
-    return loading.load_file(path, options.pop("name"), options)
-  return loading.load_file(path, config.model["backbone"])
+    return loading.load_file(path, name, options)
+  backbone = options.pop("backbone")
+  options.pop("preset", None)
+  return loading.load_file(path, backbone, registry.backbone_options(name, options))
