@@ -38,7 +38,7 @@ import lip_jax
 from lip_jax.errors import UsageError
 from lip_jax.ops.kernels import tpu_blocks
 from lip_jax.ops.windows import Geometry
-from lip_jax.tools import aot_compile
+from lip_jax.tools import aot_compile, chips
 
 SHAPES = (
   (112, 112, 64),
@@ -98,7 +98,7 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
   for generation in args.generations:
-    device = aot_compile.topology(TOPOLOGIES[generation]).devices[0]
+    device = chips.topology(TOPOLOGIES[generation]).devices[0]
     for shape in args.shapes:
       for implementation in args.implementations:
         found = _figures(device, (args.batch, *shape), implementation)

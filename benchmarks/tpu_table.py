@@ -2,27 +2,20 @@
 
   python benchmarks/tpu_table.py                      # compiles what is missing, prints the tables
   python benchmarks/tpu_table.py --print              # prints what there is, compiles nothing
+  python benchmarks/tpu_table.py --detectors          # the same of detectors alone
   python benchmarks/tpu_table.py --sizes 8 16 32 64 128 256 --generations v5e
 
-Needs the `tpu` extra, and no TPU. Each program is compiled by `lip-jax compile --json` in a process
-of its own; its figures are a line of RESULTS (runs/tpu_table.jsonl), so that the same command goes
-on where it was interrupted. The smallest slices come first. Nothing is computed from the figures of
-other programs: what was not compiled reads "not yet compiled".
+Needs the `tpu` extra, and no TPU. Figures are kept in RESULTS (runs/tpu_table.jsonl), so that the
+same command goes on where it was interrupted. The smallest slices come first. What was not compiled
+reads "not yet compiled".
 """
 
 import argparse
 import itertools
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lip_jax.tools import cost
-
-ROOT = Path(__file__).parents[1]
+from compiled import Program, add_arguments, parameters, results
 
 NETWORKS = ("lip_resnet50", "lip_resnet101", "lip_densenet121")
 SHAPES = {
@@ -55,20 +48,10 @@ OPTIONS: tuple[dict[str, str], ...] = (
   {"dtype": "float32"},
 )
 
-
-class Program(NamedTuple):
-  """What to compile."""
-
-  network: str
-  topology: str
-  batch: int  # images on a chip
-  options: dict[str, str]
-
-  @property
-  def key(self) -> str:
-    """Of its line in the results."""
-    options = " ".join(f"{name}={value}" for name, value in sorted(self.options.items()))
-    return f"{self.network} {self.topology} {self.batch} {options}".strip()
+# The recipe's two images on a chip, on the slice whose step is then of 32.
+DETECTORS = ("retinanet_lip_resnet50",)
+DETECTORS_ON, DETECTORS_BATCH = "v5e:4x4", 2
+BUCKETS = ("800x1344", "1344x800")
 
 
 def main() -> None:
@@ -76,32 +59,27 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--results", type=Path, default=Path("runs/tpu_table.jsonl"))
+  add_arguments(parser, "runs/tpu_table.jsonl")
   parser.add_argument("--sizes", type=int, nargs="+", choices=SHAPES[2], help="chips of a slice")
   parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
   parser.add_argument("--generations", nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
   parser.add_argument("--greater", action="store_true", help="twice the batches, to see they fail")
   parser.add_argument("--options", action="store_true", help="also what each setting costs")
-  parser.add_argument("--print", action="store_true", help="compile nothing")
+  parser.add_argument("--detectors", action="store_true", help="detectors in place of classifiers")
   args = parser.parse_args()
 
-  args.results.parent.mkdir(parents=True, exist_ok=True)
-  results = _read(args.results)
-  missing = [program for program in _programs(args) if program.key not in results]
-  for number, program in enumerate([] if args.print else missing, start=1):
-    started = time.monotonic()
-    print(f"{number}/{len(missing)} {program.key}", end=" ", file=sys.stderr, flush=True)
-    result = {"key": program.key, **_compile(program)}
-    print(f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    with args.results.open("a", encoding="utf-8") as lines:
-      lines.write(json.dumps(result) + "\n")
-    results[program.key] = result
-  _print_table(args, results)
-  _print_options(results)
+  if args.detectors:
+    return _print_detectors(results(args, _detector_programs()))
+  found = results(args, _programs(args))
+  _print_table(args, found)
+  _print_options(found)
 
 
 def _programs(args: argparse.Namespace) -> Iterator[Program]:
   """In the order in which they are compiled."""
+  if args.detectors:
+    yield from _detector_programs()
+    return
   for network, generation, size in sorted(_slices(args), key=lambda one: one[2]):
     yield _program(network, generation, size, factor=2 if args.greater else 1)
   if args.options:
@@ -122,38 +100,20 @@ def _program(network: str, generation: str, size: int, factor: int = 1) -> Progr
   return Program(network, f"{generation}:{shape}", batch, {"dtype": "bfloat16"})
 
 
+def _detector_programs() -> Iterator[Program]:
+  for network, step, bucket in itertools.product(DETECTORS, ("train", "eval"), BUCKETS):
+    options = {"dtype": "bfloat16", "data.buckets": f"('{bucket}',)"}
+    program = Program(network, DETECTORS_ON, DETECTORS_BATCH, options)
+    yield program._replace(step=step, configs="coco")
+
+
 def _options_programs() -> Iterator[Program]:
   program = _program(*EXAMPLE)
   for options in OPTIONS:
     yield program._replace(options={**program.options, **options})
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-  if not path.exists():
-    return {}
-  lines = path.read_text(encoding="utf-8").splitlines()
-  return {result["key"]: result for result in map(json.loads, lines)}
-
-
-def _compile(program: Program) -> dict[str, Any]:
-  """Figures of a program, or why there are none."""
-  command = [
-    *(sys.executable, "-m", "lip_jax.cli", "compile", "--json", "--only=train"),
-    f"--config={ROOT / 'configs' / 'imagenet.py'}:{program.network}",
-    f"--topology={program.topology}",
-    f"--per-device-batch={program.batch}",
-    *(f"--set={name}={value}" for name, value in program.options.items()),
-  ]
-  done = subprocess.run(command, capture_output=True, text=True)
-  if done.returncode == 0:
-    return json.loads(done.stdout)
-  reason = done.stderr.strip().splitlines()[-1]
-  if "does not fit the chip's memory" not in reason:
-    sys.exit(f"{program.key}: {reason}")
-  return {"error": reason}
-
-
-def _print_table(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+def _print_table(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
   print(
     "| network | slice | chips | images a chip | peak memory | left | GFLOPs | GB accessed "
     "| collectives, MB | / gradients | step, estimate | images/s/chip, estimate |"
@@ -162,10 +122,10 @@ def _print_table(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -
   for network, generation, size in _slices(args):
     program = _program(network, generation, size)
     cells = [network, program.topology, str(size), str(program.batch)]
-    print("| " + " | ".join(cells + _cells(results.get(program.key), network)) + " |")
+    print("| " + " | ".join(cells + _cells(found.get(program.key), network)) + " |")
 
 
-def _print_options(results: dict[str, dict[str, Any]]) -> None:
+def _print_options(found: dict[str, dict[str, Any]]) -> None:
   network, example = EXAMPLE[0], _program(*EXAMPLE)
   print(f"\n{network} on {example.topology}, {example.batch} images a chip:\n")
   print(
@@ -175,7 +135,34 @@ def _print_options(results: dict[str, dict[str, Any]]) -> None:
   print("|---|---|---|---|---|---|---|---|---|")
   for program, options in zip(_options_programs(), OPTIONS, strict=True):
     name = ", ".join(f"{key}={value}" for key, value in options.items()) or "bfloat16"
-    print("| " + " | ".join([name, *_cells(results.get(program.key), network)]) + " |")
+    print("| " + " | ".join([name, *_cells(found.get(program.key), network)]) + " |")
+
+
+def _print_detectors(found: dict[str, dict[str, Any]]) -> None:
+  print(
+    "| detector | step | bucket | peak memory | left | GFLOPs | GB accessed | HLO instructions "
+    "| seconds to compile |"
+  )
+  print("|---|---|---|---|---|---|---|---|---|")
+  for program, bucket in zip(_detector_programs(), itertools.cycle(BUCKETS)):
+    result = found.get(program.key)
+    cells = [program.network, {"train": "training", "eval": "evaluation"}[program.step], bucket]
+    if result is None or "error" in result:
+      cells += ["does not fit" if result else "not yet compiled", *[""] * 5]
+    else:
+      step = result["steps"][program.step]
+      cells += _memory_cells(step)
+      cells += [f"{step['instructions']:,}", f"{step['compile_seconds']:,.0f}"]
+    print("| " + " | ".join(cells) + " |")
+
+
+def _memory_cells(step: dict[str, Any]) -> list[str]:
+  return [
+    f"{step['peak'] / 1e9:.2f} GB",
+    f"{100 * step['free']:.0f} %",
+    f"{step['flops'] / 1e9:,.0f}",
+    f"{step['bytes_accessed'] / 1e9:.1f}",
+  ]
 
 
 def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
@@ -187,21 +174,14 @@ def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
   step = result["steps"]["train"]
   estimate = step["estimate"]
   sent = sum(one["bytes"] for one in step["collectives"])
-  gradients = _parameters(network) * (2 if result["gradient_dtype"] == "bfloat16" else 4)
+  gradients = parameters(network) * (2 if result["gradient_dtype"] == "bfloat16" else 4)
   return [
-    f"{step['peak'] / 1e9:.2f} GB",
-    f"{100 * step['free']:.0f} %",
-    f"{step['flops'] / 1e9:,.0f}",
-    f"{step['bytes_accessed'] / 1e9:.1f}",
+    *_memory_cells(step),
     f"{sent / 1e6:.2f}",
     f"{sent / gradients:.5f}",
     f"{1e3 * estimate['step']:.1f} ms",
     f"{estimate['images_per_second']:,.0f}",
   ]
-
-
-def _parameters(network: str) -> int:
-  return next(cost.costs([network])).parameters
 
 
 if __name__ == "__main__":

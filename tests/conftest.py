@@ -1,5 +1,6 @@
 """Eight fake CPU devices, quick compilation, and arrays of different rank do not mix silently."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -15,6 +16,7 @@ os.environ["XLA_FLAGS"] = (
   # own.
   + " --xla_backend_optimization_level=0"
   + " --xla_llvm_disable_expensive_passes=true"
+  + " --xla_cpu_parallel_codegen_split_count=1"  # the other cores run other tests
   # Later ones have no other emitters, and end the process at a flag that they do not know.
   + (" --xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else "")
 )
@@ -24,6 +26,13 @@ import pytest
 from fixture_bucket import local_bucket
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many objects that are not garbage: looking through them is a seventh of the time.
+gc.set_threshold(100_000)
+
+
+def pytest_collection_modifyitems(items):
+  """Whole processes and notebooks first: at the end one of them would keep one core alone busy."""
+  items.sort(key=lambda item: item.path.parent.name not in ("e2e", "documents"))
 
 
 @pytest.fixture(autouse=True)

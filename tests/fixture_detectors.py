@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fixture_detection import DATA, nhwc
+from fixture_detection import DATA, nhwc, priority
 from fixture_weights import normal
 from fixture_weights import weight as plain_weight
 from flax import nnx
@@ -76,9 +76,22 @@ def targets(names: list[str], preset: str) -> dict[str, np.ndarray]:
   return out
 
 
+def priorities(model: str, case: str, anchors: int, room: int) -> dict[str, np.ndarray]:
+  """Of the samplers of two images, for so many anchors and, of each image, boxes."""
+  counts = {"rpn": anchors, "proposal": 2000, "gt": room}
+  drawn = {"rpn": anchors, "proposal": 2000, "gt": 100}
+  return {
+    kind: np.stack(
+      [priority(f"detection/{model}/{case}/{kind}/{k}", drawn[kind])[:count] for k in range(2)]
+    )
+    for kind, count in counts.items()
+  }
+
+
 def detector(model: str, dtype=jnp.float64, **options):
   """The detector of a reference, with its weights; quick, as nothing is initialised."""
-  preset, name, backbone = model.split("_", 2)
+  preset, name, backbone = model.replace("fasterrcnn", "faster-rcnn").split("_", 2)
+  name = name.replace("-", "_")
   made = nnx.eval_shape(
     lambda: lip_jax.create_detector(
       name, backbone=backbone, preset=preset, dtype=dtype, rngs=nnx.Rngs(0), **options
@@ -111,3 +124,26 @@ def _by_product(x, kernel, strides, pads, **_):
     for j in range(width)
   ]
   return jnp.concatenate(taps, axis=3) @ kernel.reshape(-1, outputs)
+
+
+def check_detections(found, name, rtol):
+  expected = np.load(DATA / f"{name}.npz")
+  pixel = np.array([0, 0, 1, 1]) * name.startswith("mmdet1")
+  for k, count in enumerate(MODELS[name]["eval"]["detections"]):
+    assert found.valid[k].sum() == count
+    np.testing.assert_array_equal(found.labels[k, :count], expected[f"eval/{k}/labels"])
+    np.testing.assert_allclose(found.scores[k, :count], expected[f"eval/{k}/scores"], rtol=rtol)
+    boxes = expected[f"eval/{k}/boxes"] + pixel
+    np.testing.assert_allclose(found.boxes[k, :count], boxes, rtol=rtol, atol=rtol)
+
+
+def check_gradients(gradients, name, case):
+  """Those in a detector's parameters, against norms and, of a few, all values."""
+  named = lip_jax.to_torch_state_dict(gradients)
+  for key, norm in MODELS[name]["train"][case]["gradient_norms"].items():
+    np.testing.assert_allclose(np.linalg.norm(named[key]), norm, rtol=1e-8, err_msg=key)
+  stored = np.load(DATA / f"{name}.npz")
+  for key in stored.files:
+    if key.startswith(f"train/{case}/gradient/"):
+      of, full = named[key.rpartition("/")[2]], stored[key]
+      np.testing.assert_allclose(of, full, rtol=0, atol=1e-8 * np.abs(full).max(), err_msg=key)

@@ -196,7 +196,7 @@ class Evaluator:
       lambda batches: evaluate(self._step, params, batch_stats, batches, self._mesh, stop),
       self._batches(),
       self._source,
-      self._batch_size,
+      math.ceil(len(self._source) / self._batch_size),
     )
 
   def figures(self, params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""`lip-jax compile`: what the steps of a run need on TPUs that are not there."""
+"""`lip-jax compile`: what the steps of a run need on TPUs or GPUs that are not there."""
 
 import argparse
 import contextlib
@@ -17,19 +17,23 @@ from lip_jax.cli.arguments import add, add_command
 from lip_jax.cli.output import progress, table
 
 if TYPE_CHECKING:
-  from lip_jax.tools.aot_compile import Chip, Figures
+  from lip_jax.tools.aot_compile import Figures
+  from lip_jax.tools.chips import Chip
 
 _STEPS = {"train": "training step", "eval": "evaluation step"}
 
 
 def add_commands(commands: Any) -> None:
   """Adds `compile` to the subparsers `commands`."""
-  text = "compile a run for TPUs that are not there: memory, FLOPs, traffic, estimated speed"
-  more = "; docs/tpu.md explains the figures. Takes minutes for a large network."
+  text = (
+    "compile a run for TPUs or GPUs that are not there: memory, FLOPs, traffic, estimated speed"
+  )
+  more = "; docs/tpu.md and docs/gpu.md explain the figures. Takes minutes for a large network."
   parser = add_command(commands, "compile", _compile, text, more)
   arguments = {
     "--config FILE": "such as configs/imagenet.py:lip_resnet50",
-    "--topology NAME": "TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4",
+    "--topology NAME": "TPU generation and chips along each axis, such as v5e:16x16 or v5p:4x4x4; "
+    "GPU and how many, such as h100:8, or h100:32x8 on 32 hosts",
   }
   add(parser, arguments, required=True)
   configuration.add_changes(parser)
@@ -46,16 +50,16 @@ def add_commands(commands: Any) -> None:
 
 def _compile(args: argparse.Namespace) -> None:
   _prepare_process()
-  from lip_jax.tools import aot_compile
+  from lip_jax.tools import aot_compile, chips
   from lip_jax.training import task as task_lib
 
   config = configuration.load(args.config, args.set)
   # Which refuses unknown options, before a compiler is looked for.
   buckets = task_lib.make(config).buckets
-  topology = aot_compile.topology(args.topology)
-  chips = len(topology.devices)
+  topology = chips.topology(args.topology)
+  count = len(topology.devices)
   if args.per_device_batch:
-    batch = args.per_device_batch * chips
+    batch = args.per_device_batch * count
     config = dataclasses.replace(config, global_batch_size=batch, eval_batch_size=batch)
   classes = args.num_classes or aot_compile.num_classes(config)
   functions = {"train": aot_compile.train_step, "eval": aot_compile.eval_step}
@@ -64,27 +68,32 @@ def _compile(args: argparse.Namespace) -> None:
   for step, bucket in itertools.product([args.only] if args.only else _STEPS, buckets):
     name = step if len(buckets) == 1 else f"{step} {bucket}"
     started = time.monotonic()
-    with _busy(f"compiling the {_STEPS[step]} for {chips} chips"):
+    with _busy(f"compiling the {_STEPS[step]} for {count} chips"):
       figures = functions[step](config, classes, topology.devices, bucket)
-    steps[name] = _values(figures, topology.chip, batches[step] / chips)
+    aot_compile.check_memory(figures, topology.chip)
+    steps[name] = _values(figures, topology.chip, batches[step] / count)
     steps[name]["compile_seconds"] = time.monotonic() - started
   values = {
     "model": dict(config.model),
     "dtype": config.dtype,
     "gradient_dtype": config.gradient_dtype,
     "topology": topology.name,
-    "chips": chips,
-    "hbm": topology.chip.hbm,
+    "chips": count,
+    "memory": topology.chip.memory,
     "steps": steps,
   }
   print(json.dumps(values, indent=2) if args.json else _report(values))
 
 
 def _prepare_process() -> None:
-  """Keeps this process, which computes nothing, away from TPUs of this machine and their users."""
-  os.environ["JAX_PLATFORMS"] = "cpu"
+  """Keeps this process, which computes nothing, away from the devices that this machine has."""
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")  # JAX has read its variable
   # libtpu ends the process over flags for other devices. Its own are in LIBTPU_INIT_ARGS.
   os.environ.pop("XLA_FLAGS", None)
+  # The compiler for GPUs needs none of CUDA's libraries.
+  os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
   # No lock on chips that are not used, and no questions about them to the metadata server of a
   # cloud machine; then libtpu wants to be told what it would have asked for.
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
@@ -117,38 +126,44 @@ def _busy(what: str) -> Iterator[None]:
 
 def _values(figures: "Figures", chip: "Chip", images: float) -> dict[str, Any]:
   """All that is said of a step that takes so many images on each chip."""
+  from lip_jax.tools import ptx
   from lip_jax.tools.aot_compile import roofline
 
   bound = roofline(figures, chip)
+  kernels = ptx.kernels(figures.kernels, chip.architecture) if ptx.assembler() else ()
   return {
     "images_per_chip": images,
     **dataclasses.asdict(figures),
     "collectives": [each._asdict() for each in figures.collectives],
+    "traffic": [each._asdict() for each in figures.traffic],
+    "kernels": [each._asdict() for each in kernels],
     "peak": figures.peak,
-    "free": 1 - figures.peak / chip.hbm,
+    "free": 1 - figures.peak / chip.memory,
     "estimate": {**bound._asdict(), "step": bound.step, "images_per_second": images / bound.step},
   }
 
 
 def _report(values: dict[str, Any]) -> str:
   steps = values["steps"]
-  columns = [_column(one, values["hbm"]) for one in steps.values()]
+  columns = [_column(one, values["memory"]) for one in steps.values()]
   rows = [("each chip", *steps)]
   rows += [(name, *(column[name] for column in columns)) for name in columns[0]]
   notes = [
     f"{values['model']['name']} in {values['dtype']} on {values['topology']}, {values['chips']} "
     "chips",
     table(rows),
-    *(_traffic(step, one["collectives"]) for step, one in steps.items()),
+    *(_collectives(step, one["collectives"]) for step, one in steps.items()),
+    *(_traffic(step, one["traffic"]) for step, one in steps.items() if one["traffic"]),
+    *(_kernels(step, one["kernels"]) for step, one in steps.items() if one["kernels"]),
     "The compiler's figures and, in the estimate, public peak rates of the chip; nothing is "
-    "measured.\ndocs/tpu.md explains them.",
+    "measured.\ndocs/tpu.md and docs/gpu.md explain them.",
   ]
   if values["dtype"] == "float32":
-    notes.append("On TPUs --config.dtype=bfloat16 is recommended: activations take half the bytes.")
+    notes.append("--config.dtype=bfloat16 is recommended: activations take half the bytes.")
   return "\n\n".join(notes)
 
 
-def _column(step: dict[str, Any], hbm: float) -> dict[str, str]:
+def _column(step: dict[str, Any], memory: float) -> dict[str, str]:
   """What the table says of a step."""
   estimate = step["estimate"]
   return {
@@ -159,9 +174,11 @@ def _column(step: dict[str, Any], hbm: float) -> dict[str, str]:
     "  temporary": _giga(step["temporaries"]),
     "  code": _giga(step["code"]),
     "  peak": _giga(step["peak"]),
-    f"  left of {_giga(hbm)}": f"{100 * step['free']:.1f} %",
+    f"  left of {_giga(memory)}": f"{100 * step['free']:.1f} %",
     "FLOPs": f"{step['flops'] / 1e9:,.3f} G",
     "bytes accessed": _giga(step["bytes_accessed"]),
+    "HLO instructions": f"{step['instructions']:,}",
+    "seconds to compile": f"{step['compile_seconds']:,.0f}",
     "estimate: computing": _milli(estimate["compute"]),
     "  memory accesses": _milli(estimate["memory"]),
     "  communication": _milli(estimate["communication"]),
@@ -178,7 +195,7 @@ def _milli(seconds: float) -> str:
   return f"{1e3 * seconds:,.3f} ms"
 
 
-def _traffic(step: str, collectives: list[dict[str, Any]]) -> str:
+def _collectives(step: str, collectives: list[dict[str, Any]]) -> str:
   if not collectives:
     return f"Collectives of a chip, {step}: none"
   rows = [("kind", "type", "operations", "bytes")]
@@ -190,3 +207,28 @@ def _traffic(step: str, collectives: list[dict[str, Any]]) -> str:
     f"Collectives of a chip, {step} (bytes that go into one; of all-gather those that come out):\n"
     + table(rows, right=(2, 3))
   )
+
+
+def _traffic(step: str, traffic: list[dict[str, Any]]) -> str:
+  rows = [("kind of operation", "operations", "bytes", "share", "GFLOPs")]
+  total = sum(each["bytes"] for each in traffic)
+  rows += [
+    (
+      each["kind"],
+      f"{each['operations']:,}",
+      f"{each['bytes']:,}",
+      f"{each['bytes'] / total:.1%}",
+      f"{each['flops'] / 1e9:,.1f}",
+    )
+    for each in traffic
+  ]
+  return f"What operations read and write, {step}:\n" + table(rows, right=(1, 2, 3, 4))
+
+
+def _kernels(step: str, kernels: list[dict[str, Any]]) -> str:
+  rows = [("kernel", "registers", "bytes spilled", "bytes shared")]
+  rows += [
+    (each["name"], *(f"{each[key]:,}" for key in ("registers", "spilled", "shared")))
+    for each in kernels
+  ]
+  return f"Custom kernels, {step}:\n" + table(rows, right=(1, 2, 3))

@@ -54,17 +54,21 @@ def add_commands(commands: Any) -> None:
 def _add_bench(actions: Any, directory: argparse.ArgumentParser) -> None:
   text = "measure how fast this machine reads a data set, and how many cores a training needs"
   bench = add_command(actions, "bench", _bench_data, text, parents=[directory])
-  source = {"--source DATASET": "TFDS name, folder:DIR, or fake for images out of memory"}
+  source = {
+    "--source DATASET": "TFDS name, folder:DIR, coco:ANNOTATIONS.json@IMAGES, or fake for images "
+    "out of memory"
+  }
   add(bench, source, required=True)
   add(bench, {"--split SPLIT": "(default: train)"})
-  add(bench, {"--image-size IMAGE_SIZE": "in pixels (default: 224)"}, type=positive)
+  text = "in pixels (default: 224; of images with boxes their shorter side, 800)"
+  add(bench, {"--image-size IMAGE_SIZE": text}, type=positive)
   arguments = {
     "--num-threads N": "(default: one for each core)",
     "--seconds SECONDS": "to measure for, in all (default: 10)",
     "--images-per-second RATE...": "of trainings that are to be fed (default: a few)",
   }
   add(bench, arguments)
-  bench.set_defaults(split="train", image_size=224, seconds=10.0)
+  bench.set_defaults(split="train", seconds=10.0)
 
 
 def _prepare_imagenet(args: argparse.Namespace) -> None:

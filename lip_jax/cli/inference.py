@@ -11,6 +11,7 @@ from lip_jax.cli.output import progress, say, working
 from lip_jax.errors import UsageError
 
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
+_OF_DETECTORS = ("annotations", "save_detections", "save_annotations", "areas", "curves")
 PATH = {
   "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
   "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model"
@@ -52,11 +53,16 @@ def add_commands(commands: Any) -> None:
     "--annotations J": "of a detector: file with the ground truth, such as "
     "instances_val2017.json (default: what the data set says)",
     "--save-detections D": "of a detector: write what it finds, as COCO's results",
+    "--save-annotations J": "of a detector: write the ground truth, as COCO's annotations",
     "--detections D": "in place of PATH: what a detector found, to compare with --annotations",
     "--curves OUT.png": "of a detector: draw precision over recall",
     "--json": "every digit, for machines",
   }
   add(evaluate, arguments)
+  text = "of a detector: up to which objects are small, and medium, in pixels^2 (default: what the "
+  text += 'ground truth says in info["area_limits"], else 1024 and 9216, COCO\'s)'
+  metavar = ("SMALL", "MEDIUM")
+  evaluate.add_argument("--areas", type=float, nargs=2, metavar=metavar, help=text)
   distributed.add_flags(evaluate)
 
 
@@ -101,7 +107,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     progress("compiling")
     if config["task"] == "detection":
       results = _evaluate_detector(args, model, config)
-    elif args.annotations or args.save_detections or args.curves:
+    elif any(select(args, *_OF_DETECTORS).values()):
       raise UsageError(f"{args.path} is no detector's run; leave out --annotations and such")
     else:
       given = select(args, "data_dir", "split", "batch_size", "crops")
@@ -126,7 +132,8 @@ def _evaluate_files(args: argparse.Namespace) -> None:
 
   if args.annotations is None:
     raise UsageError(f"--detections {args.detections} needs --annotations, the ground truth")
-  results = run_evaluation.evaluate_files(args.detections, args.annotations, curves=args.curves)
+  given = select(args, "areas", "curves")
+  results = run_evaluation.evaluate_files(args.detections, args.annotations, **given)
   _print_scores(results, as_json=args.json)
 
 
@@ -137,8 +144,7 @@ def _evaluate_detector(
 
   if args.data or args.crops:
     raise UsageError(f"{args.path} is a detector's run; leave out --data and --crops")
-  names = ("data_dir", "split", "batch_size", "annotations", "save_detections", "curves")
-  given = select(args, *names)
+  given = select(args, "data_dir", "split", "batch_size", *_OF_DETECTORS)
   return run_evaluation.evaluate_loaded(model, config, **given)
 
 
@@ -150,6 +156,8 @@ def _print_scores(results: dict[str, Any], *, as_json: bool) -> None:
 
   for name in NAMES:
     say(f"{name}: {100 * results[name]:.1f}" if results[name] >= 0 else f"{name}: no object")
+  small, medium = results["area_limits"]
+  say(f"small: up to {small:g} pixels^2, medium: up to {medium:g}")
   say(f"{results['count']} images of {results['data']}")
   say(f"ground truth: {results['ground_truth']}; by {results['library']}")
 

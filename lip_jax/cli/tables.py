@@ -145,9 +145,16 @@ def _tables(args: argparse.Namespace) -> None:
     return
   counted = any("flops_g" in paper.COLUMNS[number or 1] for _, number, _ in groups)
   print(textwrap.fill("In percent; here: ours." + (f" {RULE}." if counted else ""), _WIDTH))
-  if any(row.model for _, _, rows in groups for row in rows):
+  listed = [row for _, _, rows in groups for row in rows]
+  if any(row.model for row in listed):
     print("A row's network, if there is one here:")
     print(f"  python train.py --config=configs/imagenet.py:ROW --workdir={args.runs}/ROW")
+  if any(row.name in paper.DETECTORS for row in listed):
+    names = ", ".join(name for name, _ in paper.DETECTORS.values())
+    print(f"The network of a row of table 5, NAME one of {names}:")
+    weights = f"--weights={args.runs}/table4_BACKBONE"
+    places = f"{weights} --workdir={args.runs}/table5_NAME"
+    print(f"  python train.py --config=configs/coco.py:NAME {places}")
 
 
 def _entries(rows: "Sequence[Row]", runs: str) -> "list[Entry]":
@@ -171,7 +178,7 @@ def _row_values(entry: "Entry", runs: str) -> dict[str, Any]:
     "parameters": size and size.parameters,
     "multiply_adds": size and size.multiply_adds,
     "flops": size and size.flops,
-    "command": paper_results.command(row, runs) if size else None,
+    "command": paper_results.command(row, runs),
     "result": result and dataclasses.asdict(result),
   }
 

@@ -1,14 +1,30 @@
 """A table of what is annotated: images, and the boxes in them."""
 
 import dataclasses
+import hashlib
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lip_jax.errors import UsageError
+
 LARGEST_ID = 2**31 - 1
 """Image ids travel as int32, on the devices too."""
+
+COCO_AREA_LIMITS = (32.0**2, 96.0**2)
+"""Up to which area an object is small, and medium, in pixels^2."""
+
+
+def check_area_limits(small: float, medium: float) -> None:
+  """Raises UsageError unless they are areas, the second one larger."""
+  if not 0 < small < medium < math.inf:
+    raise UsageError(
+      f"areas of small objects up to {small} and of medium ones up to {medium} pixels^2: expected "
+      "two positive numbers, the second one larger"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +129,17 @@ class Annotations:
     """Usable boxes of each image that are no crowd: int64 [n]."""
     return np.bincount(self.owners[self.usable & ~self.crowd], minlength=len(self))
 
+  def digest(self) -> str:
+    """Of all that is annotated, by which it is known again."""
+    digest = hashlib.sha256()
+    for name in _NAMES:
+      array = getattr(self, name)
+      if array.dtype.kind == "U":  # whose width is that of the longest
+        array = np.frombuffer("\n".join(array.tolist()).encode(errors="surrogatepass"), "u1")
+      digest.update(f"{name} {array.shape}".encode())
+      digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
   def to_bytes(self) -> bytes:
     """What `from_bytes` reads."""
     data = io.BytesIO()
@@ -125,10 +152,16 @@ class Annotations:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
       return cls(**{name: arrays[name] for name in _NAMES})
 
-  def to_coco(self, class_names: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
-    """The table in the form of COCO's JSON: "images", "annotations", "categories".
+  def to_coco(
+    self,
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    area_limits: Sequence[float],
+  ) -> dict[str, Any]:
+    """The table in the form of COCO's JSON: "images", "annotations", "categories", "info".
 
-    The annotations are numbered from 1: the metric takes an id of 0 for none.
+    The annotations are numbered from 1: the metric takes an id of 0 for none. "info" has
+    "area_limits", a key of ours: between small and medium, and medium and large, in pixels^2.
     """
     images = [
       {"id": number, "height": height, "width": width, "file_name": name}
@@ -153,7 +186,8 @@ class Annotations:
     categories = [
       {"id": number, "name": name} for number, name in zip(category_ids, class_names, strict=True)
     ]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    info = {"area_limits": list(area_limits)}
+    return {"images": images, "annotations": annotations, "categories": categories, "info": info}
 
 
 _OF_BOXES = ("boxes", "labels", "crowd", "areas")

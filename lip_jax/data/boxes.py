@@ -11,18 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lip_jax.data import box_records, coco_categories, coco_json, preprocess, splits
-from lip_jax.data.annotations import LARGEST_ID, Annotations
+from lip_jax.data import box_records, coco_categories, coco_json, disk, preprocess, splits
+from lip_jax.data.annotations import COCO_AREA_LIMITS, LARGEST_ID, Annotations
+from lip_jax.data.builder import open_builder
 from lip_jax.data.file_index import FileIndex
 from lip_jax.data.folder import first_few
 from lip_jax.data.preprocess import CorruptImage
-from lip_jax.data.source import Joined, Source, open_records
+from lip_jax.data.source import Joined, Source, is_fake, open_records
 from lip_jax.errors import UsageError
 
-COCO = "coco:"
-
-COCO_AREA_LIMITS = (32.0**2, 96.0**2)
-# Of other data sets: about a third of the boxes are below the first, and a third above the second.
+# Where they are not COCO's: about a third of the boxes are below the first, and a third above the
+# second.
 _AREA_LIMITS = {"cluttered_digits/detect_small": (13.0**2, 20.0**2)}
 
 # What the files of a split may be called, beside its name.
@@ -60,9 +59,10 @@ class BoxSource(Source):
     area_limits: tuple[float, float] = COCO_AREA_LIMITS,
     notes: Sequence[str] = (),
     remedy: str | None = None,
+    identity: str | None = None,
   ):
     """`table`: of all images, made when it is first asked for."""
-    super().__init__(name, directory, examples, class_names, remedy=remedy)
+    super().__init__(name, directory, examples, class_names, remedy=remedy, identity=identity)
     self.category_ids = category_ids or list(range(1, len(class_names) + 1))
     self.annotations = annotations
     self.area_limits = area_limits
@@ -112,7 +112,7 @@ class BoxSource(Source):
 
   def ground_truth(self) -> dict[str, Any]:
     """The annotations in the form of COCO's JSON, boxes as x, y, width, height in pixels."""
-    return self.table.to_coco(self.class_names, self.category_ids)
+    return self.table.to_coco(self.class_names, self.category_ids, self.area_limits)
 
 
 def open_boxes(
@@ -135,7 +135,7 @@ def open_boxes(
   Raises:
     UsageError: as for `open_split`; or the annotations are not in order, or images are missing.
   """
-  if dataset.startswith(COCO):
+  if dataset.startswith(disk.COCO):
     return open_coco(dataset, split)
   found = open_records(dataset, split, data_dir, box_records.ImageBoxesParser, prepare=prepare)
   source = BoxSource(
@@ -150,6 +150,20 @@ def open_boxes(
   if prepare:
     len(source.table)
   return source
+
+
+def has_boxes(dataset: str, data_dir: str | None = None) -> bool:
+  """Whether a data set is one of images with boxes, and not of images with labels.
+
+  Raises:
+    UsageError: as for `open_split`.
+  """
+  if dataset.startswith(disk.COCO):
+    return True
+  if dataset.startswith(disk.FOLDER) or is_fake(dataset):
+    return False
+  features = open_builder(dataset, data_dir).info.features
+  return "objects" in features and "label" not in features
 
 
 class _CocoPart(NamedTuple):
@@ -199,8 +213,10 @@ def open_coco(dataset: str, split: str, *, check_files: bool = True) -> BoxSourc
     table=lambda: table,
     category_ids=first.file.category_ids,
     annotations=first.path if whole else None,
+    area_limits=first.file.area_limits,
     notes=[note for part in parts.values() for note in part.file.notes],
     remedy=f"Replace these images in {first.images.folder}, or take them out of the annotations",
+    identity=f"{len(table)} images, annotations {table.digest()}: {split}",
   )
 
 
@@ -210,13 +226,13 @@ def coco_paths(dataset: str, split: str) -> dict[str, tuple[str, str]]:
   Raises:
     UsageError: the data set's name has another form, or there are no such files.
   """
-  match = re.fullmatch(re.escape(COCO) + r"(.+?\.json)@(.+)", dataset)
-  if match is None:
+  places = disk.coco_places(dataset)
+  if places is None:
     raise UsageError(
       f"data set {dataset!r}: expected coco:ANNOTATIONS.json@IMAGES, the annotation file and the "
       "folder of its images, with {split} in place of the split's name"
     )
-  file, folder = (os.path.expanduser(path) for path in match.groups())
+  file, folder = (os.path.expanduser(path) for path in places)
   names = list(dict.fromkeys(re.findall(r"([\w-]+)(?:\[[^\]]*\])?", split))) or [split]
   if "{split}" not in file:
     if names != [_ALL]:

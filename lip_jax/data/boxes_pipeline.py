@@ -199,11 +199,10 @@ def eval_batches(
   Raises:
     UsageError, UnreadableImagesError: as `pipeline.eval_batches`; or an image fits into no bucket.
   """
-  bucket = assign_buckets(source, buckets, short_side, long_side)
   batches = pipeline.eval_batches(
     source,
     [_EvalImage(shape, short_side, long_side) for shape in parse_buckets(buckets)],
-    groups=[np.flatnonzero(bucket == k) for k in range(len(buckets))],
+    groups=_groups(source, buckets, short_side, long_side),
     global_batch_size=global_batch_size,
     process_index=process_index,
     process_count=process_count,
@@ -217,6 +216,27 @@ def eval_batches(
         yield batch
 
   return marked()
+
+
+def num_eval_batches(
+  source: BoxSource,
+  *,
+  buckets: Sequence[str],
+  short_side: float,
+  long_side: float,
+  global_batch_size: int,
+) -> int:
+  """How many batches `eval_batches` has: those of a bucket are filled up."""
+  groups = _groups(source, buckets, short_side, long_side)
+  return sum(-(-len(group) // global_batch_size) for group in groups)
+
+
+def _groups(
+  source: BoxSource, buckets: Sequence[str], short_side: float, long_side: float
+) -> list[np.ndarray]:
+  """The images of each bucket."""
+  bucket = assign_buckets(source, buckets, short_side, long_side)
+  return [np.flatnonzero(bucket == k) for k in range(len(buckets))]
 
 
 def _log(source: BoxSource, images: TrainImages, max_boxes: int, min_side: int) -> None:
@@ -265,8 +285,10 @@ class _Resize:
       )
     image, scale = resize(image, *self._sides)
     height, width = image.shape[:2]
+    if flip:  # NumPy takes 40 times as long
+      cv2.flip(image, 1, dst=image)
     out = row["image"]
-    out[:height, :width] = image[:, ::-1] if flip else image
+    out[:height, :width] = image
     out[height:] = 0
     out[:height, width:] = 0
     row["size"][...] = height, width

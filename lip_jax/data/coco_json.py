@@ -8,7 +8,12 @@ from typing import Any, NamedTuple, TypeGuard
 
 from etils import epath
 
-from lip_jax.data.annotations import LARGEST_ID, Annotations
+from lip_jax.data.annotations import (
+  COCO_AREA_LIMITS,
+  LARGEST_ID,
+  Annotations,
+  check_area_limits,
+)
 from lip_jax.data.file_index import FileIndex
 from lip_jax.errors import UsageError, one_line, shown
 
@@ -20,6 +25,7 @@ class CocoFile(NamedTuple):
   class_names: list[str]  # in the order of their ids
   category_ids: list[int]
   notes: list[str]  # what is unusual
+  area_limits: tuple[float, float]  # COCO's, unless the file's "info" has others: see `to_coco`
 
 
 def read(path: str) -> CocoFile:
@@ -37,10 +43,17 @@ def read(path: str) -> CocoFile:
     raise UsageError(f"cannot read the annotation file {path}: {error.strerror or error}") from None
   head, _, table = data.partition(b"\n")
   values = json.loads(head)
-  return CocoFile(Annotations.from_bytes(table), *(values[key] for key in _HEAD))
+  small, medium = values.get("area_limits", COCO_AREA_LIMITS)  # of a table from before there were
+  return CocoFile(
+    Annotations.from_bytes(table),
+    values["class_names"],
+    values["category_ids"],
+    values["notes"],
+    (small, medium),
+  )
 
 
-_HEAD = ("class_names", "category_ids", "notes")
+_HEAD = ("class_names", "category_ids", "notes", "area_limits")
 
 
 def _make(path: str) -> bytes:
@@ -82,7 +95,18 @@ def _parse(content: Any) -> CocoFile:
   _add_boxes(rows, annotations, labels)
   twice = _twice(annotation.get("id") for annotation in annotations if "id" in annotation)
   notes = [f"{len(twice):,} ids of annotations are there more than once"] if twice else []
-  return CocoFile(Annotations.of_images(list(rows.values())), class_names, list(labels), notes)
+  table = Annotations.of_images(list(rows.values()))
+  return CocoFile(table, class_names, list(labels), notes, _area_limits(lists.get("info")))
+
+
+def _area_limits(info: Any) -> tuple[float, float]:
+  found = info.get("area_limits") if isinstance(info, dict) else None
+  if found is None:
+    return COCO_AREA_LIMITS
+  if not isinstance(found, list) or len(found) != 2 or not all(map(_is_number, found)):
+    raise UsageError(f"info has area_limits {shown(found)}; expected two numbers of pixels^2")
+  check_area_limits(*found)
+  return found[0], found[1]
 
 
 def _row(image: dict[str, Any]) -> dict[str, Any]:

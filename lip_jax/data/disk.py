@@ -5,6 +5,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import TextIO
 from lip_jax.errors import UsageError, printable
 
 LOCK = ".lock"
-FOLDER = "folder:"  # begins the name of a data set that is an image folder
+# What the names of data sets begin with that lie where their users put them.
+FOLDER = "folder:"  # an image folder
+COCO = "coco:"  # an annotation file and the folder of its images: see `coco_places`
 
 _TAKEN = (errno.EAGAIN, errno.EACCES)  # by another; anything else: there are no locks here
 
@@ -38,6 +41,25 @@ def absolute(path: str | os.PathLike[str]) -> str:
   if not is_utf8(text):
     raise UsageError(f"the path {printable(text)} is not UTF-8; rename it, or take another")
   return os.path.abspath(found)
+
+
+def coco_places(dataset: str) -> tuple[str, str] | None:
+  """The annotation file and the folder of "coco:ANNOTATIONS.json@IMAGES"; None for other names."""
+  match = re.fullmatch(re.escape(COCO) + r"(.+?\.json)@(.+)", dataset)
+  return None if match is None else (match[1], match[2])
+
+
+def located(dataset: str) -> str:
+  """The name of a data set with absolute paths; one that has no paths as it is."""
+  if dataset.startswith(FOLDER):
+    return FOLDER + absolute(dataset.removeprefix(FOLDER))
+  places = coco_places(dataset)
+  return dataset if places is None else COCO + "@".join(map(absolute, places))
+
+
+def anywhere(dataset: str) -> str:
+  """The name of a data set without its paths: it is known by what it holds, wherever it lies."""
+  return next((kind for kind in (FOLDER, COCO) if dataset.startswith(kind)), dataset)
 
 
 def is_utf8(name: str) -> bool:

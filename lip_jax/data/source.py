@@ -116,13 +116,18 @@ def open_split(
   """
   if dataset.startswith(disk.FOLDER):
     return _open_folder(dataset, split, train_split)
-  if dataset == _FAKE or dataset.startswith(f"{_FAKE}:"):
+  if is_fake(dataset):
     return _open_fake(dataset, split)
   found = open_records(dataset, split, data_dir, parser, prepare=prepare)
   names = found.parse.class_names
   # A copy of an image folder shows the same images as the folder.
   upright = array_record_writer.made_from(found.directory) == "image folder"
   return Source(f"{dataset} {split}", found.directory, found.examples, names, upright=upright)
+
+
+def is_fake(dataset: str) -> bool:
+  """Whether a name is that of images out of memory."""
+  return dataset == _FAKE or dataset.startswith(f"{_FAKE}:")
 
 
 class Records(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lip_jax.data.boxes import COCO_AREA_LIMITS
+from lip_jax.data.annotations import COCO_AREA_LIMITS
 from lip_jax.errors import UsageError
 
 SIZES = ("small", "medium", "large")
@@ -79,15 +79,16 @@ def score(
   ground_truth: Mapping[str, Any],
   results: Results,
   *,
-  area_limits: tuple[float, float] = COCO_AREA_LIMITS,
+  area_limits: tuple[float, float] | None = None,
 ) -> Score:
   """Average precision and recall as pycocotools defines them, over all images of `ground_truth`.
 
   Args:
-    ground_truth: "images", "annotations" and "categories" as in COCO's files. Images without
-      annotations count: what is found in them is wrong.
+    ground_truth: "images", "annotations" and "categories" as in COCO's files, and perhaps "info".
+      Images without annotations count: what is found in them is wrong.
     results: in any order of images, whose ids are among them.
-    area_limits: between small and medium, and medium and large objects, in pixels^2.
+    area_limits: between small and medium, and medium and large objects, in pixels^2; None: those
+      of the ground truth's "info", or COCO's.
 
   Raises:
     UsageError: no library is installed.
@@ -99,7 +100,8 @@ def score(
     "categories": [{"id": number, "name": name} for number, name in names.items()],
     "annotations": [_annotation(*one) for one in enumerate(ground_truth["annotations"], start=1)],
   }
-  bounds = [0.0, *area_limits, _LARGEST_AREA]
+  info = ground_truth.get("info", {})
+  bounds = [0.0, *(area_limits or info.get("area_limits", COCO_AREA_LIMITS)), _LARGEST_AREA]
   # They report on stdout, which belongs to the commands.
   with contextlib.redirect_stdout(io.StringIO()):
     expected, found = coco(truth), coco({**truth, "annotations": []})

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.data.buckets import parse_buckets
-from lip_jax.detection import categories, registry
+from lip_jax.detection import categories, presets, registry
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names, validation
 from lip_jax.models import description
@@ -90,7 +90,12 @@ class Config(base.Config):
   def known(self, workdir: epath.Path, num_classes: int) -> dict[str, Any]:
     names = class_names.read(workdir)
     where = str(workdir / class_names.FILE)
+    # In preset torchvision 91 classes have as many outputs as COCO's 80.
+    preset = presets.find(self.model.get("preset", "mmdet1"))
+    if num_classes == 80 and isinstance(names, list) and len(names) == preset.outputs(80):
+      num_classes = len(names)
     return {
+      "num_classes": num_classes,
       "class_names": validation.check_class_names(names, num_classes, where),
       "category_ids": categories.read(workdir, num_classes),
     }

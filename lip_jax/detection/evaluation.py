@@ -22,6 +22,7 @@ from lip_jax.detection.inputs import normalize
 from lip_jax.detection.prediction import looker
 from lip_jax.detection.presets import Preset
 from lip_jax.distributed import sharding
+from lip_jax.models.folding import fold_batch_norm
 from lip_jax.training import evaluation, train_state
 from lip_jax.training.train_state import Tree
 from lip_jax.visualize import Boxes, Picture
@@ -46,6 +47,7 @@ def jitted_step(data: Data, graph: nnx.GraphDef, mesh: Mesh) -> jax.stages.Wrapp
   def detect(params: Tree, batch_stats: Tree, images: jax.Array, sizes: jax.Array) -> Any:
     model = train_state.merge(graph, params, batch_stats)
     model.eval()
+    model = fold_batch_norm(model)
     return model.detect(normalize(images, sizes, data.mean, data.std), sizes)._asdict()
 
   detect = jax.shard_map(
@@ -134,9 +136,7 @@ class Evaluator:
       return None
     scores = None
     if jax.process_index() == 0:
-      score = coco_metric.score(
-        self._source.ground_truth(), results, area_limits=self._source.area_limits
-      )
+      score = coco_metric.score(self._source.ground_truth(), results)
       log.info("average precision by %s", score.library)
       scores = score.metrics
     return {**sharding.gather(scores)[0], "count": len(self._source)}
@@ -158,7 +158,8 @@ class Evaluator:
       whole = ({name: batch[name] for name in ("image", "size", *_KEPT)} for batch in batches)
       return evaluation.run(self._step, params, batch_stats, whole, self._mesh, stop, add)
 
-    if not evaluation.over_split(compute, self._batches(), self._source, self._batch_size):
+    num_batches = boxes_pipeline.num_eval_batches(self._source, **self._batching)
+    if not evaluation.over_split(compute, self._batches(), self._source, num_batches):
       return None
     ids = np.sort(np.concatenate(seen)) if seen else np.zeros(0, int)
     assert np.array_equal(ids, np.sort(self._source.table.image_ids)), "an image is not there once"
@@ -219,15 +220,21 @@ class Evaluator:
       found["scores"][valid].astype(np.float64),
     )
 
-  def _batches(self) -> Generator[pipeline.Batch, None, None]:
+  @property
+  def _batching(self) -> dict[str, Any]:
     data = self._data
+    return {
+      "buckets": data.buckets,
+      "short_side": data.short_side,
+      "long_side": data.long_side,
+      "global_batch_size": self._batch_size,
+    }
+
+  def _batches(self) -> Generator[pipeline.Batch, None, None]:
     return boxes_pipeline.eval_batches(
       self._source,
-      buckets=data.buckets,
-      short_side=data.short_side,
-      long_side=data.long_side,
-      global_batch_size=self._batch_size,
-      num_threads=data.num_threads,
+      **self._batching,
+      num_threads=self._data.num_threads,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )

@@ -38,6 +38,7 @@ class FPN(nnx.Module):
     self.laterals = nnx.List([make(size, channels, 1) for size in in_features])
     self.outputs = nnx.List([make(channels, channels, 3) for _ in in_features])
     self.strides = tuple(strides)
+    self.channels = channels
 
   def __call__(self, stages: Sequence[jax.Array]) -> list[jax.Array]:
     """[N, H, W, in_features] of each stage -> [N, H, W, channels] of each."""

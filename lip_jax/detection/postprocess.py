@@ -1,4 +1,4 @@
-"""From what a dense detector predicts for each anchor to the detections of an image."""
+"""From what a detector predicts for anchors or proposals to the detections of an image."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from lip_jax.ops.nms import nms
 PER_LEVEL = 1000  # candidates
 SCORE_THRESHOLD = 0.05
 NMS_THRESHOLD = 0.5
+_DETECTIONS = 100  # at most, of a two-stage detector, in an image
 
 
 class Detections(NamedTuple):
@@ -41,7 +42,7 @@ class _Candidates(NamedTuple):
   valid: jax.Array  # [B] bool
 
 
-def detections(levels: Sequence[Level], size: jax.Array, preset: Preset) -> Detections:
+def dense_detections(levels: Sequence[Level], size: jax.Array, preset: Preset) -> Detections:
   """RetinaNet's detections in one image: of each level the best, then NMS of each class.
 
   Args:
@@ -55,12 +56,44 @@ def detections(levels: Sequence[Level], size: jax.Array, preset: Preset) -> Dete
   select = _of_anchors if preset.retinanet.candidates == "anchors" else _of_pairs
   found = [select(level, size, preset) for level in levels]
   candidates = _Candidates(*(jnp.concatenate(parts) for parts in zip(*found, strict=True)))
+  return _best(candidates, preset.retinanet.detections, preset)
+
+
+def region_detections(
+  scores: jax.Array, boxes: jax.Array, labels: jax.Array, valid: jax.Array, preset: Preset
+) -> Detections:
+  """Faster R-CNN's detections in one image: NMS of each class.
+
+  Args:
+    scores: [P, K] of each proposal and class, without the background.
+    boxes: [P, K, 4], clipped to the image.
+    labels: [K], of the classes.
+    valid: [P] bool, which proposals there are.
+    preset: the conventions.
+
+  Returns:
+    As `Detections`, without the axis N.
+  """
+  least = preset.faster_rcnn.least_detection
+  width, height = box_ops.sizes(boxes, inclusive=preset.inclusive)
+  usable = valid[:, None] & (scores > SCORE_THRESHOLD) & (width >= least) & (height >= least)
+  candidates = _Candidates(
+    boxes.reshape(-1, 4),
+    scores.ravel(),
+    jnp.broadcast_to(labels[None, :], scores.shape).ravel(),
+    usable.ravel(),
+  )
+  return _best(candidates, _DETECTIONS, preset)
+
+
+def _best(candidates: _Candidates, limit: int, preset: Preset) -> Detections:
+  """What NMS of each class leaves, outwards."""
   index, valid = nms(
     candidates.boxes,
     candidates.scores,
     candidates.labels,
     threshold=NMS_THRESHOLD,
-    limit=preset.retinanet.detections,
+    limit=limit,
     valid=candidates.valid,
     inclusive=preset.inclusive,
   )

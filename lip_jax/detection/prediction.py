@@ -11,9 +11,10 @@ import numpy as np
 from lip_jax.data import boxes_pipeline, preprocess
 from lip_jax.detection import categories
 from lip_jax.detection.anchors import DIVISOR
+from lip_jax.detection.detector import Detector
 from lip_jax.detection.inputs import normalize
-from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.models import description
+from lip_jax.models.folding import fold_batch_norm
 from lip_jax.visualize import Boxes, pixel_importance, with_importance
 
 # Images [N, H, W, 3], normalized and padded, and their sizes [N, 2] -> `Detections`, and the
@@ -31,13 +32,14 @@ class Found(NamedTuple):
   importance: np.ndarray | None = None  # [H', W'], from border to border, a mean of one
 
 
-def looker(detector: RetinaNet) -> Look:
+def looker(detector: Detector) -> Look:
   """`detector.detect` and what its LIP layers find important, compiled for each shape of images.
 
   Args:
     detector: in eval mode.
   """
-  run = with_importance(detector, lambda copy, images, sizes: copy.detect(images, sizes))
+  folded = fold_batch_norm(detector)
+  run = with_importance(folded, lambda copy, images, sizes: copy.detect(images, sizes))
   prefix = "backbone."
 
   def look(images: jax.Array, sizes: np.ndarray) -> tuple[Any, list[np.ndarray] | None]:
@@ -54,7 +56,7 @@ def looker(detector: RetinaNet) -> Look:
 
 
 def predict(
-  detector: RetinaNet,
+  detector: Detector,
   config: Mapping[str, Any],
   paths: Sequence[str | Path],
   *,
@@ -76,7 +78,7 @@ def predict(
   prepared = config["preprocess"]
   look = looker(detector)
   ids = config["category_ids"] or list(range(1, config["num_classes"] + 1))
-  classes = categories.classes(ids, detector.preset, detector.head.num_outputs)
+  classes = categories.classes(ids, detector.preset, detector.num_labels)
   for path in paths:
     try:
       pixels = preprocess.decode_jpeg(Path(path).read_bytes(), upright=upright)

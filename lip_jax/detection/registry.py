@@ -10,12 +10,14 @@ from flax.typing import Dtype
 
 from lip_jax.detection import presets
 from lip_jax.detection.anchors import ANCHORS
+from lip_jax.detection.detector import Detector
+from lip_jax.detection.faster_rcnn import FasterRCNN
 from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.errors import UsageError
 from lip_jax.models import create_model
 from lip_jax.models.description import check_num_classes
 
-_DETECTORS = {"retinanet": RetinaNet}
+_DETECTORS: dict[str, type[Detector]] = {"retinanet": RetinaNet, "faster_rcnn": FasterRCNN}
 
 
 def list_detectors() -> list[str]:
@@ -32,7 +34,7 @@ def create_detector(
   dtype: Dtype = jnp.float32,
   rngs: nnx.Rngs,
   **options: Any,
-) -> RetinaNet:
+) -> Detector:
   """Builds a detector with fresh weights.
 
   `detector.losses(images, sizes, targets)` gives what is trained, by name,
@@ -56,12 +58,8 @@ def create_detector(
   Raises:
     UsageError: an unknown name, preset or option, or value of an option, with the valid ones.
   """
-  if name not in _DETECTORS:
-    raise UsageError(f"unknown detector {name!r}; choose one of {', '.join(list_detectors())}")
-  constructor, rules = _DETECTORS[name], presets.find(preset)
-  own = set(inspect.signature(constructor.__init__).parameters)
-  own -= {"self", "backbone", "num_outputs", "preset", "dtype", "rngs"}
-  of_backbone = {option: value for option, value in options.items() if option not in own}
+  constructor, rules = detector_class(name), presets.find(preset)
+  of_backbone = backbone_options(name, options)
   norms = {
     "bn_frozen": True,
     "bn_affine": rules.bn_affine or not of_backbone.get("bn_frozen", True),
@@ -70,15 +68,42 @@ def create_detector(
   try:
     network = create_model(backbone, num_classes=0, dtype=dtype, rngs=rngs, **norms | of_backbone)
   except UsageError as error:
-    raise UsageError(f"{error} (of detector {name!r}: {', '.join(sorted(own))})") from error
+    own = ", ".join(sorted(_own_options(name)))
+    raise UsageError(f"{error} (of detector {name!r}: {own})") from error
   return constructor(
     network,
-    rules.outputs(num_classes),
+    num_classes,
     preset=rules,
     dtype=dtype,
     rngs=rngs,
-    **{option: value for option, value in options.items() if option in own},
+    **{option: value for option, value in options.items() if option not in of_backbone},
   )
+
+
+def detector_class(name: str) -> type[Detector]:
+  """The class of a detector, whose `terms` name its losses.
+
+  Raises:
+    UsageError: there is none of that name.
+  """
+  if name not in _DETECTORS:
+    raise UsageError(f"unknown detector {name!r}; choose one of {', '.join(list_detectors())}")
+  return _DETECTORS[name]
+
+
+def backbone_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+  """Those of a detector's options that are arguments of `create_model`."""
+  own = _own_options(name)
+  return {option: value for option, value in options.items() if option not in own}
+
+
+def _own_options(name: str) -> set[str]:
+  own = {
+    option
+    for one in (detector_class(name), Detector)
+    for option in inspect.signature(one.__init__).parameters
+  }
+  return own - {"self", "backbone", "num_classes", "preset", "dtype", "rngs", "options"}
 
 
 def abstract_detector(name: str, *, mask_padding: bool = True, **options: Any) -> Any:
@@ -100,6 +125,10 @@ def count_classes(
     UsageError: it has no such weights.
   """
   preset = presets.find(str(model.get("preset", "mmdet1")))
+  if model.get("name") == "faster_rcnn":
+    outputs = (shapes.get("box_head.class_logits.bias") or (0,))[-1]
+    by_id = preset.outputs(80) != 80 and outputs == preset.outputs(80)
+    return check_num_classes(80 if by_id else outputs - 1, where)
   bias = shapes.get("head.class_logits.bias") or (0,)
   outputs = bias[0] // ANCHORS["retinanet", preset.name].per_cell
   return check_num_classes(80 if outputs == preset.outputs(80) else outputs, where)

@@ -15,13 +15,26 @@ _KEYS = ("image_id", "category_id", "bbox", "score")
 
 
 def read_ground_truth(path: str | Path) -> dict[str, Any]:
-  """What an annotation file holds: "images", "annotations" and "categories".
+  """What an annotation file holds: "images", "annotations", "categories" and "info".
 
   Raises:
     UsageError: there is no such file, or its annotations are not in order.
   """
   file = coco_json.read(str(path))
-  return file.table.to_coco(file.class_names, file.category_ids)
+  return file.table.to_coco(file.class_names, file.category_ids, file.area_limits)
+
+
+def write_ground_truth(path: str | Path, ground_truth: Mapping[str, Any]) -> None:
+  """Writes annotations as `read_ground_truth` takes them.
+
+  Raises:
+    UsageError: the file cannot be written.
+  """
+  images = [
+    {**image, "file_name": image["file_name"] or str(image["id"])}
+    for image in ground_truth["images"]
+  ]
+  _write(path, {**ground_truth, "images": images}, "annotations")
 
 
 def read_results(path: str | Path, ground_truth: Mapping[str, Any]) -> Results:
@@ -81,7 +94,11 @@ def write_results(path: str | Path, results: Results) -> None:
   rows = [
     dict(zip(_KEYS, row, strict=True)) for row in zip(*(a.tolist() for a in results), strict=True)
   ]
+  _write(path, rows, "detections")
+
+
+def _write(path: str | Path, values: Any, what: str) -> None:
   try:
-    Path(path).write_text(json.dumps(rows))
+    Path(path).write_text(json.dumps(values))
   except OSError as error:
-    raise UsageError(f"cannot write the detections to {path}: {error.strerror}") from None
+    raise UsageError(f"cannot write the {what} to {path}: {error.strerror}") from None

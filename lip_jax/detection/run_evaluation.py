@@ -2,19 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
+from lip_jax.data.annotations import check_area_limits
 from lip_jax.data.boxes import open_boxes
 from lip_jax.detection import coco_metric, result_files
-from lip_jax.detection.coco_metric import Score
+from lip_jax.detection.coco_metric import Results
 from lip_jax.detection.curves import draw_curves
+from lip_jax.detection.detector import Detector
 from lip_jax.detection.evaluation import Evaluator
-from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
@@ -24,7 +25,7 @@ from lip_jax.training import train_state
 
 
 def evaluate_loaded(
-  detector: RetinaNet,
+  detector: Detector,
   config: Mapping[str, Any],
   *,
   data_dir: str | None = None,
@@ -32,6 +33,8 @@ def evaluate_loaded(
   batch_size: int | None = None,
   annotations: str | Path | None = None,
   save_detections: str | Path | None = None,
+  save_annotations: str | Path | None = None,
+  areas: Sequence[float] | None = None,
   curves: str | Path | None = None,
 ) -> dict[str, Any]:
   """COCO's metric of what `lip_jax.load` gives, on all devices; all processes call it together.
@@ -42,14 +45,17 @@ def evaluate_loaded(
     batch_size: images at once, made a multiple of the devices; None: the run's.
     annotations: file with the ground truth; None: what the data set says.
     save_detections: where to write what is found, as COCO's results.
+    save_annotations: where to write the ground truth, as COCO's annotations.
+    areas: up to which objects are small, and medium, in pixels^2; None: what the ground truth says.
     curves: picture file for precision over recall.
 
   Returns:
     `coco_metric.NAMES`, "AP_by_class", "count" of images, "data", "ground_truth" and "library" by
-    name, "step".
+    name, "area_limits", "step".
 
   Raises:
-    UsageError: there is no such data set, its classes are others, or weights are not finite.
+    UsageError: there is no such data set, its classes are others, weights are not finite, or a file
+      cannot be written.
   """
   description.check_finite(detector, config["source"]["path"])
   run: Any = config_lib.load(config["source"]["path"])
@@ -67,6 +73,7 @@ def evaluate_loaded(
       f"{source.category_ids[:10]}; give the data set that it was trained on"
     )
   truth = source.ground_truth() if annotations is None else _truth(annotations, source)
+  _set_areas(truth, areas)
   mesh = sharding.make_mesh()
   # By way of the host: one process cannot place arrays of its own on the devices of others.
   weights = jax.device_put(jax.device_get(train_state.split(detector)), sharding.replicated(mesh))
@@ -78,8 +85,9 @@ def evaluate_loaded(
   if jax.process_index() == 0:
     if save_detections is not None:
       result_files.write_results(save_detections, results)
-    score = coco_metric.score(truth, results, area_limits=source.area_limits)
-    values = _report(score, curves)
+    if save_annotations is not None:
+      result_files.write_ground_truth(save_annotations, truth)
+    values = _report(truth, results, curves)
   return {
     **sharding.gather(values)[0],
     "count": len(source),
@@ -90,23 +98,41 @@ def evaluate_loaded(
 
 
 def evaluate_files(
-  detections: str | Path, annotations: str | Path, *, curves: str | Path | None = None
+  detections: str | Path,
+  annotations: str | Path,
+  *,
+  areas: Sequence[float] | None = None,
+  curves: str | Path | None = None,
 ) -> dict[str, Any]:
   """COCO's metric of detections in a file, without a network: as `evaluate_loaded`, but "step"."""
   truth = result_files.read_ground_truth(annotations)
-  score = coco_metric.score(truth, result_files.read_results(detections, truth))
+  _set_areas(truth, areas)
   return {
-    **_report(score, curves),
+    **_report(truth, result_files.read_results(detections, truth), curves),
     "count": len(truth["images"]),
     "data": str(detections),
     "ground_truth": str(annotations),
   }
 
 
-def _report(score: Score, curves: str | Path | None) -> dict[str, Any]:
+def _set_areas(truth: dict[str, Any], areas: Sequence[float] | None) -> None:
+  if areas is not None:
+    check_area_limits(*areas)
+    truth["info"] = {"area_limits": list(areas)}
+
+
+def _report(
+  truth: Mapping[str, Any], results: Results, curves: str | Path | None
+) -> dict[str, Any]:
+  score = coco_metric.score(truth, results)
   if curves is not None:
     draw_curves(score, curves)
-  return {**score.metrics, "AP_by_class": score.by_class, "library": score.library}
+  return {
+    **score.metrics,
+    "AP_by_class": score.by_class,
+    "library": score.library,
+    "area_limits": truth["info"]["area_limits"],
+  }
 
 
 def _truth(annotations: str | Path, source: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lip_jax.detection import categories, evaluation, presets
 from lip_jax.detection.config import Config
 from lip_jax.detection.evaluation import Evaluator
 from lip_jax.detection.inputs import normalize
-from lip_jax.detection.registry import create_detector
+from lip_jax.detection.registry import backbone_options, create_detector, detector_class
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names, initial_weights, loading
 from lip_jax.models.registry import network_class
@@ -42,8 +42,6 @@ class Detection(Task):
   """
 
   best_metric = "AP"
-  trained = ("classification", "boxes")
-  shown = trained
   config: Config
 
   def __init__(self, config: Config, num_classes: int | None = None):
@@ -51,6 +49,7 @@ class Detection(Task):
     self._num_classes = num_classes
     self.preset = presets.find(config.model.get("preset", "mmdet1"))
     self.buckets = config.data.buckets
+    self.trained = self.shown = detector_class(config.model["name"]).terms
     try:
       nnx.eval_shape(lambda: self._create(nnx.Rngs(0), 1))
     except (TypeError, ValueError) as error:
@@ -161,7 +160,7 @@ class Detection(Task):
     return categories.outputs(self.source.category_ids, self.preset)
 
   def loss(self, model: Any, batch: Batch, key: jax.Array) -> tuple[Scalars, Scalars]:
-    targets = {name: batch[name] for name in ("boxes", "labels", "valid", "crowd")}
+    targets = {name: batch[name] for name in ("boxes", "labels", "valid", "crowd", "image_id")}
     return model.loss_sums(batch["image"], batch["size"], targets, key=key)
 
   def trainable(self, path: tuple[str, ...]) -> bool:
@@ -196,9 +195,11 @@ class Detection(Task):
     """`state` with the backbone of a classifier: a run, an exported folder, hf://, or a file of
     PyTorch's.
     """
-    backbone = self.config.model["backbone"]
+    options = dict(self.config.model)
+    name, backbone = options.pop("name"), options.pop("backbone")
+    options.pop("preset", None)
     if str(path).endswith(_PYTORCH):
-      model, found = loading.load_file(path, backbone)
+      model, found = loading.load_file(path, backbone, backbone_options(name, options))
     else:
       model, found = loading.load_classifier(path)
     state = initial_weights.fill(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from flax import nnx
 
-from lip_jax.detection.retinanet import RetinaNet
+from lip_jax.detection.detector import Detector
 from lip_jax.models import torch_names
 
 # Our path, dots between its parts -> theirs.
@@ -19,6 +19,13 @@ _RULES = {
     (r"^head\.class_logits\.", "head.classification_head.cls_logits."),
     (r"^head\.box_convs\.(\d+)\.", r"head.regression_head.conv.\1.0."),
     (r"^head\.box_deltas\.", "head.regression_head.bbox_reg."),
+    (r"^rpn\.conv\.", "rpn.head.conv.0.0."),
+    (r"^rpn\.logits\.", "rpn.head.cls_logits."),
+    (r"^rpn\.box_deltas\.", "rpn.head.bbox_pred."),
+    (r"^box_head\.fc1\.", "roi_heads.box_head.fc6."),
+    (r"^box_head\.fc2\.", "roi_heads.box_head.fc7."),
+    (r"^box_head\.class_logits\.", "roi_heads.box_predictor.cls_score."),
+    (r"^box_head\.box_deltas\.", "roi_heads.box_predictor.bbox_pred."),
   ),
   "mmdet1": (
     (r"^fpn\.laterals\.(\d+)\.", r"neck.lateral_convs.\1.conv."),
@@ -29,6 +36,13 @@ _RULES = {
     (r"^head\.class_logits\.", "bbox_head.retina_cls."),
     (r"^head\.box_convs\.", "bbox_head.reg_convs."),
     (r"^head\.box_deltas\.", "bbox_head.retina_reg."),
+    (r"^rpn\.conv\.", "rpn_head.rpn_conv."),
+    (r"^rpn\.logits\.", "rpn_head.rpn_cls."),
+    (r"^rpn\.box_deltas\.", "rpn_head.rpn_reg."),
+    (r"^box_head\.fc1\.", "bbox_head.shared_fcs.0."),
+    (r"^box_head\.fc2\.", "bbox_head.shared_fcs.1."),
+    (r"^box_head\.class_logits\.", "bbox_head.fc_cls."),
+    (r"^box_head\.box_deltas\.", "bbox_head.fc_reg."),
   ),
 }
 # Other spellings: torchvision's published files are older than its names, in which a convolution
@@ -36,6 +50,7 @@ _RULES = {
 _SPELLINGS = {
   "torchvision": (
     (r"(fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2"),
+    (r"(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2"),
     (
       r"(_head\.conv)\.(\d+)\.(weight|bias)$",
       lambda match: f"{match[1]}.{int(match[2]) // 2}.0.{match[3]}",
@@ -46,12 +61,13 @@ _SPELLINGS = {
 
 
 @torch_names.torch_names.register
-def _names(detector: RetinaNet) -> Iterator[tuple[str, nnx.Variable]]:
+def _names(detector: Detector) -> Iterator[tuple[str, nnx.Variable]]:
   rules = _RULES[detector.preset.name]
   backbone = ((f"backbone.{name}", x) for name, x in torch_names.torch_names(detector.backbone))
   others = (
     (f"{part}.{name}", variable)
-    for part in ("fpn", "coarser", "head")
+    for part in ("fpn", "coarser", "head", "rpn", "box_head")
+    if hasattr(detector, part)
     for name, variable in torch_names.renamed(getattr(detector, part))
   )
   for name, variable in (*backbone, *others):
@@ -63,5 +79,5 @@ def _names(detector: RetinaNet) -> Iterator[tuple[str, nnx.Variable]]:
 
 
 @torch_names.spellings.register
-def _spellings(detector: RetinaNet) -> torch_names.Rules:
+def _spellings(detector: Detector) -> torch_names.Rules:
   return (*torch_names.SPELLINGS, *_SPELLINGS[detector.preset.name])

@@ -186,7 +186,7 @@ class Convolutions(nnx.Module):
     make: LayerFactory,
     stride: int = 1,
   ):
-    self.residual_conv = make.conv(branch_features, mid_features, 3, stride)
+    self.residual_conv = make.conv3x3(branch_features, mid_features, stride)
     identity = stride == 1 and in_features == out_features
     self.shortcut_conv = None if identity else make.conv(in_features, out_features, 1, stride)
 

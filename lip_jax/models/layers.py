@@ -18,6 +18,7 @@ from flax.typing import Dtype
 
 from lip_jax.errors import UsageError
 from lip_jax.models import padding
+from lip_jax.ops.deform_conv import deform_conv
 from lip_jax.ops.normalization import apply_moments, normalize, varying_alike
 
 # He et al. 2015 with fan-out, as fb.resnet.torch and torchvision initialise convolutions.
@@ -200,6 +201,10 @@ class LayerFactory(NamedTuple):
   init: nnx.Initializer = kaiming_fan_out  # of convolutions
   norm_layer: Callable[..., BatchNorm] = BatchNorm  # (features, zero_init=, dtype=) -> norm
   zero_init_residual: bool = False
+  # Of the 3x3 convolutions inside of blocks: how many groups of channels there are that do not mix,
+  # and whether the places that are read are learned.
+  groups: int = 1
+  deformable: bool = False
 
   @property
   def options(self) -> dict[str, Any]:
@@ -214,6 +219,7 @@ class LayerFactory(NamedTuple):
     stride: int = 1,
     *,
     use_bias: bool = False,
+    groups: int = 1,
   ) -> nnx.Conv:
     """Square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd sizes."""
     return nnx.Conv(
@@ -223,10 +229,19 @@ class LayerFactory(NamedTuple):
       strides=stride,
       padding=((size // 2, size // 2),) * 2,
       use_bias=use_bias,
+      feature_group_count=groups,
       param_dtype=param_dtype(self.dtype),
       kernel_init=self.init,
       **self.options,
     )
+
+  def conv3x3(
+    self, in_features: int, out_features: int, stride: int = 1
+  ) -> "nnx.Conv | DeformableConv":
+    """What a block has for its 3x3 convolution, by `groups` and `deformable`."""
+    if not self.deformable:
+      return self.conv(in_features, out_features, 3, stride, groups=self.groups)
+    return DeformableConv(in_features, out_features, stride, self)
 
   def norm(self, features: int, ends_branch: bool = False) -> BatchNorm:
     """Batch norm; `ends_branch`: it is the last of a residual branch."""
@@ -248,6 +263,33 @@ class LayerFactory(NamedTuple):
       param_dtype=kept,
       kernel_init=linear_uniform,
       rngs=self.rngs,
+    )
+
+
+class DeformableConv(nnx.Module):
+  """3x3 convolution that learns where to read: [N, H, W, in] -> [N, ceil(H / stride), ..., out].
+
+  Version 1 of Dai et al., ICCV 2017: a convolution, zero at first, predicts the offsets of the nine
+  taps. Reads are bilinear, of zeros outside; where offsets are zero in the padding they have no
+  gradient, as in mmdetection 0.6.
+  """
+
+  def __init__(self, in_features: int, out_features: int, stride: int, make: LayerFactory):
+    shape = (3, 3, in_features // make.groups, out_features)
+    kept = param_dtype(make.dtype)
+    self.kernel = nnx.Param(make.init(make.rngs.params(), shape, kept))
+    zeros = make._replace(init=nnx.initializers.zeros)
+    self.offset = zeros.conv(in_features, 18, 3, stride, use_bias=True)
+    self.stride = stride
+    self.dtype = make.dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return deform_conv(
+      x,
+      self.offset(x),
+      self.kernel[...].astype(self.dtype),
+      stride=self.stride,
+      border_gradient=False,
     )
 
 

@@ -25,6 +25,8 @@ _PLAIN: dict[str, _Entry] = {
   "resnet50": (ResNet, {"stage_sizes": (3, 4, 6, 3)}),
   "resnet101": (ResNet, {"stage_sizes": (3, 4, 23, 3)}),
   "resnet152": (ResNet, {"stage_sizes": (3, 8, 36, 3)}),
+  "resnext50_32x4d": (ResNet, {"stage_sizes": (3, 4, 6, 3), "groups": 32, "group_width": 4}),
+  "resnext101_64x4d": (ResNet, {"stage_sizes": (3, 4, 23, 3), "groups": 64, "group_width": 4}),
   # The embedded job's network, for images of 32-64 px: 14 layers, a quarter of the usual width.
   "resnet_small": (ResNet, {"stage_sizes": (1, 1, 1, 1), "width": 16, "stem": "small"}),
   "densenet121": (DenseNet, {"block_sizes": (6, 12, 24, 16)}),
@@ -37,6 +39,12 @@ _MODELS = _PLAIN | {
   f"lip_{name}": (constructor, {**options, "pool": "lip", **_LIP.get(name, {})})
   for name, (constructor, options) in _PLAIN.items()
 }
+# More deformable (table 6). The paper does not say which layers are: our choice is all that have
+# 3x3 windows in stages c3 to c5.
+_MODELS["lip_resnet101_md"] = (
+  ResNet,
+  {**_MODELS["lip_resnet101"][1], "deformable_stages": ("c3", "c4", "c5")},
+)
 
 
 def list_models() -> list[str]:

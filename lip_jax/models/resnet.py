@@ -1,7 +1,8 @@
 """ResNets whose down-sampling is an argument: plain, pooled in any way, or LIP.
 
 Sources: He et al. 2016 in the form of fb.resnet.torch (the stride sits in the 3x3 convolution), and
-section 3.3 with figure 4 of the LIP paper.
+section 3.3 with figure 4 of the LIP paper; ResNeXts: Xie et al. 2017; deformable layers: Dai et al.
+2017.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from lip_jax.errors import UsageError
 from lip_jax.models import layers
 from lip_jax.models.downsample import Convolutions, Downsample
 from lip_jax.models.layers import LayerFactory
@@ -65,7 +67,7 @@ class BasicBlock(ResidualBlock):
     make_spatial = Convolutions if downsample is None else downsample.transition
     self.spatial = make_spatial(in_features, in_features, width, width, make)
     self.bn1 = make.norm(width)
-    self.conv2 = make.conv(width, width, 3)
+    self.conv2 = make.conv3x3(width, width)
     self.bn2 = make.norm(width, ends_branch=True)
     super().__init__(in_features, width, downsample, make)
 
@@ -76,7 +78,11 @@ class BasicBlock(ResidualBlock):
 
 
 class BottleneckBlock(ResidualBlock):
-  """Residual block 1x1, 3x3, 1x1; [N, H, W, in] -> [N, H', W', 4 * width]; as `BasicBlock`."""
+  """Residual block 1x1, 3x3, 1x1; [N, H, W, in] -> [N, H', W', 4 * width]; as `BasicBlock`.
+
+  Args:
+    inside: channels of the 3x3 convolution.
+  """
 
   expansion = 4
   transition_name = "conv2"
@@ -88,15 +94,20 @@ class BottleneckBlock(ResidualBlock):
   }
 
   def __init__(
-    self, in_features: int, width: int, downsample: Downsample | None, make: LayerFactory
+    self,
+    in_features: int,
+    width: int,
+    downsample: Downsample | None,
+    make: LayerFactory,
+    inside: int,
   ):
     out_features = self.expansion * width
-    self.conv1 = make.conv(in_features, width, 1)
-    self.bn1 = make.norm(width)
+    self.conv1 = make.conv(in_features, inside, 1)
+    self.bn1 = make.norm(inside)
     make_spatial = Convolutions if downsample is None else downsample.transition
-    self.spatial = make_spatial(in_features, width, width, out_features, make)
-    self.bn2 = make.norm(width)
-    self.conv3 = make.conv(width, out_features, 1)
+    self.spatial = make_spatial(in_features, inside, inside, out_features, make)
+    self.bn2 = make.norm(inside)
+    self.conv3 = make.conv(inside, out_features, 1)
     self.bn3 = make.norm(out_features, ends_branch=True)
     super().__init__(in_features, out_features, downsample, make)
 
@@ -120,6 +131,9 @@ class ResNet(Network):
     width: channels after the stem, and inside the first stage's blocks; doubles at each stage.
     stem: "imagenet" (7x7 convolution, stride 2) or "small" (3x3, stride 1, for images of 32-64 px:
       the strides of `features` are then half of those named).
+    groups: of channels that do not mix in the 3x3 convolutions of "bottleneck" blocks: ResNeXts.
+    group_width: channels of each in the first stage; doubles at each stage. None: width / groups.
+    deformable_stages: of "c3", "c4" and "c5", those whose blocks' 3x3 convolutions are deformable.
     zero_init_residual: start every block as identity (Goyal et al. 2017).
     norm: makes the batch norms: `layers.make_batch_norm`.
   """
@@ -140,6 +154,9 @@ class ResNet(Network):
     block: Literal["bottleneck", "basic"] = "bottleneck",
     width: int = 64,
     stem: Literal["imagenet", "small"] = "imagenet",
+    groups: int = 1,
+    group_width: int | None = None,
+    deformable_stages: Sequence[str] = (),
     zero_init_residual: bool = False,
     in_channels: int = 3,
     remat: bool = False,
@@ -153,6 +170,9 @@ class ResNet(Network):
     layers.check_choice(("bottleneck", "basic"), block=block)
     layers.check_sizes(width=width)
     make = LayerFactory(dtype, rngs, layers.kaiming_fan_out, norm, zero_init_residual)
+    inside = _inside(width, groups, group_width, block)
+    if not set(deformable_stages) <= {"c3", "c4", "c5"}:
+      raise UsageError(f"deformable_stages must be some of c3, c4, c5, got {deformable_stages!r}")
     make_block = BottleneckBlock if block == "bottleneck" else BasicBlock
 
     kernel_size, stride = (7, 2) if stem == "imagenet" else (3, 1)
@@ -162,9 +182,12 @@ class ResNet(Network):
     features = width
     for stage, blocks in enumerate(stage_sizes):
       layer = []
+      deformable = f"c{stage + 2}" in deformable_stages
+      make = make._replace(groups=groups, deformable=deformable)
+      options = {"inside": inside * 2**stage} if block == "bottleneck" else {}
       for index in range(blocks):
         here = downsample[f"c{stage + 2}"] if stage > 0 and index == 0 else None
-        layer.append(make_block(features, width * 2**stage, here, make))
+        layer.append(make_block(features, width * 2**stage, here, make, **options))
         features = make_block.expansion * width * 2**stage
       setattr(self, f"layer{stage + 1}", nnx.List(layer))
     self.fc = make.classifier(features, num_classes)
@@ -177,3 +200,16 @@ class ResNet(Network):
         x = layers.apply(block, x, remat=self.remat)
       outputs[f"c{stage + 2}"] = x
     return outputs
+
+
+def _inside(width: int, groups: int, group_width: int | None, block: str) -> int:
+  """Channels of the 3x3 convolutions in the first stage's blocks."""
+  layers.check_sizes(groups=groups)
+  if group_width is None:
+    if width % groups:
+      raise UsageError(f"width {width} cannot be divided into {groups} groups; give group_width")
+    group_width = width // groups
+  layers.check_sizes(group_width=group_width)
+  if block == "basic" and (groups, group_width) != (1, width):
+    raise UsageError("groups and group_width are for block 'bottleneck'; leave them out")
+  return groups * group_width

@@ -204,7 +204,9 @@ def _resnet_rules(model: ResNet) -> Rules:
     # Behind a pooling, the convolution of the residual branch is the second part of a sequence.
     if hasattr(block.spatial, "residual_pool"):
       rules.append((rf"^(layer{stage}\.0)\.spatial\.residual_conv\.", rf"\1.{conv}.1."))
-  return (*rules, (r"\.spatial\.residual_conv\.", f".{conv}."))
+  # What predicts the offsets of a deformable convolution stands beside it.
+  offsets = (r"\.(conv\d)\.offset\.", r".\1_offset.")
+  return (*rules, (r"\.spatial\.residual_conv\.", f".{conv}."), offsets)
 
 
 def _lip_layers(model: nnx.Module) -> list[LIP]:

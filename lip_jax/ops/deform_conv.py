@@ -28,7 +28,7 @@ def deform_conv(
   Args:
     x: [N, H, W, C].
     offset: [N, H', W', 2 * kh * kw], in cells: (dy, dx) of each tap, taps in row order.
-    kernel: [kh, kw, C, O].
+    kernel: [kh, kw, C / groups, O]; its shape tells how many groups of channels do not mix.
     border_gradient: whether samples exactly one cell outside, at -1, where zero offsets in the
       padding lie, have a gradient by their offset (torchvision) or none (mmdetection 0.6).
 
@@ -47,10 +47,11 @@ def deform_conv(
 
 
 def _check(x, offset, kernel, stride, padding):
-  if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[2] != x.shape[3]:
-    raise ValueError(
-      f"x {x.shape} and kernel {kernel.shape} do not match; expected [N, H, W, C], [kh, kw, C, O]"
-    )
+  shapes = f"x {x.shape} and kernel {kernel.shape}"
+  if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] % kernel.shape[2]:
+    raise ValueError(f"{shapes} do not match; expected [N, H, W, C], [kh, kw, C / groups, O]")
+  if kernel.shape[3] % (x.shape[3] // kernel.shape[2]):
+    raise ValueError(f"{shapes}: outputs must be a multiple of the groups")
   spatial = (
     (extent + 2 * padding - taps) // stride + 1
     for extent, taps in zip(x.shape[1:3], kernel.shape[:2], strict=True)
@@ -61,7 +62,9 @@ def _check(x, offset, kernel, stride, padding):
 
 
 def _convolve(x, offset, kernel, *, stride, padding, border_gradient):
-  kernel_height, kernel_width, channels, outputs = kernel.shape
+  kernel_height, kernel_width, per_group, outputs = kernel.shape
+  channels = x.shape[3]
+  groups = channels // per_group
   taps = kernel_height * kernel_width
   images, height, width, _ = offset.shape
   offset = offset.astype(jnp.promote_types(offset.dtype, jnp.float32))
@@ -85,12 +88,12 @@ def _convolve(x, offset, kernel, *, stride, padding, border_gradient):
   )
   dtype = jnp.result_type(x, kernel)
   convolved = jnp.einsum(
-    "nhwtc,tco->nhwo",
-    samples.astype(dtype),
-    kernel.astype(dtype).reshape(taps, channels, outputs),
+    "nhwtgc,tcgo->nhwgo",
+    samples.astype(dtype).reshape(images, height, width, taps, groups, per_group),
+    kernel.astype(dtype).reshape(taps, per_group, groups, outputs // groups),
     preferred_element_type=jnp.promote_types(dtype, jnp.float32),
   )
-  return convolved.astype(dtype)
+  return convolved.reshape(images, height, width, outputs).astype(dtype)
 
 
 def _corners(positions, extent, border_gradient):

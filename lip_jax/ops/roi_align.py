@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -81,6 +82,7 @@ def multilevel_roi_align(
   size: int | tuple[int, int] = 7,
   samples: int = 2,
   mode: Mode = "unaligned",
+  extents: ArrayLike | None = None,
   implementation: Implementation = "auto",
 ) -> jax.Array:
   """`roi_align` of each region on its own level of a pyramid.
@@ -92,6 +94,8 @@ def multilevel_roi_align(
     rois: [R, 4].
     levels: [R] integers from 0 to L - 1, see `roi_levels`.
     size: as for `roi_align`, and so are all others.
+    extents: [L, 2] integers, the rows and columns of each level that the image has if the maps are
+      padded: they count as if they ended there; None: they do not.
     implementation: "gather", "one_hot" or "auto".
 
   Returns:
@@ -116,7 +120,9 @@ def multilevel_roi_align(
     name: functools.partial(form, strides=strides, bins=bins, samples=samples, mode=mode)
     for name, form in (("gather", _gather), ("one_hot", _one_hot))
   }
-  arguments = (maps, rois.astype(precise), jnp.asarray(levels))
+  whole = np.array([one.shape[:2] for one in maps])
+  ends = jnp.asarray(whole if extents is None else extents, jnp.int32)
+  arguments = (maps, rois.astype(precise), jnp.asarray(levels), ends)
   if implementation == "auto":
     pooled = lax.platform_dependent(*arguments, tpu=forms["one_hot"], default=forms["gather"])
   else:
@@ -146,7 +152,7 @@ def roi_levels(boxes: ArrayLike, *, inclusive: bool = False, levels: int = 4) ->
   return sum((one.astype(jnp.int32) for one in reached), jnp.zeros(side.shape, jnp.int32))
 
 
-def _gather(maps, rois, levels, *, strides, bins, samples, mode):
+def _gather(maps, rois, levels, ends, *, strides, bins, samples, mode):
   """Reads the cells from a table of all levels, one tap of the rows at a time."""
   heights, widths = zip(*(one.shape[:2] for one in maps), strict=True)
   starts = [0]
@@ -158,9 +164,9 @@ def _gather(maps, rois, levels, *, strides, bins, samples, mode):
     return jnp.asarray(values, dtype)[levels]
 
   width = of_level(widths)
-  rows, columns = _taps(
-    rois, of_level(strides, rois.dtype), of_level(heights), width, bins, samples, mode
-  )
+  bottom, right = ends[levels, 0], ends[levels, 1]
+  scale = of_level(strides, rois.dtype)
+  rows, columns = _taps(rois, scale, bottom, right, bins, samples, mode)
   start = of_level(starts[:-1])[:, None, None, None]
 
   def add(total, tap):
@@ -175,16 +181,16 @@ def _gather(maps, rois, levels, *, strides, bins, samples, mode):
   return lax.scan(add, jnp.zeros(shape, table.dtype), by_tap)[0]
 
 
-def _one_hot(maps, rois, levels, *, strides, bins, samples, mode):
+def _one_hot(maps, rois, levels, ends, *, strides, bins, samples, mode):
   """Multiplies each map by the weights of rows and of columns, zero for regions of other levels."""
 
   def pool(region):
     roi, level = region
     total = jnp.zeros((*bins, maps[0].shape[-1]), roi.dtype)
     for number, (one, stride) in enumerate(zip(maps, strides, strict=True)):
-      height, width = (jnp.full(1, extent, jnp.int32) for extent in one.shape[:2])
       scale = jnp.full(1, stride, roi.dtype)
-      taps = _taps(roi[None], scale, height, width, bins, samples, mode)
+      bottom, right = ends[number, :1], ends[number, 1:]
+      taps = _taps(roi[None], scale, bottom, right, bins, samples, mode)
       rows, columns = (
         _matrix(tap, extent) for tap, extent in zip(taps, one.shape[:2], strict=True)
       )

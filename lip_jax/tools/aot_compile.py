@@ -1,64 +1,43 @@
-"""Compiles the steps of a run for TPUs that are not there, and says what they will need.
+"""Compiles the steps of a run for TPUs and GPUs that are not there, and says what they will need.
 
-The compiler of the `tpu` extra (libtpu) works on any machine. All figures are its own, of one chip;
-none is measured.
+The compilers of the `tpu` and `gpu-compile` extras work on any machine. All figures are their own,
+of one chip, or counted in the program that they give; none is measured.
 """
 
 import dataclasses
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax.experimental import topologies
 
 from lip_jax.errors import UsageError
-from lip_jax.tools import paper
+from lip_jax.tools import hlo, paper
+from lip_jax.tools.chips import Chip
 from lip_jax.tools.collectives import Collective, collectives
+from lip_jax.tools.traffic import Traffic, kernels_of, traffic
 from lip_jax.training import task as task_lib
 from lip_jax.training.config import Config
 from lip_jax.training.task import Task
 from lip_jax.training.train_step import Program
 
-
-class Chip(NamedTuple):
-  """Public figures of one TPU chip (cloud.google.com/tpu/docs, the page of each generation).
-
-  Memory is counted in units of 10^9 bytes, a little less than what the compiler lets a program use.
-  """
-
-  flops: float  # a second, bfloat16, at most
-  hbm: float  # bytes
-  hbm_bandwidth: float  # bytes a second
-  # Bytes a second that a chip sends over all of its links in one direction: what the pages give as
-  # all-reduce bandwidth of a pod, for each chip (v5p: as interchip interconnect bandwidth).
-  ici_bandwidth: float
-  dimensions: int  # of the torus
-  options: dict[str, Any]  # of the topology: what makes a chip one device, as it is on Cloud TPU
-
-
-CHIPS = {
-  "v4": Chip(275e12, 32e9, 1200e9, 269e9, 3, {"chip_config_name": "megacore"}),
-  "v5e": Chip(197e12, 16e9, 819e9, 200e9, 2, {}),
-  "v5p": Chip(459e12, 95e9, 2765e9, 600e9, 3, {}),
-  "v6e": Chip(918e12, 32e9, 1638e9, 400e9, 2, {}),
-}
-_EXAMPLES = "v5e:2x4, v5e:16x16, v6e:8x8, v4:2x2x2, v5p:4x4x4"
-
-
-class Topology(NamedTuple):
-  """A slice of TPU chips, to compile for."""
-
-  name: str
-  chip: Chip
-  devices: Sequence[jax.Device]  # one for each chip
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.-]+ = ", re.MULTILINE)
+_FITS_NOT = (
+  "the program does not fit the chip's memory: {}. Take fewer images for each chip (a lower "
+  "config.global_batch_size or more chips), config.dtype=bfloat16, a greater "
+  "config.accumulation_steps or config.remat=True; config.fsdp splits parameters and momentum, "
+  "which are little beside the activations"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """What a compiled program needs of each device, by the compiler's account. Memory in bytes."""
+  """What a compiled program needs of each device, by the compiler's account. Memory in bytes.
+
+  Compilers for GPUs tell neither FLOPs nor bytes accessed: these are counted in the program, FLOPs
+  of convolutions and matrix products only.
+  """
 
   arguments: int
   outputs: int
@@ -68,6 +47,10 @@ class Figures:
   flops: float
   bytes_accessed: float
   collectives: tuple[Collective, ...]
+  instructions: int  # of HLO, in all computations, also those inside of fusions
+  # Of GPUs: what adds up to `bytes_accessed`, and the PTX of the kernels that are not XLA's.
+  traffic: tuple[Traffic, ...] = ()
+  kernels: tuple[str, ...] = ()
 
   @property
   def peak(self) -> int:
@@ -88,46 +71,6 @@ class Roofline(NamedTuple):
     return max(self)
 
 
-def topology(name: str) -> Topology:
-  """The slice of that name, such as v5e:4x4: a generation and its chips along each axis.
-
-  Raises:
-    UsageError: there is no such slice, or no compiler for TPUs.
-  """
-  generation, _, shape = name.partition(":")
-  if generation not in CHIPS:
-    raise UsageError(
-      f"unknown TPU {generation!r} in topology {name!r}; expected one of {', '.join(CHIPS)} and "
-      f"the number of chips along each axis, for example {_EXAMPLES}"
-    )
-  chip = CHIPS[generation]
-  sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-  if len(sizes) != chip.dimensions or not all(sizes):
-    raise UsageError(
-      f"topology {name!r}: {generation} chips lie along {chip.dimensions} axes; for example "
-      f"{', '.join(one for one in _EXAMPLES.split(', ') if one.startswith(generation))}"
-    )
-  if importlib.util.find_spec("libtpu") is None:
-    raise UsageError(
-      "the compiler for TPUs is missing: pip install 'lip-jax[tpu]', which brings libtpu; it needs "
-      "no TPU"
-    )
-  # Whether the links of each axis close to a ring: in whole cubes of 4, or rows of 16.
-  cubes = all(size % 4 == 0 for size in sizes)
-  wrap = (cubes,) * 3 if len(sizes) == 3 else (sizes[0] == 16, sizes[1] == 16, False)
-  try:
-    description = topologies.get_topology_desc(
-      platform="tpu", topology_name=name, wrap=wrap, **chip.options
-    )
-  except Exception as error:  # of libtpu, whose types depend on its version
-    reason = str(error).strip().splitlines()[0]
-    raise UsageError(
-      f"cannot compile for topology {name!r}: {reason}; slices that exist are, for example, "
-      f"{_EXAMPLES}"
-    ) from error
-  return Topology(name, chip, description.devices)
-
-
 def num_classes(config: Config) -> int:
   """Classes of a run's data set, which need not be there if it is ImageNet or COCO.
 
@@ -142,7 +85,7 @@ def train_step(config: Config, classes: int, devices: Sequence[jax.Device], buck
   """Figures of the training step of a run; minutes for a large network.
 
   Args:
-    devices: to compile for, of a `Topology` or of this machine.
+    devices: to compile for, of a `chips.Topology` or of this machine.
     bucket: which of the task's, as batches of another shape are another program.
 
   Raises:
@@ -181,21 +124,27 @@ def roofline(figures: Figures, chip: Chip) -> Roofline:
   Memory: the compiler counts what every operation reads and writes, also what stays on the chip
   between two of them, so that this can be too much. Communication: rings over many chips, in which
   every chip sends the bytes of an all-reduce twice, and those of anything else once, over all of
-  its links. Small slices, whose links do not close to rings or lead nowhere, take longer.
+  its links. Small slices of TPUs, whose links do not close to rings or lead nowhere, take longer.
   """
   sent = sum(one.bytes * (2 if one.kind == "all-reduce" else 1) for one in figures.collectives)
   return Roofline(
     figures.flops / chip.flops,
-    figures.bytes_accessed / chip.hbm_bandwidth,
-    sent / chip.ici_bandwidth,
+    figures.bytes_accessed / chip.memory_bandwidth,
+    sent / chip.link_bandwidth,
   )
 
 
 def figures(compiled: jax.stages.Compiled) -> Figures:
   """Figures of any compiled program."""
   memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-  if not (memory and cost and text):
+  if not (memory and text):
     raise ValueError("the compiler of this platform tells nothing of its programs")
+  program = hlo.read(text)
+  of_kinds = () if cost else tuple(traffic(program))
+  cost = cost or {
+    "flops": sum(one.flops for one in of_kinds),
+    "bytes accessed": sum(one.bytes for one in of_kinds),
+  }
   return Figures(
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes,
@@ -204,7 +153,10 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
     aliased=memory.alias_size_in_bytes,
     flops=cost.get("flops", math.nan),
     bytes_accessed=cost.get("bytes accessed", math.nan),
-    collectives=tuple(collectives(text)),
+    collectives=tuple(collectives(program)),
+    instructions=len(_INSTRUCTION.findall(text)),
+    traffic=of_kinds,
+    kernels=tuple(kernels_of(text)),
   )
 
 
@@ -217,20 +169,31 @@ def _compile(lower: Callable[[], jax.stages.Lowered]) -> Figures:
     raise UsageError(out_of_memory(str(error))) from error
 
 
+def check_memory(figures: Figures, chip: Chip) -> None:
+  """Compilers for GPUs do not refuse a program that is too large.
+
+  Raises:
+    UsageError: it needs more than the chip has.
+  """
+  if figures.peak > chip.memory:
+    needs, has = figures.peak / 1024**3, chip.memory / 1024**3
+    raise UsageError(_too_large(needs, has))
+
+
 def out_of_memory(message: str) -> str:
   """What to do when the compiler says that a program does not fit."""
   sizes = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message)
-  if sizes:
-    needs, has = (
-      float(number) * 1024 ** "KMGT".index(unit) / 1024**2
-      for number, unit in (sizes.group(1, 2), sizes.group(3, 4))
-    )
-    what = f"it needs {needs:.2f} GiB of the chip's {has:.2f}, {needs - has:.2f} too much"
-  else:
-    what = message.strip().splitlines()[0]
-  return (
-    f"the program does not fit the chip's memory: {what}. Take fewer images for each chip (a lower "
-    "config.global_batch_size or more chips), config.dtype=bfloat16, a greater "
-    "config.accumulation_steps or config.remat=True; config.fsdp splits parameters and momentum, "
-    "which are little beside the activations"
+  if not sizes:
+    return _FITS_NOT.format(message.strip().splitlines()[0])
+  needs, has = (
+    float(number) * 1024 ** "KMGT".index(unit) / 1024**2
+    for number, unit in (sizes.group(1, 2), sizes.group(3, 4))
+  )
+  return _too_large(needs, has)
+
+
+def _too_large(needs: float, has: float) -> str:
+  """Both in GiB."""
+  return _FITS_NOT.format(
+    f"it needs {needs:.2f} GiB of the chip's {has:.2f}, {needs - has:.2f} too much"
   )

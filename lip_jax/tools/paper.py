@@ -137,6 +137,12 @@ _TABLES = {
 }
 ROWS = tuple(row for table in _TABLES for row in _rows(table, f"table{table}", _TABLES[table]))
 
+# Those that configs/coco.py has, by their argument there, and the backbone.
+DETECTORS = {
+  f"table5_{name}": (name, name.removeprefix("retinanet_"))
+  for name in ("retinanet_resnet50", "retinanet_lip_resnet50", "retinanet_resnet101")
+}
+
 # Our other poolings in the place of table 1's: no rows of the paper.
 _FURTHER = """
   max           |  | max pooling | resnet50 pool='max'

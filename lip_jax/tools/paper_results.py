@@ -33,11 +33,18 @@ class Result:
     return f"not counted: {self.why}" if self.status == "other" else self.status
 
 
-def command(row: paper.Row, runs: str | Path = "runs") -> str:
-  """What trains the network of one of `paper.NETWORKS` into `<runs>/<row>`."""
-  return (
-    f"python train.py --config=configs/imagenet.py:{row.name} --workdir={Path(runs) / row.name}"
-  )
+def command(row: paper.Row, runs: str | Path = "runs") -> str | None:
+  """What trains a row's network into `<runs>/<row>`; None where there is none here.
+
+  A detector starts from the run of table 4 with its backbone.
+  """
+  config, weights = f"configs/imagenet.py:{row.name}", ""
+  if row.name in paper.DETECTORS:
+    name, backbone = paper.DETECTORS[row.name]
+    config, weights = f"configs/coco.py:{name}", f" --weights={Path(runs) / f'table4_{backbone}'}"
+  elif row.name not in paper.NETWORKS:
+    return None
+  return f"python train.py --config={config}{weights} --workdir={Path(runs) / row.name}"
 
 
 def result(row: paper.Row, runs: str | Path) -> Result:

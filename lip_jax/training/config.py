@@ -232,11 +232,8 @@ def to_json(config: Config) -> str:
 def located(config: Config) -> Config:
   """The configuration with absolute paths, so that the run can be used from any directory."""
   data = config.data
-  dataset = data.dataset
-  if dataset.startswith(disk.FOLDER):
-    dataset = disk.FOLDER + disk.absolute(dataset.removeprefix(disk.FOLDER))
   data_dir = data.data_dir and disk.absolute(data.data_dir)
-  data = dataclasses.replace(data, dataset=dataset, data_dir=data_dir)
+  data = dataclasses.replace(data, dataset=disk.located(data.dataset), data_dir=data_dir)
   return dataclasses.replace(config, data=data)
 
 
@@ -244,8 +241,7 @@ def differences(new: Config, old: Config) -> list[str]:
   """Fields that make `new` another run than `old`, as "key: new value (was old value)"."""
   new_flat, old_flat = (flatten(json.loads(to_json(config))) for config in (new, old))
   for flat in (new_flat, old_flat):
-    if flat["data.dataset"].startswith(disk.FOLDER):
-      flat["data.dataset"] = disk.FOLDER  # it is known by what it holds, wherever it lies
+    flat["data.dataset"] = disk.anywhere(flat["data.dataset"])
   return [
     f"{key}: {new_flat.get(key)!r} (was {old_flat.get(key)!r})"
     for key in sorted(new_flat | old_flat)

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import TypeVar
@@ -59,20 +58,20 @@ def over_split(
   compute: Callable[[Iterator[_Rows]], _T],
   batches: Generator[_Rows, None, None],
   source: Source,
-  batch_size: int,
+  num_batches: int,
 ) -> _T | None:
   """`compute` of a split's batches, with a progress bar; all processes call it together.
 
   Args:
     batches: of `pipeline.eval_batches`; closed at the end.
-    batch_size: images of a batch, over all processes.
+    num_batches: how many they are.
 
   Raises:
     UnreadableImagesError: images of the split cannot be read; names those of all processes.
   """
   progress = tqdm.tqdm(
     desc="validation",
-    total=math.ceil(len(source) / batch_size),
+    total=num_batches,
     leave=False,
     disable=jax.process_index() != 0 or not sys.stderr.isatty(),
   )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorboardX
 import tqdm
 from etils import epath
 
@@ -70,6 +69,8 @@ class MetricsWriter:
     self._total = total_steps
     if not active:
       return
+    import tensorboardX  # which brings clients of buckets along: only where it writes
+
     self._bucket: BucketSync | None = None
     self._workdir = workdir
     directory = Path(workdir)

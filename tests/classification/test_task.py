@@ -17,16 +17,6 @@ from lip_jax.training import trainer
 from lip_jax.training.train_step import Program
 
 
-def write_all(folder):
-  """Images, a run on them with two checkpoints, and its configuration."""
-  images, workdir = folder / "images", folder / "run"
-  write_images(images)
-  write_run(workdir, images, {4: None, 8: None})
-  config = dataclasses.replace(config_lib.load(workdir), global_batch_size=8, num_epochs=100.0)
-  (workdir / "config.json").write_text(config_lib.to_json(config))
-  return images, workdir, config
-
-
 def rename(old, new):
   def change(images, workdir):
     for split in ("train", "validation"):
@@ -59,14 +49,26 @@ def write(name, text):
 def stay(images, workdir): ...
 
 
-def no_checkpoints(images, workdir):
-  shutil.rmtree(workdir / "checkpoints")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  """A folder with images, a run on them, and one of a wider network."""
+  folder = tmp_path_factory.mktemp("written")
+  write_images(folder / "images")
+  write_run(folder / "run", folder / "images", {4: None, 8: None})
+  write_run(folder / "other", folder / "images", {4: None}, width=4)
+  return folder
 
 
-def another_run(images, workdir):
-  """The run has no checkpoint yet; beside it lies one of a wider network."""
-  no_checkpoints(images, workdir)
-  write_run(workdir.parent / "other", images, {4: None}, width=4)
+@pytest.fixture
+def started(written, tmp_path):
+  """A copy: images, the run on them, and its configuration."""
+  shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+  images, workdir = tmp_path / "images", tmp_path / "run"
+  config = config_lib.load(workdir)
+  data = dataclasses.replace(config.data, dataset=f"folder:{images}")
+  config = dataclasses.replace(config, data=data, global_batch_size=8, num_epochs=100.0)
+  (workdir / "config.json").write_text(config_lib.to_json(config))
+  return images, workdir, config
 
 
 @pytest.mark.parametrize(
@@ -87,8 +89,8 @@ def another_run(images, workdir):
     (stay, {"eval_batch_size": 3}, "eval_batch_size|3"),
   ],
 )
-def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, message, files_of):
-  images, workdir, config = write_all(tmp_path)
+def test_a_refused_start_changes_no_byte_of_the_run(started, change, values, message, files_of):
+  images, workdir, config = started
   config = dataclasses.replace(config, **values)
   change(images, workdir)
   before = files_of(workdir)
@@ -98,31 +100,31 @@ def test_a_refused_start_changes_no_byte_of_the_run(tmp_path, change, values, me
 
 
 @pytest.mark.parametrize(
-  ("change", "arguments", "message"),
+  ("arguments", "message"),
   [
-    (no_checkpoints, {"weights": "none"}, "none"),
-    (no_checkpoints, {"start_from": "none/checkpoints/4"}, "none/checkpoints/4"),
-    (another_run, {"weights": "other"}, "other"),
-    (another_run, {"start_from": "other/checkpoints/4"}, "other/checkpoints/4"),
-    (another_run, {"start_from": "other/checkpoints/4", "weights": "other"}, "leave one of them"),
+    ({"weights": "none"}, "none"),
+    ({"start_from": "none/checkpoints/4"}, "none/checkpoints/4"),
+    ({"weights": "other"}, "other"),
+    ({"start_from": "other/checkpoints/4"}, "other/checkpoints/4"),
+    ({"start_from": "other/checkpoints/4", "weights": "other"}, "leave one of them"),
   ],
 )
 def test_refused_weights_change_no_byte_of_the_run(
-  tmp_path, change, arguments, message, files_of, monkeypatch
+  started, arguments, message, files_of, monkeypatch
 ):
-  images, workdir, config = write_all(tmp_path)
-  change(images, workdir)
+  _, workdir, config = started
+  shutil.rmtree(workdir / "checkpoints")
   before = files_of(workdir)
-  monkeypatch.chdir(tmp_path)
+  monkeypatch.chdir(workdir.parent)
   with pytest.raises(UsageError, match=message):
     trainer.train(config, workdir, **arguments)
   assert files_of(workdir) == before
 
 
-def test_a_full_disk_refuses_the_start_and_changes_nothing(tmp_path, files_of, monkeypatch):
-  _, workdir, config = write_all(tmp_path)
+def test_a_full_disk_refuses_the_start_and_changes_nothing(started, files_of, monkeypatch):
+  _, workdir, config = started
   before = files_of(workdir)
-  usage = shutil.disk_usage(tmp_path)
+  usage = shutil.disk_usage(workdir)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
   with pytest.raises(UsageError, match="make room"):
     trainer.train(config, workdir)

@@ -177,7 +177,12 @@ def test_tables_json_has_what_is_printed_and_ours(capsys, tmp_path):
   )
   detector = results(capsys, tmp_path, 5)["table5_retinanet_resnet50"]
   assert detector["printed"]["ap_s"] == 19.6
-  assert detector["command"] is detector["parameters"] is detector["result"] is None
+  assert detector["parameters"] is detector["result"] is None
+  assert detector["command"] == (
+    f"python train.py --config=configs/coco.py:retinanet_resnet50 "
+    f"--weights={tmp_path}/table4_resnet50 --workdir={tmp_path}/table5_retinanet_resnet50"
+  )
+  assert results(capsys, tmp_path, 6)["table6_tridentnet"]["command"] is None
 
 
 def test_tables_as_markdown(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """`lip-jax data`: prepare, verify, convert and bench, one after the other on a small data set."""
 
+import fixture_boxes
 import pytest
 from fixture_data import to_tfrecord, write_folder, write_tars
 
@@ -38,10 +39,11 @@ def test_from_a_folder_to_a_verified_data_set_and_back_from_tfrecord(tmp_path, c
   assert shard.name in out
 
 
-@pytest.mark.parametrize("kind", ["array_record", "tfrecord", "folder", "fake"])
+@pytest.mark.parametrize("kind", ["array_record", "tfrecord", "folder", "fake", "boxes"])
 def test_bench(kind, tmp_path, capsys):
   folder = write_folder(tmp_path / "pets_folder", per_class=6, height=40, width=50)
-  source = {"folder": f"folder:{folder}", "fake": "fake:64"}.get(kind, "pets")
+  boxes = fixture_boxes.write(tmp_path, count=23, split="train")
+  source = {"folder": f"folder:{folder}", "fake": "fake:64", "boxes": boxes}.get(kind, "pets")
   if source == "pets":
     assert (
       run(
@@ -58,6 +60,7 @@ def test_bench(kind, tmp_path, capsys):
   assert status == 0, err
   assert "to feed         7 images/s:     1 core(s), enough here" in out
   assert "not enough here" in out.splitlines()[-1]
+  assert ("decode and resize, for each core" in out) == (kind == "boxes")
 
 
 def test_what_is_wrong_is_one_line(tmp_path, capsys):

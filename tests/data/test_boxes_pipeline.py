@@ -352,6 +352,8 @@ def test_every_image_is_evaluated_once(source, process_count, global_batch_size)
     for p in range(process_count)
   ]
   batches = join(parts)
+  options = {**RESIZE, "buckets": BUCKETS, "global_batch_size": global_batch_size}
+  assert boxes_pipeline.num_eval_batches(source, **options) == len(batches)
   numbers = np.array(ids(batches))
   assert sorted(numbers[numbers >= 0]) == list(range(COUNT))
   mask = np.concatenate([batch["mask"] for batch in batches])

@@ -1,4 +1,4 @@
-"""configs/coco.py: the rows of table 5 that are RetinaNets, and its trial size."""
+"""configs/coco.py: the rows of table 5, and their trial size."""
 
 import math
 import runpy
@@ -10,6 +10,7 @@ from flax import nnx
 
 from lip_jax.detection.task import Detection
 from lip_jax.errors import UsageError
+from lip_jax.tools import paper
 from lip_jax.training import config as config_lib
 from lip_jax.training import optim, train_state, trainer
 
@@ -23,6 +24,12 @@ def read(arg):
 @pytest.mark.parametrize(
   ("arg", "parameters"),
   [
+    ("faster_rcnn_resnet50", 41_757_156),
+    ("faster_rcnn_lip_resnet50", 40_064_356),
+    ("faster_rcnn_resnet101", 60_749_284),
+    ("faster_rcnn_lip_resnet101", 59_056_484),
+    ("faster_rcnn_resnext101", 99_655_396),
+    ("faster_rcnn_lip_resnet101_md", 60_197_450),
     ("retinanet_resnet50", 37_968_692),
     ("retinanet_lip_resnet50", 36_275_892),
     ("retinanet_resnet101", 56_960_820),
@@ -39,10 +46,18 @@ def test_a_row_is_that_network_and_that_recipe(arg, parameters):
     task.config.optim, global_batch_size=16, steps_per_epoch=7330, num_epochs=24
   )
   steps = (0, 250, 500, 16 * 7330, 22 * 7330)
-  expected = (0.01 / 3, 0.01 * 2 / 3, 0.01, 0.001, 0.0001)
+  full = 0.02 if arg.startswith("faster_rcnn") else 0.01
+  expected = (full / 3, full * 2 / 3, full, full / 10, full / 100)
   assert [float(rate(step)) for step in steps] == pytest.approx(expected)
   shapes = {name: task.batch_shapes(16, name)["image"].shape for name in task.buckets}
   assert shapes == {"800x1344": (16, 800, 1344, 3), "1344x800": (16, 1344, 800, 3)}
+
+
+def test_the_tables_name_rows_that_are_there():
+  for row, (name, backbone) in paper.DETECTORS.items():
+    assert read(name).model["backbone"] == backbone
+    assert row in {one.name for one in paper.ROWS}
+    assert f"table4_{backbone}" in paper.NETWORKS
 
 
 def test_a_row_that_is_not_there():
@@ -50,8 +65,9 @@ def test_a_row_that_is_not_there():
     read("retinanet_vgg")
 
 
-def test_a_row_trains_in_its_trial_size(tmp_path):
-  result = trainer.train(read("retinanet_lip_resnet50,tiny"), tmp_path / "run")
+@pytest.mark.parametrize("arg", ["faster_rcnn_lip_resnet50", "retinanet_lip_resnet50"])
+def test_a_row_trains_in_its_trial_size(tmp_path, arg):
+  result = trainer.train(read(f"{arg},tiny"), tmp_path / "run")
   assert result.finished
   assert result.step == 4
   assert result.metrics["count"] == 13

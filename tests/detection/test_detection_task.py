@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import fixture_boxes
 import jax
@@ -108,7 +110,11 @@ def test_stopped_and_resumed_it_is_the_same_run(finished, dataset, tmp_path, cap
   with caplog.at_level(logging.INFO, "lip_jax"), run.open():
     run.restore()
     assert not run.run().finished
-  again = trainer.train(config, tmp_path / "run")
+  # Its data may have moved meanwhile.
+  shutil.copytree(Path(dataset.partition("@")[2]).parent, tmp_path / "moved")
+  moved = f"coco:{tmp_path}/moved/all.json@{tmp_path}/moved/images"
+  data = dataclasses.replace(config.data, dataset=moved)
+  again = trainer.train(dataclasses.replace(config, data=data), tmp_path / "run")
   assert again.metrics == result.metrics
   jax.tree.map(np.testing.assert_array_equal, weights_of(tmp_path / "run"), weights_of(workdir))
   assert 1 <= caplog.text.count("compiling the training step") <= 2  # for a shape, not for a step
@@ -228,6 +234,34 @@ def test_a_run_and_what_it_found_are_evaluated_by_a_command(finished, dataset, t
   assert picture.read_bytes().startswith(b"\x89PNG")
   assert cli.main(["evaluate", *map(str, files), "--curves", "c.jpeg"]) == 1
   assert "must end in .png" in capsys.readouterr().err
+
+
+def test_areas_of_sizes_are_told_or_are_in_the_annotations(finished, dataset, tmp_path, capsys):
+  workdir, _ = finished
+  detections, truth = tmp_path / "d.json", tmp_path / "a.json"
+  saving = ("--save-detections", detections, "--save-annotations", truth, "--batch-size", 9)
+  found = evaluated(capsys, workdir, "--areas", 90, 110, *saving)
+  assert found["area_limits"] == [90, 110]
+  assert min(found[f"AR_{size}"] for size in coco_metric.SIZES) >= 0
+  annotations = dataset.removeprefix("coco:").partition("@")[0]
+  by_file = evaluated(capsys, "--detections", detections, "--annotations", truth)
+  told = ("--annotations", annotations, "--areas", 90, 110)
+  by_option = evaluated(capsys, "--detections", detections, *told)
+  for other in (by_file, by_option):
+    assert {name: other[name] for name in found if name in other and name[0] == "A"} == {
+      name: value for name, value in found.items() if name[0] == "A"
+    }
+  default = evaluated(capsys, "--detections", detections, "--annotations", annotations)
+  assert default["area_limits"] == [1024, 9216]
+  assert default["AR_medium"] == -1
+  for areas in (("5", "5"), ("nan", "9"), ("1", "inf")):
+    command = ["--detections", str(detections), "--annotations", str(truth), "--areas", *areas]
+    assert cli.main(["evaluate", *command]) == 1
+    assert "expected two positive numbers, the second one larger" in capsys.readouterr().err
+  values = json.loads(truth.read_text())
+  truth.write_text(json.dumps({**values, "info": {"area_limits": [1]}}))
+  assert cli.main(["evaluate", f"--detections={detections}", f"--annotations={truth}"]) == 1
+  assert "info has area_limits [1]; expected two numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,68 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixture_detectors import MODELS
-from fixture_weights import weight
+from fixture_small_detectors import SMALL, create, detect, images, losses, targets
 from flax import nnx
 
 import lip_jax
 from lip_jax.detection.matching import BACKGROUND, UNUSED
 from lip_jax.errors import UsageError
-from lip_jax.models.torch_names import torch_names
-
-SMALL = {"num_classes": 3, "width": 8, "fpn_channels": 16, "head_convs": 1}
-
-
-@functools.cache
-def create(backbone="lip_resnet_small", **options):
-  """(structure, arrays) of a small detector with arbitrary weights, which finds something."""
-  model = nnx.eval_shape(
-    lambda: lip_jax.create_detector(
-      "retinanet", backbone=backbone, rngs=nnx.Rngs(0), **{**SMALL, **options}
-    )
-  )
-  for name, variable in torch_names(model):
-    value = jnp.asarray(weight(name, variable.shape[::-1]).T)
-    if "retina_cls.bias" in name or "cls_logits.bias" in name:
-      value -= 3
-    if "retina_reg" in name or "bbox_reg" in name:
-      value *= 0.1
-    variable.set_value(value)
-  return nnx.split(model)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def detect(graph, state, images, sizes):
-  return nnx.merge(graph, state, copy=True).detect(images, sizes)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def losses(graph, state, images, sizes, targets):
-  return nnx.merge(graph, state, copy=True).losses(images, sizes, targets)
-
-
-def images(sizes, height, width):
-  """Images of these sizes, each of its own noise, in a batch of that size."""
-  out = np.zeros((len(sizes), height, width, 3), np.float32)
-  for image, (rows, columns) in zip(out, sizes, strict=True):
-    rng = np.random.default_rng(1000 * rows + columns)
-    image[:rows, :columns] = rng.normal(size=(rows, columns, 3))
-  return out, np.array(sizes)
-
-
-def targets(*boxes, room=4, crowd=()):
-  """Of one image for each argument: a list of boxes."""
-  out = {
-    "boxes": np.zeros((len(boxes), room, 4), np.float32),
-    "labels": np.zeros((len(boxes), room), np.int32),
-    "valid": np.zeros((len(boxes), room), bool),
-    "crowd": np.zeros((len(boxes), room), bool),
-  }
-  for k, found in enumerate(boxes):
-    out["boxes"][k, : len(found)] = np.reshape(found, (-1, 4))
-    out["labels"][k, : len(found)] = np.arange(len(found)) % 3
-    out["valid"][k, : len(found)] = True
-    out["crowd"][k] = k in crowd
-  return out
 
 
 @pytest.mark.parametrize(
@@ -197,7 +141,7 @@ def test_precision():
       dtype=jnp.bfloat16,
       mask_padding=True,
       rngs=nnx.Rngs(0),
-      **SMALL,
+      **SMALL["retinanet"],
     )
   )
   graph, state = nnx.split(model)
@@ -249,7 +193,7 @@ def test_weights_under_the_older_names_of_torchvision():
 @pytest.mark.parametrize(
   ("options", "named"),
   [
-    ({"name": "ssd"}, "retinanet"),
+    ({"name": "ssd"}, "faster_rcnn, retinanet"),
     ({"preset": "detectron2"}, "mmdet1, torchvision"),
     ({"backbone": "resnet49"}, "resnet50"),
     ({"fpn_chanels": 64}, "fpn_channels"),
@@ -257,6 +201,6 @@ def test_weights_under_the_older_names_of_torchvision():
   ],
 )
 def test_what_does_not_exist_is_refused_with_what_does(options, named):
-  given = {"name": "retinanet", "backbone": "resnet_small", **SMALL, **options}
+  given = {"name": "retinanet", "backbone": "resnet_small", **SMALL["retinanet"], **options}
   with pytest.raises(UsageError, match=named):
     nnx.eval_shape(lambda: lip_jax.create_detector(**given, rngs=nnx.Rngs(0)))

@@ -6,10 +6,16 @@ import jax
 import numpy as np
 import pytest
 from fixture_detection import DATA
-from fixture_detectors import MODELS, batch, convolve_by_products, detector, targets
+from fixture_detectors import (
+  MODELS,
+  batch,
+  check_detections,
+  check_gradients,
+  convolve_by_products,
+  detector,
+  targets,
+)
 from flax import nnx
-
-import lip_jax
 
 NAMES = [
   "torchvision_retinanet_resnet50",
@@ -38,17 +44,6 @@ def detect(graph, state, images, sizes):
   return nnx.merge(graph, state, copy=True).detect(images, sizes)
 
 
-def check_detections(found, name, rtol):
-  expected = np.load(DATA / f"{name}.npz")
-  pixel = np.array([0, 0, 1, 1]) * name.startswith("mmdet1")
-  for k, count in enumerate(MODELS[name]["eval"]["detections"]):
-    assert found.valid[k].sum() == count
-    np.testing.assert_array_equal(found.labels[k, :count], expected[f"eval/{k}/labels"])
-    np.testing.assert_allclose(found.scores[k, :count], expected[f"eval/{k}/scores"], rtol=rtol)
-    boxes = expected[f"eval/{k}/boxes"] + pixel
-    np.testing.assert_allclose(found.boxes[k, :count], boxes, rtol=rtol, atol=rtol)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_gradients_matches_and_detections_are_the_originals(x64, name):
@@ -64,13 +59,7 @@ def test_losses_gradients_matches_and_detections_are_the_originals(x64, name):
       np.testing.assert_allclose(losses[ours], expected["losses"][theirs], rtol=1e-8)
     for k in range(2):
       np.testing.assert_array_equal(matches[k], stored[f"train/{case}/{k}/match"])
-    named = lip_jax.to_torch_state_dict(nnx.merge(graph, gradients, others, copy=True))
-    for key, norm in expected["gradient_norms"].items():
-      np.testing.assert_allclose(np.linalg.norm(named[key]), norm, rtol=1e-8, err_msg=key)
-    for key in stored.files:
-      if key.startswith(f"train/{case}/gradient/"):
-        of, full = named[key.rpartition("/")[2]], stored[key]
-        np.testing.assert_allclose(of, full, rtol=0, atol=1e-8 * np.abs(full).max(), err_msg=key)
+    check_gradients(nnx.merge(graph, gradients, others, copy=True), name, case)
   # Both in one batch: where mmdetection took one at a time, neither changes the other's.
   graph, state = nnx.split(model)
   check_detections(detect(graph, state, *batch(spec["eval"]["images"])), name, 1e-8)

@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 
-from lip_jax.classification.task import Classification
 from lip_jax.training import config as config_lib
+from lip_jax.training import task as task_lib
 from lip_jax.training.checkpoint.checkpoints import Checkpoints
 from lip_jax.training.train_step import Program
 
@@ -14,9 +14,9 @@ from lip_jax.training.train_step import Program
 def final_state(workdir):
   """The train state that a finished run ended with, and the state of its input pipeline."""
   config = config_lib.load(workdir)
-  like = Program(
-    Classification(config, num_classes=10), steps_per_epoch=8, devices=jax.devices()[:1]
-  ).state
+  classes = json.loads((workdir / "classes.json").read_text())["class_names"]
+  task = task_lib.make(config, num_classes=len(classes))
+  like = Program(task, steps_per_epoch=8, devices=jax.devices()[:1]).state
   with Checkpoints(workdir, read_only=True) as checkpoints:
     assert checkpoints.latest_step == metrics_of(workdir)[-1]["step"]
     return checkpoints.restore(checkpoints.latest_step, like)

@@ -1,10 +1,14 @@
 """Real processes: train.py on a small data set, as a user starts it."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ class Training:
 
   Attributes:
     QUICK: XLA_FLAGS for little effort in compiling, of all processes unless a test says otherwise.
-    environment: of the processes.
+    environment: of the processes, unchanged of those that `run`, `train` and `lip_jax` start.
   """
 
   QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -34,6 +38,12 @@ class Training:
       "JAX_COMPILATION_CACHE_DIR": str(cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    self._server: subprocess.Popen[str] | None = None
+
+  def close(self) -> None:
+    if self._server:
+      with self._server:  # waits for it
+        self._server.stdin.close()
 
   def prepare(self, name: str, builder: type[ClutteredDigits] = ClutteredDigits) -> None:
     """Writes the data set `cluttered_digits/<name>`."""
@@ -67,20 +77,39 @@ class Training:
     ]
 
   def run(self, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return self._run(self.command(*flags), environment)
+    return self._forked("train", flags, environment)
 
   def lip_jax(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return self._run([sys.executable, "-m", "lip_jax.cli", *arguments], environment)
+    return self._forked("lip-jax", arguments, environment)
+
+  def start(self, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`run`, by an interpreter of its own."""
+    return self._started(self.command(*flags), environment)
 
   def run_code(self, code: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in the environment of a training."""
-    return self._run([sys.executable, "-c", code], {})
+    return self._started([sys.executable, "-c", code], {})
 
   def run_script(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a script of this directory in the environment of a training."""
-    return self._run([sys.executable, str(Path(__file__).with_name(name)), *arguments], {})
+    return self._started([sys.executable, str(Path(__file__).with_name(name)), *arguments], {})
 
-  def _run(self, command: list[str], environment: dict[str, str]):
+  def _forked(self, command: str, arguments: Sequence[str], environment: dict[str, str]):
+    """Runs a command in a process that has imported all it needs: see fork_server.py."""
+    if self._server is None:
+      server = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
+      pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+      self._server = subprocess.Popen(server, env=self.environment, **pipes)
+    with tempfile.TemporaryDirectory() as folder:
+      files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
+      request = {"command": command, "arguments": arguments, "environment": environment, **files}
+      print(json.dumps(request), file=self._server.stdin, flush=True)
+      status = int(self._server.stdout.readline())
+      return subprocess.CompletedProcess(
+        [command, *arguments], status, *(Path(path).read_text() for path in files.values())
+      )
+
+  def _started(self, command: list[str], environment: dict[str, str]):
     return subprocess.run(
       command,
       env={**self.environment, **environment},
@@ -92,10 +121,15 @@ class Training:
   def train(self, workdir: Path, *overrides: str, **environment: str):
     return self.run(*self.train_flags(workdir, *overrides), **environment)
 
-  def signal_at(self, workdir: Path, step: int, number: signal.Signals) -> tuple[int, str]:
-    """Starts training, sends a signal once `step` is logged; (exit code, output)."""
+  def signal_at(
+    self, workdir: Path, step: int, number: signal.Signals, *flags: str
+  ) -> tuple[int, str]:
+    """Starts training, sends a signal once `step` is logged; (exit code, output).
+
+    `flags`: default: `train_flags`.
+    """
     process = subprocess.Popen(
-      self.command(*self.train_flags(workdir)),
+      self.command(*(flags or self.train_flags(workdir))),
       env=self.environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -113,7 +147,8 @@ class Training:
 
 
 @pytest.fixture(scope="session")
-def training(tmp_path_factory) -> Training:
+def training(tmp_path_factory) -> Iterator[Training]:
   training = Training(tmp_path_factory.mktemp("tfds"), tmp_path_factory.mktemp("compilation_cache"))
   training.prepare("tiny")
-  return training
+  with contextlib.closing(training):
+    yield training

@@ -76,5 +76,5 @@ def test_what_is_wrong_is_said_in_one_line(training, tmp_path, arg, override, pa
 
 
 def test_help_with_a_configuration(training):
-  done = training.run("--help", f"--config={CONFIG}:lip_resnet50")
+  done = training.start("--help", f"--config={CONFIG}:lip_resnet50")
   assert "--workdir" in done.stdout

@@ -35,6 +35,7 @@ def images(n=2, size=32, seed=0):
     ("lip_resnet50", {"pool": "average"}, 22_804_520),
     ("lip_resnet101", {}, 42_856_360),
     ("lip_resnet152", {}, 58_500_008),
+    ("lip_resnet101_md", {"num_classes": 0}, 41_948_326),
     ("lip_densenet121", {}, 8_690_920),
     # torchvision's
     ("resnet18", {}, 11_689_512),
@@ -42,6 +43,8 @@ def images(n=2, size=32, seed=0):
     ("resnet50", {}, 25_557_032),
     ("resnet101", {}, 44_549_160),
     ("resnet152", {}, 60_192_808),
+    ("resnext50_32x4d", {}, 25_028_904),
+    ("resnext101_64x4d", {}, 83_455_272),
     ("densenet121", {}, 7_978_856),
     ("densenet169", {}, 14_149_480),
     ("densenet201", {}, 20_013_928),

@@ -111,6 +111,22 @@ def test_pyramid_equals_the_reference(x64, preset, mode, form):
     close(gradient, nhwc(arrays[f"levels/{preset}/dx{k}"]), 4e-14)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_does_not_count(form):
+  rng = np.random.default_rng(0)
+  maps = [
+    rng.normal(size=(rows, columns, 2)).astype(np.float32) for rows, columns in ((8, 6), (4, 3))
+  ]
+  padded = [np.pad(one, ((0, 4), (0, 7), (0, 0)), constant_values=9) for one in maps]
+  rois = np.array([[0, 0, 23, 31], [10, 20, 23.9, 31.9], [0, 0, 23, 31]], np.float32)
+  pool = functools.partial(
+    multilevel_roi_align, rois=rois, levels=[0, 0, 1], strides=(4, 8), mode="legacy",
+    implementation=form,
+  )  # fmt: skip
+  extents = [one.shape[:2] for one in maps]
+  np.testing.assert_allclose(pool(padded, extents=extents), pool(maps), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_equals_a_loop_over_samples(x64, mode):
   """At and beyond the edges: where samples fall on -1 or the height, every bit counts."""

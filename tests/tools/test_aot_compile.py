@@ -1,4 +1,4 @@
-"""Figures of compiled programs: on fake CPU devices, and for TPUs where their compiler is there."""
+"""Figures of compiled programs: on fake CPU devices, and for TPUs and GPUs where compilers are."""
 
 import dataclasses
 import importlib.util
@@ -18,9 +18,12 @@ import lip_jax
 from lip_jax import cli
 from lip_jax.classification.task import Classification
 from lip_jax.cli import configuration
+from lip_jax.errors import UsageError
 from lip_jax.models import cost
-from lip_jax.tools import aot_compile
+from lip_jax.tools import aot_compile, hlo, ptx
+from lip_jax.tools.chips import Chip
 from lip_jax.tools.collectives import Collective, collectives
+from lip_jax.tools.traffic import Traffic, kernels_of, traffic
 from lip_jax.training.train_step import Program
 
 ROOT = Path(__file__).parents[2]
@@ -28,18 +31,23 @@ TINY = f"{ROOT}/configs/imagenet.py:resnet18,tiny"
 # Groups of batch norm, of 4 images, fit on a device.
 CHANGES = ("data.dataset=fake", "global_batch_size=32", "eval_batch_size=32")
 
-needs_compiler = pytest.mark.skipif(
+needs_tpu_compiler = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu, of the tpu extra, is not installed"
+)
+needs_gpu_compiler = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="jax-cuda13-plugin, of the gpu-compile extra, is not installed",
 )
 
 
 @pytest.fixture
 def command(capsys, monkeypatch):
   """Runs `lip-jax compile` -> (status, error)."""
-  for name in ("JAX_PLATFORMS", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
-    monkeypatch.setenv(name, "cpu" if name == "JAX_PLATFORMS" else "1")  # put back afterwards
-  for name in ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "XLA_FLAGS"):
-    monkeypatch.setenv(name, "")
+  for name in (
+    *("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"),
+    *("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "XLA_FLAGS"),
+  ):
+    monkeypatch.setenv(name, "")  # put back afterwards
 
   def run(*arguments):
     status = cli.main(["compile", f"--config={TINY}", "--topology=v5e:2x2", *arguments])
@@ -69,7 +77,7 @@ def test_every_kind_is_counted_with_its_bytes_and_the_rounds_of_loops():
   )
   text = step.lower(jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=sharding)).compile()
   size = 4 * 16 * 4
-  assert sorted(collectives(text.as_text())) == [
+  assert sorted(collectives(hlo.read(text.as_text()))) == [
     Collective("all-gather", "f32", 1, 8 * size),
     Collective("all-reduce", "f32", 5, 5 * size),
     Collective("all-reduce", "s32", 1, 3 * 4),
@@ -100,7 +108,7 @@ all-gather-start(%convert.1), dimensions={0}
   ROOT %permute.2 = f32[8,256]{1,0:T(8,128)} collective-permute-done(%permute.1)
 }
 """
-  assert collectives(text) == [
+  assert collectives(hlo.read(text)) == [
     Collective("all-gather", "f32", 1, 64 * 256 * 4),
     Collective("all-gather", "bf16", 1, 64 * 256 * 2),
     Collective("collective-permute", "f32", 1, 8 * 256 * 4),
@@ -149,6 +157,7 @@ def test_evaluation_sends_no_parameters():
   config = dataclasses.replace(configuration.load(TINY, CHANGES), eval_batch_size=16)
   figures = aot_compile.eval_step(config, 10, jax.devices(), "all")
   assert figures.flops > 0
+  assert figures.instructions > 100
   assert sum(one.bytes for one in figures.collectives) < figures.arguments / 100
 
 
@@ -161,12 +170,16 @@ def test_the_estimate_is_set_by_the_slowest_part():
       Collective("all-reduce", "f32", 1, 4_000_000),
       Collective("all-gather", "f32", 1, 1_000_000),
     ),
+    instructions=7,
   )
-  chip = aot_compile.CHIPS["v5e"]._replace(flops=1e12, hbm_bandwidth=1e12, ici_bandwidth=1e9)
+  chip = Chip(flops=1e12, memory=105, memory_bandwidth=1e12, link_bandwidth=1e9)
   bound = aot_compile.roofline(figures, chip)
   assert bound == pytest.approx((2e-3, 3e-3, 9e-3))
   assert bound.step == bound.communication
   assert figures.peak == 110
+  with pytest.raises(UsageError, match=r"does not fit the chip's memory: it needs 0\.00 GiB"):
+    aot_compile.check_memory(figures, chip)
+  aot_compile.check_memory(figures, chip._replace(memory=110))
 
 
 def test_classes_of_a_data_set_that_is_not_there():
@@ -177,7 +190,10 @@ def test_classes_of_a_data_set_that_is_not_there():
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--topology=v9:2x2"], "unknown TPU 'v9' in topology 'v9:2x2'; expected one of v4, v5e"),
+    (["--topology=v9:2x2"], "unknown chip 'v9' in topology 'v9:2x2'; expected a TPU, one of v4,"),
+    (["--topology=t4:8"], "or a GPU, one of a100, h100, h200, b200, l4, and how many, for example"),
+    (["--topology=h100:2x2x2"], "expected how many GPUs, or how many hosts and how many GPUs on"),
+    (["--topology=h100:0"], "expected how many GPUs"),
     (["--topology=v5e:2x2x2"], "v5e chips lie along 2 axes; for example v5e:2x4, v5e:16x16"),
     (["--topology=v4:2x2"], "v4 chips lie along 3 axes; for example v4:2x2x2"),
     (["--topology=v5e"], "v5e chips lie along 2 axes"),
@@ -198,14 +214,83 @@ def test_errors_are_one_line(command, arguments, message):
   assert message in err
 
 
-def test_without_the_compiler(command, monkeypatch):
-  find = importlib.util.find_spec
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "tpu"), ("l4:1", "gpu-compile")])
+def test_without_the_compiler(command, monkeypatch, topology, extra):
+  find, compilers = importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
   monkeypatch.setattr(
-    importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
+    importlib.util, "find_spec", lambda name: None if name in compilers else find(name)
   )
-  status, err = command()
+  status, err = command(f"--topology={topology}")
   assert status == 1
-  assert "pip install 'lip-jax[tpu]'" in err
+  assert f"pip install 'lip-jax[{extra}]'" in err
+
+
+def test_operations_are_counted_by_kind():
+  def program(x, kernel, matrix):
+    x = jax.lax.conv_general_dilated(
+      x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jax.lax.scan(lambda y, _: (jnp.sin(y @ matrix), None), x.mean((1, 2)), length=3)[0]
+
+  arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 8, 8, 3), (3, 3, 3, 16), (16, 16))]
+  found = {
+    one.kind: one for one in traffic(hlo.read(jax.jit(program).lower(*arrays).compile().as_text()))
+  }
+  convolutions, products = found["convolutions"], found["matrix products"]
+  assert convolutions.operations == 1
+  assert convolutions.flops == 2 * (2 * 4 * 4 * 16) * (3 * 3 * 3)
+  assert convolutions.bytes == 4 * (2 * 8 * 8 * 3 + 3 * 3 * 3 * 16 + 2 * 4 * 4 * 16)
+  assert products.operations == 3
+  assert products.flops == 3 * 2 * (2 * 16) * 16
+  assert products.bytes == 3 * 4 * (2 * 16 + 16 * 16 + 2 * 16)
+  assert found["reductions, and what is fused with them"].bytes >= 4 * (2 * 4 * 4 * 16 + 2 * 16)
+
+
+def test_operations_of_gpus():
+  """In the notation of their compiler."""
+  text = """
+%fused_slice (p.0: f32[100], p.1: f32[10]) -> f32[10] {
+  %p.0 = f32[100]{0} parameter(0)
+  %p.1 = f32[10]{0} parameter(1)
+  %slice.1 = f32[10]{0} slice(%p.0), slice={[20:30]}
+  ROOT %add.1 = f32[10]{0} add(%slice.1, %p.1)
+}
+
+%fused_transpose (p.2: bf16[2,3]) -> bf16[3,2] {
+  %p.2 = bf16[2,3]{1,0} parameter(0)
+  ROOT %transpose.1 = bf16[3,2]{1,0} transpose(%p.2), dimensions={1,0}
+}
+
+ENTRY %main (x: bf16[2,8,8,4], g: bf16[2,8,8,16], k: bf16[16,3,3,4], a: f32[100], b: f32[10], \
+m: bf16[2,3]) -> bf16[3,2] {
+  %x = bf16[2,8,8,4]{3,2,1,0} parameter(0)
+  %g = bf16[2,8,8,16]{3,2,1,0} parameter(1)
+  %k = bf16[16,3,3,4]{3,2,1,0} parameter(2)
+  %a = f32[100]{0} parameter(3)
+  %b = f32[10]{0} parameter(4)
+  %m = bf16[2,3]{1,0} parameter(5)
+  %conv.1 = (bf16[2,8,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%x, %k), dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convForward"
+  %conv.2 = (bf16[2,8,8,4]{3,2,1,0}, u8[0]{0}) custom-call(%g, %k), dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardInput"
+  %conv.3 = (bf16[16,3,3,4]{3,2,1,0}, u8[0]{0}) custom-call(%x, %g), dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardFilter"
+  %y = bf16[2,8,8,16]{3,2,1,0} get-tuple-element(%conv.1), index=0
+  %pool = bf16[2,4,4,16]{3,2,1,0} custom-call(%y, %g), custom_call_target="__gpu$xla.gpu.ptx", \
+backend_config={name = "pool", kernel_type = "ptx", \
+kernel_data = ".target \\22sm_80\\22\\0A// \\\\", grid_x = 1}
+  %sum = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%fused_slice
+  ROOT %turned = bf16[3,2]{1,0} fusion(%m), kind=kInput, calls=%fused_transpose
+}
+"""
+  image, gradient, kernel = 2 * 8 * 8 * 4, 2 * 8 * 8 * 16, 16 * 3 * 3 * 4
+  assert traffic(hlo.read(text)) == [
+    Traffic("convolutions", 3, 3 * 2 * (image + gradient + kernel), 3 * 2 * gradient * (3 * 3 * 4)),
+    Traffic("custom kernels", 1, 2 * (2 * gradient + gradient // 4), 0),
+    Traffic("element by element, and others", 1, 4 * 3 * 10, 0),
+    Traffic("copies and transpositions", 1, 2 * 2 * 6, 0),
+  ]
+  assert kernels_of(text) == ['.target "sm_80"\n// \\']
 
 
 SCRIPT = """
@@ -216,7 +301,24 @@ for line in sys.stdin:
 """
 
 
-@needs_compiler
+def compile_all(lines):
+  """`lip-jax compile --json` of each line, in one process -> (outputs, failures, errors)."""
+  done = subprocess.run(
+    [sys.executable, "-c", SCRIPT],
+    input="\n".join(lines),
+    capture_output=True,
+    text=True,
+    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": ""},
+  )
+  assert done.returncode == 0, done.stderr
+  *outputs, rest = re.split(r"status 0\n", done.stdout)
+  failed = rest.splitlines()
+  assert set(failed) <= {"status 1"}
+  errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  return list(map(json.loads, outputs)), len(failed), errors
+
+
+@needs_tpu_compiler
 def test_for_tpus():
   """In a process of its own, which libtpu changes."""
   base = f"--config={ROOT}/configs/imagenet.py:resnet18,tiny --config.data.dataset=fake --json"
@@ -231,23 +333,13 @@ def test_for_tpus():
     f"{base} --topology=v5e:2x2 --config.global_batch_size=6",
     f"{base} --topology=v5e:3x3",
   ]
-  done = subprocess.run(
-    [sys.executable, "-c", SCRIPT],
-    input="\n".join(lines),
-    capture_output=True,
-    text=True,
-    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": ""},
-  )
-  assert done.returncode == 0, done.stderr
-  *outputs, rest = re.split(r"status 0\n", done.stdout)
-  assert rest == "status 1\n" * 3
-  errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-  assert len(errors) == 3
+  outputs, failed, errors = compile_all(lines)
+  assert failed == 3
   assert re.search(r"needs \d+\.\d\d GiB of the chip's 15\.75, .* too much", errors[0])
   assert "config.global_batch_size=6 is not divisible by the 4 devices" in errors[1]
   assert "cannot compile for topology 'v5e:3x3'" in errors[2]
 
-  small, middle, large, least, lip = map(json.loads, outputs)
+  small, middle, large, least, lip = outputs
   # A device evaluates its own images, also where kernels pool them.
   assert sum(one["bytes"] for one in lip["steps"]["eval"]["collectives"]) == 16 * 4 + 4 * 4
   assert [each["chips"] for each in (least, small, middle, large)] == [4, 8, 64, 256]
@@ -267,3 +359,42 @@ def test_for_tpus():
     assert (reduced["kind"], reduced["dtype"]) == ("all-reduce", "f32")
     assert reduced["bytes"] == pytest.approx(gradients, rel=0.05)
     assert vote == {"kind": "all-reduce", "dtype": "s32", "operations": 1, "bytes": 4}
+
+
+@needs_gpu_compiler
+def test_for_gpus():
+  """In a process of its own, which JAX's plugin for GPUs changes."""
+  base = f"--config={ROOT}/configs/imagenet.py:resnet18,tiny --config.data.dataset=fake --json"
+  pooled = f"{base.replace('resnet18', 'lip_resnet_small')} --set=dtype=bfloat16"
+  lines = [
+    f"{base} --topology=h100:2x4 --per-device-batch=4 --only=train",
+    f"{pooled} --topology=h100:1 --per-device-batch=4 --only=eval",
+    f"{base} --topology=l4:1 --per-device-batch=4194304 --only=eval",
+  ]
+  (train, pooling), failed, errors = compile_all(lines)
+  assert failed == 1
+  assert re.search(r"needs \d+\.\d\d GiB of the chip's 22\.35, .* too much", errors[0])
+
+  assert train["chips"] == 8
+  step = train["steps"]["train"]
+  assert 0 < step["temporaries"] < step["peak"] < train["memory"] == 80e9
+  kinds = {one["kind"]: one for one in step["traffic"]}
+  assert {"convolutions", "matrix products", "communication"} <= set(kinds)
+  assert step["bytes_accessed"] == sum(one["bytes"] for one in step["traffic"])
+  assert step["flops"] == sum(one["flops"] for one in step["traffic"]) > 0
+  gradients = 4 * cost.count_parameters(
+    lip_jax.models.abstract_model(**train["model"], num_classes=1000)
+  )
+  reduced, vote = step["collectives"]
+  assert (reduced["kind"], reduced["dtype"]) == ("all-reduce", "f32")
+  assert reduced["bytes"] == pytest.approx(gradients, rel=0.05)
+  assert (vote["kind"], vote["dtype"], vote["bytes"]) == ("all-reduce", "s32", 4)
+  # Four GPUs of two hosts: 200 GB/s leave a host.
+  assert step["estimate"]["communication"] == pytest.approx(2 * (reduced["bytes"] + 4) / 200e9)
+
+  evaluation = pooling["steps"]["eval"]
+  kernels = [one for one in evaluation["traffic"] if one["kind"] == "custom kernels"]
+  assert kernels[0]["operations"] == 7
+  if ptx.assembler():
+    assert len(evaluation["kernels"]) == 7
+    assert all(0 < one["registers"] <= 128 and not one["spilled"] for one in evaluation["kernels"])

@@ -210,16 +210,28 @@ def test_a_validation_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     json.loads(line, parse_constant=pytest.fail)
 
 
+@pytest.mark.parametrize(
+  ("dataset", "located", "moved"),
+  [
+    ("folder:pets", "folder:{}/pets", "folder:/elsewhere"),
+    (
+      "coco:pets/{split}.json@pets/images",
+      "coco:{}/pets/{{split}}.json@{}/pets/images",
+      "coco:/elsewhere.json@/images",
+    ),
+  ],
+)
 def test_a_run_is_used_from_any_directory_and_goes_on_where_its_folder_has_moved(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, dataset, located, moved
 ):
   monkeypatch.chdir(tmp_path)
-  data = config_lib.Data(dataset="folder:pets", data_dir="sets")
+  data = config_lib.Data(dataset=dataset, data_dir="sets")
   trainer.train(make_config(data=data, num_epochs=1), "run")
   found = config_lib.load("run").data
-  assert (found.dataset, found.data_dir) == (f"folder:{tmp_path}/pets", f"{tmp_path}/sets")
-  moved = make_config(data=config_lib.Data(dataset="folder:/elsewhere"), num_epochs=1)
-  assert trainer.train(moved, "run").finished
-  assert config_lib.load("run").data.dataset == "folder:/elsewhere"
+  expected = located.format(*[tmp_path] * 2)
+  assert (found.dataset, found.data_dir) == (expected, f"{tmp_path}/sets")
+  other = make_config(data=config_lib.Data(dataset=moved), num_epochs=1)
+  assert trainer.train(other, "run").finished
+  assert config_lib.load("run").data.dataset == moved
   with pytest.raises(UsageError, match=r"data.dataset: 'fake'"):
     trainer.train(make_config(data=config_lib.Data(dataset="fake"), num_epochs=1), "run")

@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from lip_jax.data import disk, imagenet, preprocess, tfrecord
-from lip_jax.data.boxes import COCO, open_boxes
+from lip_jax.data.boxes import open_boxes
 from lip_jax.data.builder import open_builder, record_format
 from lip_jax.data.folder import FolderImages, ImageFolder, first_few
 from lip_jax.data.prepare import array_record_writer
 from lip_jax.data.records import ImageLabelParser, read_file
+from lip_jax.data.source import is_fake
 from lip_jax.errors import UsageError
 
 # With decode="sample": one image in so many, and all that look damaged.
@@ -113,12 +114,12 @@ def verify(
   """
   if decode not in ("all", "sample", "none"):
     raise UsageError(f"decode={decode!r}, expected all, sample or none")
-  if dataset == "fake" or dataset.startswith("fake:"):
+  if is_fake(dataset):
     raise UsageError("fake data is generated: there is nothing to verify")
   workers = num_workers or min(os.cpu_count() or 1, 16)
   from lip_jax.data.prepare import verify_boxes  # which builds on this module
 
-  if dataset.startswith(COCO):
+  if dataset.startswith(disk.COCO):
     return verify_boxes.verify_boxes(dataset, None, decode, workers)
   if dataset.startswith(disk.FOLDER):
     return _verify_folder(dataset, decode, workers)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from lip_jax.data import boxes, preprocess
+from lip_jax.data import boxes, disk, preprocess
 from lip_jax.data.boxes import BoxSource
 from lip_jax.data.builder import open_builder
 from lip_jax.data.folder import first_few
@@ -63,9 +63,9 @@ def verify_boxes(
 
 def _splits(dataset: str, data_dir: str | None) -> list[str]:
   """Those that there are."""
-  if not dataset.startswith(boxes.COCO):
+  if not dataset.startswith(disk.COCO):
     return list(open_builder(dataset, data_dir).info.splits)
-  file = os.path.expanduser(dataset.removeprefix(boxes.COCO).partition("@")[0])
+  file = os.path.expanduser(dataset.removeprefix(disk.COCO).partition("@")[0])
   before, found, after = file.partition("{split}")
   if not found:
     return ["all"]
@@ -81,7 +81,7 @@ def _splits(dataset: str, data_dir: str | None) -> list[str]:
 
 
 def _open(dataset: str, split: str, data_dir: str | None) -> BoxSource:
-  if dataset.startswith(boxes.COCO):
+  if dataset.startswith(disk.COCO):
     return boxes.open_coco(dataset, split, check_files=False)
   return boxes.open_boxes(dataset, split, data_dir, prepare=False)
 

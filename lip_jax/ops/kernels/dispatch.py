@@ -1,9 +1,9 @@
 """Local importance-based pooling with its gradient, by the best form for the platform.
 
-Pallas kernels on TPU and on NVIDIA GPUs, plain XLA elsewhere and for what the kernels do not
-support; on CPUs by the range that the logits have, where it is not given. The choice of the form is
-made when a program is compiled, among those for the devices of this process and, if it compiles for
-TPUs that are not there (`jax.experimental.topologies`), for those.
+Kernels on TPU (Pallas) and on NVIDIA GPUs (CUDA C++), plain XLA elsewhere and for what the kernels
+do not support; on CPUs by the range that the logits have, where it is not given. The choice of the
+form is made when a program is compiled, among those for the devices of this process and, if it
+compiles for devices that are not there (`jax.experimental.topologies`), for those.
 """
 
 import functools
@@ -47,7 +47,7 @@ def lip_pool(
   """`lip_jax.lip_pool` of valid arguments.
 
   `shift` is what to subtract from all logits, None for each window's largest; `form` is "pallas"
-  only where `supports`: off TPU and GPU the kernel is interpreted, slowly.
+  only where `supports`: off TPU and GPU the former's kernel is interpreted, slowly.
   """
   return _lip_pool_fwd(x, logits, geometry, shift, form)[0]
 
@@ -152,11 +152,11 @@ def _forward(x, h, affine, geometry, shift, form):
   def result(x, h, affine):
     return default(x, h, affine)[0]
 
-  def call(module, interpret):
+  def call(module, **options):
     def kernel(x, h, affine):
       if not module.supports(x, h, geometry):  # a device's part, or more than one batch
         return result(x, h, affine)
-      return module.forward(x, h, affine, geometry, shift, interpret=interpret)
+      return module.forward(x, h, affine, geometry, shift, **options)
 
     run = _transformable(kernel, f"n h w c, n h w c{_statistics(affine)} -> n i j c", result)
     # The kernels compute again what the XLA form keeps; nobody reads these zeros.
@@ -165,7 +165,9 @@ def _forward(x, h, affine, geometry, shift, form):
       () if form == "pallas" else jax.tree.map(jnp.zeros_like, kept),
     )
 
-  return _by_platform(call, kernels, default, form)(x, h, affine)
+  if form == "pallas":
+    default = _interpreted(call, kernels) or (lambda *args: (result(*args), ()))
+  return _by_platform(call, kernels, default)(x, h, affine)
 
 
 def _backward(x, h, affine, windows, g, geometry, shift, form):
@@ -183,18 +185,22 @@ def _backward(x, h, affine, windows, g, geometry, shift, form):
   def from_inputs(x, h, g, affine):
     return default(x, h, affine, xla.forward(x, h, affine, geometry, shift)[1], g)
 
-  def call(module, interpret):
+  def call(module, **options):
     def kernel(x, h, g, affine):
       if not module.supports(x, h, geometry):
         return from_inputs(x, h, g, affine)
-      return module.backward(x, h, affine, g, geometry, shift, interpret=interpret)
+      return module.backward(x, h, affine, g, geometry, shift, **options)
 
     rule = f"n h w c, n h w c, n i j c{_statistics(affine)} -> n h w c, n h w c"
     rule += ", n c, n c" if affine else ""
     run = _transformable(kernel, rule, from_inputs)
     return lambda x, h, affine, windows, g: run(x, h, g, affine)
 
-  return _by_platform(call, kernels, default, form)(x, h, affine, windows, g)
+  if form == "pallas":  # the forward pass has kept nothing
+    default = _interpreted(call, kernels) or (
+      lambda x, h, affine, _, g: from_inputs(x, h, g, affine)
+    )
+  return _by_platform(call, kernels, default)(x, h, affine, windows, g)
 
 
 def _statistics(affine: Affine | None) -> str:
@@ -272,7 +278,7 @@ def _kernels(x, h, geometry, form) -> dict[str, Any]:
   arrays = [a for a in (x, h) if not isinstance(a, jax.ShapeDtypeStruct)]
   if form == "xla" or _symbolic(x, h) or any(varying_axes(a) or explicit(a) for a in arrays):
     return {}
-  names = set(_KERNELS) if form == "pallas" else _targets()
+  names = _targets() | ({"tpu"} if form == "pallas" else set())
   return {name: _KERNELS[name] for name in names if _KERNELS[name].supports(x, h, geometry)}
 
 
@@ -282,15 +288,23 @@ def _symbolic(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
 def _targets() -> set[str]:
   """Platforms that a program may be compiled for: tracing a kernel takes a tenth of a second."""
-  targets = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
-  # What compiles for TPUs that are not there has imported this.
-  return targets | ({"tpu"} if "jax.experimental.topologies" in sys.modules else set())
+  targets: set[str] = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
+  if "cuda" in targets and not gpu.runs_on(jax.local_devices()):
+    targets = set()
+  if "jax.experimental.topologies" not in sys.modules:
+    return targets
+  # To compile for devices that are not there: for any whose compiler JAX has loaded.
+  for_gpus = any(name.startswith("jax_plugins.xla_cuda") for name in sys.modules)
+  return targets | ({"tpu", "cuda"} if for_gpus else {"tpu"})
 
 
-def _by_platform(call, kernels, default, form) -> Callable[..., Any]:
-  if form == "pallas":
-    default = call(kernels.get("tpu") or kernels["cuda"], True)
-  branches = {name: call(module, False) for name, module in kernels.items()}
+def _interpreted(call, kernels) -> Callable[..., Any] | None:
+  """The kernel for TPU on other platforms, if there is one; those for GPUs run nowhere else."""
+  return call(kernels["tpu"], interpret=True) if "tpu" in kernels else None
+
+
+def _by_platform(call, kernels, default) -> Callable[..., Any]:
+  branches = {name: call(module) for name, module in kernels.items()}
   return lambda *args: lax.platform_dependent(*args, default=default, **branches)
 
 

@@ -1,0 +1,290 @@
+"""What all detectors share: backbone and pyramid, what a batch holds, how losses are added up."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from lip_jax.detection.anchors import ANCHORS, DIVISOR, Anchors
+from lip_jax.detection.fpn import FPN
+from lip_jax.detection.matching import RULES, in_crowd, match
+from lip_jax.detection.postprocess import Detections
+from lip_jax.detection.presets import Preset
+from lip_jax.errors import UsageError
+from lip_jax.models import layers, padding
+from lip_jax.models.network import Network
+from lip_jax.ops import boxes as box_ops
+
+# What images contain, of one batch: boxes [N, M, 4] (x1, y1, x2, y2 in pixels, of width x2 - x1),
+# labels [N, M], valid [N, M] (False for padding) and crowd [N, M]; for what is drawn at random also
+# image_id [N].
+Targets = Mapping[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+class Outputs(NamedTuple):
+  """What is predicted for the anchors of each level, in at least float32."""
+
+  logits: list[jax.Array]  # [N, A, K]
+  deltas: list[jax.Array]  # [N, A, 4]
+
+
+class Layout(NamedTuple):
+  """Where the anchors of a batch lie, as the methods of `Anchors` take it."""
+
+  padded: tuple[int, int]  # height and width of the batch in pixels, with padding
+  grids: list[tuple[int, int]]  # rows and columns of each level
+
+
+class GroundTruth(NamedTuple):
+  """`Targets` as a detector learns them, with room for at least one box."""
+
+  boxes: jax.Array  # [N, M, 4], inclusive where the preset is
+  labels: jax.Array  # [N, M]
+  valid: jax.Array  # [N, M], False for padding, degenerate boxes and crowds
+  crowd: jax.Array  # [N, M], crowds that are not degenerate
+
+
+class Detector(nnx.Module):
+  """A feature pyramid on any network's features, each of twice the stride of the one before.
+
+  Attributes:
+    stages: the backbone's features that the pyramid stands on.
+    kind: of the anchors and of their matching.
+    terms: names of the losses, whose sum is trained.
+    num_labels: one more than the largest label.
+
+  Args:
+    backbone: without a classifier.
+    num_classes: that are told apart; the preset says what labels they have.
+    preset: the conventions.
+    fpn_channels: of the pyramid and what stands on it.
+    anchor_scale: side of a level's smallest square anchors, in strides; None: the preset's.
+    mask_padding: compute each image as if it were alone in the batch, in its own padding to a
+      multiple of 32, so that nothing depends on the batch; False: do not, as the originals; None:
+      do so in `detect`, if the preset says so, and not in `losses`.
+    ignore_crowd: leave boxes in crowds out of the loss; False: they are background, as in
+      mmdetection 0.6.
+    dtype: of backbone, pyramid and heads; boxes, scores and losses have at least float32.
+    rngs: source of the initial weights.
+  """
+
+  stages: ClassVar[tuple[str, ...]]
+  kind: ClassVar[str]
+  terms: ClassVar[tuple[str, ...]]
+
+  def __init__(
+    self,
+    backbone: Network,
+    num_classes: int,
+    *,
+    preset: Preset,
+    fpn_channels: int = 256,
+    anchor_scale: float | None = None,
+    mask_padding: bool | None = None,
+    ignore_crowd: bool = False,
+    dtype: Dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    layers.check_sizes(num_classes=num_classes, fpn_channels=fpn_channels)
+    self.stage_channels, strides = _stages(backbone, self.stages)
+    self.backbone = backbone
+    self.fpn = FPN(self.stage_channels, strides, fpn_channels, dtype=dtype, rngs=rngs)
+    self.anchors = _anchors(self.kind, preset, strides, anchor_scale)
+    self.num_labels = preset.outputs(num_classes)
+    self.preset = preset
+    self.ignore_crowd = ignore_crowd
+    self.mask_losses = bool(mask_padding)
+    self.mask_detection = preset.mask_detection if mask_padding is None else mask_padding
+    self.dtype = layers.param_dtype(dtype)
+
+  def losses(
+    self,
+    images: jax.Array,
+    sizes: jax.Array,
+    targets: Targets,
+    priorities: Mapping[str, jax.Array] | None = None,
+    key: jax.Array | None = None,
+  ) -> Sums:
+    """Scalars by name, see `terms`, whose sum is trained.
+
+    Boxes that are degenerate, not valid, or crowds are not learned.
+
+    Args:
+      images: [N, H, W, 3], normalized, zero beyond each image's size.
+      sizes: [N, 2], height and width of each image.
+      targets: as `Targets`; labels count from 0, in preset torchvision they are COCO's ids.
+      priorities: where boxes are sampled, those with the smallest are taken: "rpn" [N, anchors],
+        "proposal" [N, 2000], "gt" [N, M]; None: random numbers.
+      key: of these, with the image's id; None: that of a seed of 0.
+    """
+    sums, weights = self.loss_sums(images, sizes, targets, priorities, key)
+    return {name: sums[name] / jnp.maximum(weights[name], 1) for name in sums}
+
+  def loss_sums(
+    self,
+    images: jax.Array,
+    sizes: jax.Array,
+    targets: Targets,
+    priorities: Mapping[str, jax.Array] | None = None,
+    key: jax.Array | None = None,
+  ) -> tuple[Sums, Sums]:
+    """`losses` as sums, and what they are divided by: both can be added up over parts of a batch.
+
+    A part has whole groups of as many images as the preset divides together.
+    """
+    raise NotImplementedError
+
+  def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
+    """What the network finds: at most 100 boxes in each image, 300 with some presets.
+
+    Args:
+      images: [N, H, W, 3], normalized, zero beyond each image's size.
+      sizes: [N, 2], height and width of each image, in which the boxes lie.
+    """
+    raise NotImplementedError
+
+  def match(self, images: jax.Array, sizes: jax.Array, targets: Targets) -> jax.Array:
+    """The ground truth of each anchor, [N, A]: see `lip_jax.detection.matching.match`."""
+    layout = self._layout(images)
+    anchors = self.anchors.boxes(*layout, self.dtype)
+    return self._match_anchors(anchors, layout, sizes, self._ground_truth(targets))
+
+  def features(
+    self, images: jax.Array, sizes: jax.Array, *, masked: bool = False
+  ) -> dict[str, jax.Array]:
+    """Features of the backbone, and of the pyramid under "p3", ...: each [N, H', W', C]."""
+    with self._mask(images, sizes, masked):
+      stages = self.backbone.features(_pad(images))
+      pyramid = self.fpn([stages[name] for name in self.stages])
+      pyramid += self._coarser(stages["c5"], pyramid[-1])
+    return {**stages, **dict(zip(self._level_names, pyramid, strict=True))}
+
+  def _coarser(self, c5: jax.Array, p5: jax.Array) -> list[jax.Array]:
+    """Levels beyond those of the backbone's stages."""
+    raise NotImplementedError
+
+  @property
+  def _level_names(self) -> list[str]:
+    first = int(self.stages[0].removeprefix("c"))
+    return [f"p{first + k}" for k in range(len(self.anchors.strides))]
+
+  def _predict(
+    self,
+    head: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]],
+    features: Mapping[str, jax.Array],
+    images: jax.Array,
+    sizes: jax.Array,
+    masked: bool,
+  ) -> Outputs:
+    """What a head says of each level, given its features and stride."""
+    with self._mask(images, sizes, masked):
+      found = [
+        head(features[name], stride)
+        for name, stride in zip(self._level_names, self.anchors.strides, strict=True)
+      ]
+    return Outputs([logits for logits, _ in found], [deltas for _, deltas in found])
+
+  def _layout(self, images: jax.Array) -> Layout:
+    height, width = (-(-size // DIVISOR) * DIVISOR for size in images.shape[1:3])
+    return Layout(
+      (height, width), [(-(-height // step), -(-width // step)) for step in self.anchors.strides]
+    )
+
+  def _mask(self, images: jax.Array, sizes: jax.Array, masked: bool) -> Any:
+    if not masked:
+      return contextlib.nullcontext()
+    own = -(-jnp.asarray(sizes) // DIVISOR) * DIVISOR
+    return padding.masked(own, self._layout(images).padded)
+
+  def _ground_truth(self, targets: Targets) -> GroundTruth:
+    boxes = jnp.asarray(targets["boxes"], self.dtype)
+    pixels = jnp.asarray([0, 0, self.preset.pixel, self.preset.pixel], boxes.dtype)
+    boxes = boxes - pixels[None, None, :]
+    width, height = box_ops.sizes(boxes, inclusive=self.preset.inclusive)
+    usable = jnp.asarray(targets["valid"], bool) & (width > 0) & (height > 0)
+    crowd = jnp.asarray(targets["crowd"], bool)
+    found = GroundTruth(boxes, jnp.asarray(targets["labels"]), usable & ~crowd, usable & crowd)
+    if boxes.shape[1]:
+      return found
+    return jax.tree.map(lambda x: jnp.zeros((len(x), 1, *x.shape[2:]), x.dtype), found)
+
+  def _match_anchors(self, anchors, layout: Layout, sizes, truth: GroundTruth) -> jax.Array:
+    rule = RULES[self.kind, self.preset.name]
+
+    def of_image(truth, size):
+      usable = self.anchors.usable(size, *layout) & self._not_ignored(anchors, truth)
+      return match(anchors, truth.boxes, truth.valid, rule=rule, usable=usable)
+
+    return jax.vmap(of_image)(truth, jnp.asarray(sizes))
+
+  def _not_ignored(self, boxes: jax.Array, truth: GroundTruth) -> jax.Array:
+    """Boxes [B, 4] of an image that its crowds leave in the loss: [B] bool."""
+    if not self.ignore_crowd:
+      return jnp.ones(len(boxes), bool)
+    return ~in_crowd(boxes, truth.boxes, truth.crowd, inclusive=self.preset.inclusive)
+
+
+def divide(losses: Sums, counts: jax.Array, group: int | None) -> tuple[Sums, Sums]:
+  """(sums, weights) of the losses of images, as `Detector.loss_sums` gives them.
+
+  Args:
+    losses: [N] each.
+    counts: [N], what the losses are divided by.
+    group: so many consecutive images are divided together, and the quotients averaged; None: all
+      images of the batch are.
+  """
+  if group is None:
+    return {name: loss.sum() for name, loss in losses.items()}, dict.fromkeys(losses, counts.sum())
+  group = min(group, len(counts))
+  pad = -len(counts) % group
+
+  def grouped(values: jax.Array) -> jax.Array:
+    return jnp.pad(values, (0, pad)).reshape(-1, group).sum(axis=1)
+
+  counts = jnp.maximum(grouped(counts), 1)
+  sums = {name: (grouped(loss) / counts).sum() for name, loss in losses.items()}
+  return sums, dict.fromkeys(losses, jnp.asarray(len(counts), counts.dtype))
+
+
+def _pad(images: jax.Array) -> jax.Array:
+  """Images with zeros at the bottom and on the right, up to multiples of 32."""
+  bottom, right = (-size % DIVISOR for size in images.shape[1:3])
+  return jnp.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)))
+
+
+def _stages(backbone: Network, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Channels and strides of the features that the pyramid stands on."""
+  graph, state = nnx.split(backbone)
+
+  def run(state: Any, images: jax.Array) -> dict[str, jax.Array]:
+    network = nnx.merge(graph, state, copy=True)
+    network.eval()  # in training a batch norm may want more images than one
+    return network.features(images)
+
+  size = 64
+  images = jax.ShapeDtypeStruct((1, size, size, backbone.in_channels), jnp.float32)
+  features = jax.eval_shape(run, state, images)
+  stages = [features[name] for name in names]
+  return tuple(x.shape[3] for x in stages), tuple(size // x.shape[1] for x in stages)
+
+
+def _anchors(kind: str, preset: Preset, strides: Sequence[int], scale: float | None) -> Anchors:
+  """The preset's, for levels that begin with these strides, perhaps of another scale."""
+  anchors = ANCHORS[kind, preset.name]
+  own = anchors.sizes[0][0] / anchors.strides[0]
+  scale = own if scale is None else scale
+  if not 0 < scale < math.inf:
+    raise UsageError(f"anchor_scale must be a positive number, got {scale}")
+  by = strides[0] / anchors.strides[0]
+  return dataclasses.replace(
+    anchors,
+    strides=tuple(int(stride * by) for stride in anchors.strides),
+    sizes=tuple(tuple(size * by * scale / own for size in sizes) for sizes in anchors.sizes),
+  )

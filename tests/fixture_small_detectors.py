@@ -1,0 +1,71 @@
+"""Small detectors with arbitrary weights, images of noise and boxes for them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from fixture_weights import weight
+from flax import nnx
+
+import lip_jax
+from lip_jax.models.torch_names import torch_names
+
+_SMALL = {"num_classes": 3, "width": 8, "fpn_channels": 16}
+SMALL = {
+  "retinanet": {**_SMALL, "head_convs": 1},
+  "faster_rcnn": {**_SMALL, "fc_features": 32, "num_proposals": 50, "region_samples": 20},
+}
+
+
+@functools.cache
+def create(name="retinanet", backbone="lip_resnet_small", **options):
+  """(structure, arrays) of a small detector with arbitrary weights, which finds something."""
+  model = nnx.eval_shape(
+    lambda: lip_jax.create_detector(
+      name, backbone=backbone, rngs=nnx.Rngs(0), **{**SMALL[name], **options}
+    )
+  )
+  for key, variable in torch_names(model):
+    value = jnp.asarray(weight(key, variable.shape[::-1]).T)
+    if "retina_cls.bias" in key or "cls_logits.bias" in key:
+      value -= 3
+    if any(part in key for part in ("retina_reg", "bbox_reg", "rpn_reg", "fc_reg", "bbox_pred")):
+      value *= 0.1
+    variable.set_value(value)
+  return nnx.split(model)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def detect(graph, state, images, sizes):
+  return nnx.merge(graph, state, copy=True).detect(images, sizes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(graph, state, images, sizes, targets):
+  return nnx.merge(graph, state, copy=True).losses(images, sizes, targets)
+
+
+def images(sizes, height, width):
+  """Images of these sizes, each of its own noise, in a batch of that size."""
+  out = np.zeros((len(sizes), height, width, 3), np.float32)
+  for image, (rows, columns) in zip(out, sizes, strict=True):
+    rng = np.random.default_rng(1000 * rows + columns)
+    image[:rows, :columns] = rng.normal(size=(rows, columns, 3))
+  return out, np.array(sizes)
+
+
+def targets(*boxes, room=4, crowd=()):
+  """Of one image for each argument: a list of boxes."""
+  out = {
+    "boxes": np.zeros((len(boxes), room, 4), np.float32),
+    "labels": np.zeros((len(boxes), room), np.int32),
+    "valid": np.zeros((len(boxes), room), bool),
+    "crowd": np.zeros((len(boxes), room), bool),
+  }
+  for k, found in enumerate(boxes):
+    out["boxes"][k, : len(found)] = np.reshape(found, (-1, 4))
+    out["labels"][k, : len(found)] = np.arange(len(found)) % 3
+    out["valid"][k, : len(found)] = True
+    out["crowd"][k] = k in crowd
+  return out
