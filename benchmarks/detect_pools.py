@@ -32,6 +32,7 @@ from lip_jax.errors import UsageError
 from lip_jax.models.cost import count_parameters
 from lip_jax.training import config as config_lib
 from lip_jax.training import trainer
+from lip_jax.training.checkpoint.checkpoints import has_checkpoints
 from lip_jax.training.metrics import log_to_stdout
 
 CONFIG = Path(__file__).parents[1] / "configs" / "detect_digits.py"
@@ -119,15 +120,16 @@ def make_config(name: str, seed: int, args: argparse.Namespace) -> Config:
 
 def run(name: str, seed: int, config: Config, workdir: Path) -> None:
   """Trains, or goes on training, one detector, and writes its result."""
-  start = time.perf_counter()
-  trained = trainer.train(config, workdir / f"{name}-{seed}")
+  directory = workdir / f"{name}-{seed}"
+  resumed, start = has_checkpoints(directory), time.perf_counter()
+  trained = trainer.train(config, directory)
   if not trained.finished:
     sys.exit(f"stopped; the same command goes on from {trained.checkpoint or 'the start'}")
   result = {
     "recipe": recipe(config),
     "parameters": count_parameters(abstract_detector(**config.model, num_classes=10)),
     "images": trained.step * config.global_batch_size,
-    "seconds": round(time.perf_counter() - start, 1),
+    "seconds": None if resumed else round(time.perf_counter() - start, 1),
     "metrics": trained.metrics,
   }
   path = _path(workdir, name, seed)
