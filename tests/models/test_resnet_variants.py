@@ -118,7 +118,9 @@ def test_offsets_learn():
 
   @jax.jit
   def gradient(params):
-    return jax.grad(lambda params: (nnx.merge(graph, params, others)(images()) ** 2).sum())(params)
+    return jax.grad(
+      lambda params: (nnx.merge(graph, params, others, copy=True)(images()) ** 2).sum()
+    )(params)
 
   found = gradient(params)["layer2"][1]["spatial"]["residual_conv"]["offset"]
   assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
