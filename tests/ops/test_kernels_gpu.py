@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from types import SimpleNamespace
 
 import fixture_cuda
 import jax
@@ -167,6 +168,14 @@ def test_compiles_for_all_gpus(shape, dtype, mode, window):
     for kernel in ptx.kernels(sources, architecture):
       assert kernel.spilled == 0, (architecture, kernel)
       assert kernel.registers <= 128 or window > 3, (architecture, kernel)
+
+
+@pytest.mark.parametrize(
+  ("capability", "runs"),
+  [("7.5", False), ("8.0", True), ("8.9", True), ("10.0", True), ("12.1", True), ("gfx942", False)],
+)
+def test_runs_on_ampere_and_newer(capability, runs):
+  assert gpu.runs_on([SimpleNamespace(compute_capability=capability)]) == runs
 
 
 def test_supports(monkeypatch):

@@ -289,11 +289,13 @@ def _symbolic(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
 def _targets() -> set[str]:
   """Platforms that a program may be compiled for: tracing a kernel takes a tenth of a second."""
   targets: set[str] = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
+  if "cuda" in targets and not gpu.runs_on(jax.local_devices()):
+    targets = set()
   if "jax.experimental.topologies" not in sys.modules:
     return targets
   # To compile for devices that are not there: for any whose compiler JAX has loaded.
-  gpu = any(name.startswith("jax_plugins.xla_cuda") for name in sys.modules)
-  return targets | ({"tpu", "cuda"} if gpu else {"tpu"})
+  for_gpus = any(name.startswith("jax_plugins.xla_cuda") for name in sys.modules)
+  return targets | ({"tpu", "cuda"} if for_gpus else {"tpu"})
 
 
 def _interpreted(call, kernels) -> Callable[..., Any] | None:

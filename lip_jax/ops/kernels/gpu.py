@@ -19,6 +19,8 @@ The kernels are compiled here to PTX for the shapes at hand (`nvrtc`); XLA takes
 
 import functools
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +68,13 @@ def supports(x: jax.Array, h: jax.Array, geometry: Geometry) -> bool:
     and overlap <= _MOST_WINDOWS
     and nvrtc.available()
   )
+
+
+def runs_on(devices: Sequence[Any]) -> bool:
+  """Whether all of these GPUs are NVIDIA's, from Ampere on."""
+  capabilities = [str(getattr(device, "compute_capability", "")) for device in devices]
+  # Of other vendors it is a name.
+  return all(re.fullmatch(r"([89]|\d\d+)\.\d+", capability) for capability in capabilities)
 
 
 @functools.partial(jax.jit, static_argnames=("geometry", "shift"))
