@@ -32,6 +32,7 @@ from lip_jax.errors import UsageError
 from lip_jax.models.cost import count_parameters
 from lip_jax.training import config as config_lib
 from lip_jax.training import trainer
+from lip_jax.training.checkpoint.checkpoints import has_checkpoints
 from lip_jax.training.metrics import log_to_stdout
 
 CONFIG = Path(__file__).parents[1] / "configs" / "detect_digits.py"
@@ -119,15 +120,16 @@ def make_config(name: str, seed: int, args: argparse.Namespace) -> Config:
 
 def run(name: str, seed: int, config: Config, workdir: Path) -> None:
   """Trains, or goes on training, one detector, and writes its result."""
-  start = time.perf_counter()
-  trained = trainer.train(config, workdir / f"{name}-{seed}")
+  directory = workdir / f"{name}-{seed}"
+  resumed, start = has_checkpoints(directory), time.perf_counter()
+  trained = trainer.train(config, directory)
   if not trained.finished:
     sys.exit(f"stopped; the same command goes on from {trained.checkpoint or 'the start'}")
   result = {
     "recipe": recipe(config),
     "parameters": count_parameters(abstract_detector(**config.model, num_classes=10)),
     "images": trained.step * config.global_batch_size,
-    "seconds": round(time.perf_counter() - start, 1),
+    "seconds": None if resumed else round(time.perf_counter() - start, 1),
     "metrics": trained.metrics,
   }
   path = _path(workdir, name, seed)
@@ -180,33 +182,39 @@ def interval(sample: Sequence[float]) -> tuple[float, float, float]:
   mean = statistics.mean(sample)
   if len(sample) < 2:
     return mean, float("nan"), float("nan")
-  low, high = stats.t.interval(CONFIDENCE, len(sample) - 1, mean, stats.sem(sample))
-  return mean, float(low), float(high)
+  half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1) * stats.sem(sample))
+  return mean, mean - half, mean + half
 
 
 def table(results: Results, seeds: Sequence[int]) -> str:
-  """Markdown: each metric by network; then what LIP has more, paired by seed."""
+  """Markdown: each metric by network; what LIP has more, paired by seed; what is drawn, by seed."""
+  interval_of = f"[{100 * CONFIDENCE:.0f} % interval of the mean]"
   head = " | ".join(METRICS)
-  rule = "|---" * (len(METRICS) + 2) + "|"
-  lines = [f"mean over {len(seeds)} seeds (standard deviation), %", ""]
-  lines += [f"| backbone pools by | parameters | {head} |", rule]
+  lines = [f"mean over {len(seeds)} seeds {interval_of}, %", ""]
+  lines += [f"| backbone pools by | parameters | {head} |", "|---" * (len(METRICS) + 2) + "|"]
   for name in NETWORKS:
-    cells = []
-    for metric in METRICS:
-      sample = values(results, name, metric, seeds)
-      spread = f" ({statistics.stdev(sample):.1f})" if len(sample) > 1 else ""
-      cells.append(f"{statistics.mean(sample):.1f}{spread}")
-    parameters = results[name][seeds[0]]["parameters"]
-    lines.append(f"| {name} | {parameters:,} | {' | '.join(cells)} |")
-  percent = f"{100 * CONFIDENCE:.0f} %"
-  lines += ["", f"LIP above each, points, paired by seed [{percent} interval of the mean]", ""]
+    cells = [_cell(values(results, name, metric, seeds)) for metric in METRICS]
+    lines.append(f"| {name} | {results[name][seeds[0]]['parameters']:,} | {' | '.join(cells)} |")
+  lines += ["", f"LIP above each, points, paired by seed {interval_of}", ""]
   lines += [f"| LIP above | {head} |", "|---" * (len(METRICS) + 1) + "|"]
   for name in NETWORKS:
     if name != LIP:
-      found = [interval(paired(results, name, metric, seeds)) for metric in METRICS]
-      cells = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in found]
+      cells = [_cell(paired(results, name, metric, seeds), "+") for metric in METRICS]
       lines.append(f"| {name} | {' | '.join(cells)} |")
+  lines += ["", f"{' / '.join(DRAWN)} of each seed, %", ""]
+  lines += [f"| backbone pools by | {' | '.join(map(str, seeds))} |"]
+  lines += ["|---" * (len(seeds) + 1) + "|"]
+  for name in NETWORKS:
+    by_seed = zip(*(values(results, name, metric, seeds) for metric in DRAWN), strict=True)
+    cells = [" / ".join(f"{value:.1f}" for value in found) for found in by_seed]
+    lines.append(f"| {name} | {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+def _cell(sample: Sequence[float], sign: str = "") -> str:
+  mean, low, high = interval(sample)
+  ends = "" if len(sample) < 2 else f" [{low:{sign}.1f}, {high:{sign}.1f}]"
+  return f"{mean:{sign}.1f}{ends}"
 
 
 def draw(results: Results, seeds: Sequence[int], path: Path) -> None:

@@ -142,4 +142,6 @@ def test_shapes_that_do_not_match():
   with pytest.raises(ValueError, match=r"offset has shape .*; expected \(1, 4, 5, 18\)"):
     deform_conv(x, np.zeros((1, 4, 5, 9)), kernel)
   with pytest.raises(ValueError, match=r"x .* and kernel .* do not match"):
-    deform_conv(x, np.zeros((1, 4, 5, 18)), np.zeros((3, 3, 1, 2)))
+    deform_conv(x, np.zeros((1, 4, 5, 18)), np.zeros((3, 3, 3, 2)))
+  with pytest.raises(ValueError, match="outputs must be a multiple of the groups"):
+    deform_conv(x, np.zeros((1, 4, 5, 18)), np.zeros((3, 3, 1, 3)))

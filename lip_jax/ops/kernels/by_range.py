@@ -38,13 +38,14 @@ def forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:
 
   def one_shift(x, h, middle):
     y, _, total = xla.forward(x, h, None, geometry, middle)[1]
-    middle = middle.astype(y.dtype)
-    return Windows(y, jnp.broadcast_to(middle, total.shape), total, middle)
+    # Not by `broadcast_to`, of which JAX would not know that it is spread over devices as y is.
+    largest = jnp.zeros_like(total) + middle.astype(total.dtype)
+    return Windows(y, largest, total, largest[:, :1, :1])
 
   # NaN and infinity are not within, so that the safe form says what becomes of them.
   within = (high - low <= _SPREAD) & (_largest(x) <= _BOUND)
-  middle = jnp.broadcast_to(low + (high - low) / 2, (h.shape[0], 1, 1, h.shape[3]))
-  return lax.cond(within, one_shift, lambda x, h, _: safe_forward(x, h, geometry), x, h, middle)
+  safe = lambda x, h, _: safe_forward(x, h, geometry)  # noqa: E731
+  return lax.cond(within, one_shift, safe, x, h, low + (high - low) / 2)
 
 
 def safe_forward(x: jax.Array, h: jax.Array, geometry: Geometry) -> Windows:

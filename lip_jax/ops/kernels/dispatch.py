@@ -165,9 +165,10 @@ def _forward(x, h, affine, geometry, shift, form):
       () if form == "pallas" else jax.tree.map(jnp.zeros_like, kept),
     )
 
+  elsewhere = default
   if form == "pallas":
-    default = _interpreted(call, kernels) or (lambda *args: (result(*args), ()))
-  return _by_platform(call, kernels, default)(x, h, affine)
+    elsewhere = _interpreted(call, kernels) or (lambda *args: (result(*args), ()))
+  return _by_platform(call, kernels, elsewhere)(x, h, affine)
 
 
 def _backward(x, h, affine, windows, g, geometry, shift, form):
@@ -196,11 +197,12 @@ def _backward(x, h, affine, windows, g, geometry, shift, form):
     run = _transformable(kernel, rule, from_inputs)
     return lambda x, h, affine, windows, g: run(x, h, g, affine)
 
+  elsewhere = default
   if form == "pallas":  # the forward pass has kept nothing
-    default = _interpreted(call, kernels) or (
+    elsewhere = _interpreted(call, kernels) or (
       lambda x, h, affine, _, g: from_inputs(x, h, g, affine)
     )
-  return _by_platform(call, kernels, default)(x, h, affine, windows, g)
+  return _by_platform(call, kernels, elsewhere)(x, h, affine, windows, g)
 
 
 def _statistics(affine: Affine | None) -> str:
