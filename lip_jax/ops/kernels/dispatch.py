@@ -142,15 +142,17 @@ def _forward(x, h, affine, geometry, shift, form):
   """(y, what the backward pass of the XLA form needs of each window)."""
 
   def default(x, h, affine):
+    if _looks(x, h, shift):
+      return _look_forward(x, h, geometry)
     return xla.forward(x, h, affine, geometry, shift)
 
   kernels = _kernels(x, h, geometry, form)
   if not kernels:
-    return _look_forward(x, h, geometry) if _looks(x, h, shift) else default(x, h, affine)
+    return default(x, h, affine)
   kept = jax.eval_shape(default, x, h, affine)[1]
 
   def result(x, h, affine):
-    return default(x, h, affine)[0]
+    return xla.forward(x, h, affine, geometry, shift)[0]
 
   def call(module, **options):
     def kernel(x, h, affine):
@@ -175,16 +177,17 @@ def _backward(x, h, affine, windows, g, geometry, shift, form):
   """(dx, dh, sums of dh and of dh * (h - mean)), the last with an affine only."""
 
   def default(x, h, affine, windows, g):
+    if _looks(x, h, shift):
+      return *_look_backward(x, h, windows, g, geometry), None
     return xla.backward(x, h, affine, windows, g, geometry, shift)
 
   kernels = _kernels(x, h, geometry, form)
-  if not kernels and _looks(x, h, shift):
-    return *_look_backward(x, h, windows, g, geometry), None
   if not kernels:
     return default(x, h, affine, windows, g)
 
   def from_inputs(x, h, g, affine):
-    return default(x, h, affine, xla.forward(x, h, affine, geometry, shift)[1], g)
+    windows = xla.forward(x, h, affine, geometry, shift)[1]
+    return xla.backward(x, h, affine, windows, g, geometry, shift)
 
   def call(module, **options):
     def kernel(x, h, g, affine):
