@@ -92,7 +92,8 @@ class ImageFolder:
         for training, and says what the classes are; "train" by default.
 
     Raises:
-      UsageError: there is no such folder, or none of classes in folders of splits.
+      UsageError: there is no such folder, none of classes in folders of splits, or two that are
+        called validation.
     """
     if "://" in directory:
       raise UsageError(
@@ -107,7 +108,12 @@ class ImageFolder:
     classes = {name: set(self._subfolders(name, quiet=True)) for name in folders}
     self._flat = [name for name in folders if not classes[name] and self._has_images(name)]
     found = {name: name for name in folders if classes[name]}
-    if "val" in found and "validation" not in found:
+    if {"val", "validation"} <= set(found):
+      raise UsageError(
+        f"folder {directory!r} has both val and validation, which name the same split; rename one "
+        "of them, or move it elsewhere"
+      )
+    if "val" in found:
       found["validation"] = found.pop("val")
     named = [[part for part in self.parts(split) if part in found] for split in (*asked, *_USUAL)]
     training = next(filter(None, named), list(found))

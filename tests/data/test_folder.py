@@ -81,6 +81,13 @@ def test_other_names_of_splits_are_not_well(folder):
   assert len(opened(folder, "valid")) == 6
 
 
+def test_val_and_validation_are_not_mistaken_for_each_other(folder, capsys):
+  for split in ("val", "validation"):
+    (folder / split / "a").mkdir(parents=True, exist_ok=True)
+  assert cli.main(["data", "verify", f"folder:{folder}"]) == 1
+  assert "both val and validation" in capsys.readouterr().err
+
+
 def test_a_data_set_is_what_it_holds_not_where_it_lies(folder, tmp_path, monkeypatch):
   def state(source):
     with train_loader(source, TrainCrop(8), global_batch_size=2, seed=0) as loader:
