@@ -230,17 +230,7 @@ def test_grey_of_12_bits():
   first, second = pixels.ravel()[::2], pixels.ravel()[1::2]
   packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1)
   # Width, height, bits, uncompressed, black is zero, offset, samples, rows, bytes.
-  tags = [
-    (256, 8),
-    (257, 8),
-    (258, 12),
-    (259, 1),
-    (262, 1),
-    (273, 8),
-    (277, 1),
-    (278, 8),
-    (279, 96),
-  ]
+  tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 96}
   directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
   start = struct.pack("<2sHI", b"II", 42, 8 + packed.size)
   tiff = start + packed.astype(np.uint8).tobytes() + struct.pack("<H", len(tags)) + directory
