@@ -1,12 +1,13 @@
 """The first state of a run that starts from a detector, or from a classifier as its backbone."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
+from lip_jax.data.boxes import BoxSource
 from lip_jax.detection import registry
 from lip_jax.detection.config import Config
 from lip_jax.export import class_names, initial_weights, loading, torch_convert
@@ -19,8 +20,7 @@ def start_from(
   path: str | Path,
   state: TrainState,
   config: Config,
-  classes: Sequence[str],
-  category_ids: Sequence[int],
+  source: Callable[[], BoxSource],
 ) -> TrainState:
   """A first state with another network's parameters and batch statistics.
 
@@ -29,17 +29,18 @@ def start_from(
 
   Args:
     path: of the network, as for `lip_jax.load`, or a file of PyTorch weights.
-    classes: names of the run's.
-    category_ids: of these in annotation files.
+    source: gives the training images, whose classes matter where a detector is the start.
 
   Raises:
     UsageError: there is no such network, or its arrays are not those of the run's network.
   """
   model, found = _load(path, config)
   if found["task"] == "detection":
+    images = source()
+    classes = images.class_names
     same = found["num_classes"] == len(classes) and (
       found["class_names"] in (None, class_names.for_people(classes))
-      and found["category_ids"] in (None, list(category_ids))
+      and found["category_ids"] in (None, list(images.category_ids))
     )
     replaced = () if same else tuple(sorted(registry.class_arrays(config.model)))
     state = initial_weights.fill(

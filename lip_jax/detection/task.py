@@ -192,9 +192,7 @@ class Detection(Task):
     """`state` with the weights of a detector, or the backbone of a classifier: a run, an exported
     folder, hf://, or a file of PyTorch's.
     """
-    return fine_tuning.start_from(
-      path, state, self.config, self.source.class_names, self.source.category_ids
-    )
+    return fine_tuning.start_from(path, state, self.config, lambda: self.source)
 
   def files(self) -> dict[str, str]:
     return {
