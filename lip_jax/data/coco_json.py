@@ -1,7 +1,7 @@
 """Annotation files in COCO's format: read, checked, and kept as a table."""
 
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -131,10 +131,10 @@ def _add_boxes(
     row = rows.get(image) if _is_whole(image) else None
     label = labels.get(category) if _is_whole(category) else None
     if row is None:
-      strays.append(f"{name} of image {shown(image)}")
+      strays.append(f"{name} of image {shown(repr(image))}")
       continue
     if label is None:
-      unknown.append(f"{name} of category {shown(category)}")
+      unknown.append(f"{name} of category {shown(repr(category))}")
       continue
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
@@ -159,7 +159,7 @@ def _check_ids(kind: str, ids: Sequence[Any]) -> None:
   if wrong:
     raise UsageError(
       f"{len(wrong):,} ids of {kind} entries are not whole numbers from 0 to {LARGEST_ID}, the "
-      f"first is {shown(wrong[0])}; number them anew"
+      f"first is {shown(repr(wrong[0]))}; number them anew"
     )
   twice = _twice(ids)
   if twice:
@@ -182,6 +182,6 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _is_number(value: Any) -> bool:
-  return (
-    isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value))
-  )
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return False
+  return abs(value) <= sys.float_info.max  # an int may be larger; NaN is not at most that

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import io
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ class Score(NamedTuple):
 
   Attributes:
     metrics: COCO's 12 numbers by `NAMES`, fractions; -1 where no object counts.
-    by_class: AP by the category's name, -1 likewise.
+    by_class: AP by the category's name, with its id where others have that name; -1 likewise.
     precision: float64 [10 IoU thresholds, 101 recalls, classes, 4 ranges of area: all, small,
       medium, large], of 100 detections; -1 likewise.
     library: name and version of what computed it.
@@ -94,7 +95,7 @@ def score(
     UsageError: no library is installed.
   """
   library, coco, coco_eval = _library()
-  names = {one["id"]: str(one.get("name", one["id"])) for one in ground_truth["categories"]}
+  names = _names(ground_truth["categories"])
   truth = {
     "images": [{"id": image["id"]} for image in ground_truth["images"]],
     "categories": [{"id": number, "name": name} for number, name in names.items()],
@@ -124,6 +125,13 @@ def score(
     precision,
     library,
   )
+
+
+def _names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+  """Names by id; where several categories have one name, with the id, so that each keeps its AP."""
+  names = {one["id"]: str(one.get("name", one["id"])) for one in categories}
+  count = Counter(names.values())
+  return {key: name if count[name] == 1 else f"{name} ({key})" for key, name in names.items()}
 
 
 def _annotation(number: int, annotation: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,14 +50,16 @@ def read_results(path: str | Path, ground_truth: Mapping[str, Any]) -> Results:
     if not isinstance(rows, list):
       raise ValueError(f"a JSON {type(rows).__name__}")
     columns = [[row[key] for row in rows] for key in _KEYS]
+    if not all(isinstance(box, list) and len(box) == 4 for box in columns[2]):
+      raise ValueError("a bbox has to be four numbers")
     ids, categories, boxes, scores = (np.array(column) for column in columns)
     whole = all(type(one) is int for column in columns[:2] for one in column)
-    if not whole or (rows and (boxes.dtype.kind not in "iuf" or scores.dtype.kind not in "iuf")):
+    boxes = boxes if rows else np.zeros((0, 4))
+    numbers = boxes.ndim == 2 and scores.ndim == 1
+    if not (whole and numbers and {boxes.dtype.kind, scores.dtype.kind} <= set("iuf")):
       raise ValueError("ids have to be whole numbers, boxes and scores numbers")
-    boxes = boxes.astype(np.float64).reshape(len(rows), 4)
-    results = Results(
-      ids.astype(np.int64), categories.astype(np.int64), boxes, scores.astype(np.float64)
-    )
+    boxes, scores = boxes.astype(np.float64), scores.astype(np.float64)
+    results = Results(ids.astype(np.int64), categories.astype(np.int64), boxes, scores)
   except OSError as error:
     raise UsageError(f"cannot read the detections in {path}: {error.strerror}") from None
   except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

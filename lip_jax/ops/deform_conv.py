@@ -79,7 +79,8 @@ def _convolve(x, offset, kernel, *, stride, padding, border_gradient):
   columns = _corners(left + tap_x + offset[..., 1], x.shape[2], border_gradient)
 
   # Gradients by x are sums over samples, in at least float32.
-  flat = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(images, -1, channels)
+  flat = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  flat = flat.reshape(images, x.shape[1] * x.shape[2], channels)  # no -1: there may be no images
   read = jax.vmap(lambda cells, index: cells.at[index].get(mode="clip"))
   samples = sum(
     read(flat, row * x.shape[2] + column) * (weight * share)[..., None]

@@ -39,9 +39,14 @@ def nms(
   Returns:
     (indices [limit] int32 by decreasing score, valid [limit] bool). Indices that are not valid are
     0 and come last.
+
+  Raises:
+    ValueError: boxes and scores that do not match.
   """
   boxes, scores = lax.stop_gradient((jnp.asarray(boxes), jnp.asarray(scores)))
   count = len(boxes)
+  if scores.shape != (count,):
+    raise ValueError(f"{count} boxes and scores of shape {scores.shape}; expected ({count},)")
   labels = jnp.zeros(count, jnp.int32) if labels is None else jnp.asarray(labels)
   usable = ~jnp.isnan(scores)
   if valid is not None:

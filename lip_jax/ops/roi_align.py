@@ -61,10 +61,11 @@ def roi_align(
   Raises:
     ValueError: an unknown mode or implementation.
   """
+  rois = jnp.asarray(rois)
   return multilevel_roi_align(
     (features,),
     rois,
-    jnp.zeros(jnp.shape(rois)[0], jnp.int32),
+    jnp.zeros(len(rois), jnp.int32),
     strides=(stride,),
     size=size,
     samples=samples,

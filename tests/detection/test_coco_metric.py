@@ -139,3 +139,15 @@ def test_crowds_excuse_what_lies_in_them():
   expected = truth([*boxes(2, [3]), crowd])
   found = results_of([{**one, "score": 0.9} for one in [*boxes(1, [3, 3]), *boxes(2, [3])]])
   assert coco_metric.score(expected, found).metrics["AP"] == pytest.approx(1.0)
+
+
+def test_categories_of_one_name_keep_their_own_ap():
+  expected = truth(boxes(1, [3]))
+  first = expected["categories"][0]
+  expected["categories"] = [first, {**first, "id": first["id"] + 1}]
+  found = results_of([{**one, "score": 0.9} for one in boxes(1, [3])])
+  by_class = coco_metric.score(expected, found).by_class
+  assert by_class == {
+    f"{first['name']} ({first['id']})": pytest.approx(1.0),
+    f"{first['name']} ({first['id'] + 1})": -1.0,
+  }

@@ -279,7 +279,9 @@ def test_areas_of_sizes_are_told_or_are_in_the_annotations(finished, dataset, tm
     ('[{"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 1}]', "category_id 8"),
     ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, -3, 4], "score": 1}]', "negative size"),
     ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": NaN}]', "not finite"),
-    ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3], "score": 1}]', "holds no detections"),
+    ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3], "score": 1}]', "four numbers"),
+    ('[{"image_id": 1, "category_id": 7, "bbox": [[1, 2, 3, 4]], "score": 1}]', "four numbers"),
+    ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": [1]}]', "scores numbers"),
   ],
 )
 def test_detections_that_cannot_be(text, message, dataset, tmp_path, capsys):

@@ -137,6 +137,13 @@ def test_vmap_and_bfloat16():
     np.testing.assert_allclose(np.float32(together[k]), precise, rtol=0.02, atol=0.05)
 
 
+def test_no_images():
+  x, offset, kernel = np.zeros((0, 4, 5, 2)), np.zeros((0, 4, 5, 18)), np.zeros((3, 3, 2, 3))
+  y, vjp = jax.vjp(deform_conv, x, offset, kernel)
+  assert y.shape == (0, 4, 5, 3)
+  assert [one.shape for one in vjp(y)] == [x.shape, offset.shape, kernel.shape]
+
+
 def test_shapes_that_do_not_match():
   x, kernel = np.zeros((1, 4, 5, 2)), np.zeros((3, 3, 2, 2))
   with pytest.raises(ValueError, match=r"offset has shape .*; expected \(1, 4, 5, 18\)"):

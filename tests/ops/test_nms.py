@@ -146,6 +146,11 @@ def test_vmap_over_images_that_need_different_numbers_of_rounds(monkeypatch):
     assert kept((indices[k], ok[k])) == expected
 
 
+def test_scores_of_other_boxes_are_an_error():
+  with pytest.raises(ValueError, match=r"3 boxes and scores of shape \(4,\); expected \(3,\)"):
+    nms(np.zeros((3, 4)), np.zeros(4), threshold=0.5, limit=2)
+
+
 def test_no_gradient_flows_through():
   def kept_scores(scores):
     boxes = jnp.stack([scores, scores, scores + 2, scores + 2], axis=-1)

@@ -249,3 +249,8 @@ def test_what_is_not_known_is_named():
     roi_align(x, rois, stride=4, implementation="xla")
   with pytest.raises(ValueError, match="1 levels of features and 2 strides"):
     multilevel_roi_align((x,), rois, np.zeros(1, int), strides=(4, 8))
+
+
+def test_lists_are_arrays():
+  found = roi_align([[[1.0]]], [[0, 0, 4, 4]], stride=4, size=1)
+  np.testing.assert_allclose(found, np.ones((1, 1, 1, 1)))
