@@ -95,6 +95,26 @@ def _compile(program: Program) -> dict[str, Any]:
   return {"error": reason}
 
 
-def parameters(network: str) -> int:
-  """How many numbers are trained."""
-  return next(cost.costs([network])).parameters
+def memory_cells(step: dict[str, Any]) -> list[str]:
+  """Peak memory, what is left, GFLOPs and GB accessed."""
+  return [
+    f"{step['peak'] / 1e9:.2f} GB",
+    f"{100 * step['free']:.0f} %",
+    f"{step['flops'] / 1e9:,.0f}",
+    f"{step['bytes_accessed'] / 1e9:.1f}",
+  ]
+
+
+def training_cells(network: str, result: dict[str, Any]) -> list[str]:
+  """`memory_cells`, then collectives in MB and by the gradients', and what is estimated."""
+  step = result["steps"]["train"]
+  sent = sum(one["bytes"] for one in step["collectives"])
+  parameters = next(cost.costs([network])).parameters
+  gradients = parameters * (2 if result["gradient_dtype"] == "bfloat16" else 4)
+  return [
+    *memory_cells(step),
+    f"{sent / 1e6:.2f}",
+    f"{sent / gradients:.5f}",
+    f"{1e3 * step['estimate']['step']:.1f} ms",
+    f"{step['estimate']['images_per_second']:,.0f}",
+  ]

@@ -13,7 +13,6 @@ core each (taskset); the last one draws all.
 
 import argparse
 import json
-import os
 import runpy
 import statistics
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+from etils import epath
 from scipy import stats
 from small_objects import STYLES, recipe
 
@@ -34,6 +34,7 @@ from lip_jax.training import config as config_lib
 from lip_jax.training import trainer
 from lip_jax.training.checkpoint.checkpoints import has_checkpoints
 from lip_jax.training.metrics import log_to_stdout
+from lip_jax.training.workdir import write_text
 
 CONFIG = Path(__file__).parents[1] / "configs" / "detect_digits.py"
 
@@ -132,10 +133,7 @@ def run(name: str, seed: int, config: Config, workdir: Path) -> None:
     "seconds": None if resumed else round(time.perf_counter() - start, 1),
     "metrics": trained.metrics,
   }
-  path = _path(workdir, name, seed)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
-  os.replace(temporary, path)
+  write_text(epath.Path(_path(workdir, name, seed)), json.dumps(result) + "\n")
 
 
 def _path(workdir: Path, name: str, seed: int) -> Path:

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from compiled import Program, add_arguments, parameters, results
+from compiled import Program, add_arguments, results, training_cells
 
 NETWORKS = (
   *("lip_resnet50", "resnet50", "lip_resnet101", "resnet101", "lip_densenet121", "densenet121"),
@@ -46,7 +46,7 @@ def main() -> None:
     found,
     ["peak memory", "left", "GFLOPs", "GB accessed", "collectives, MB", "/ gradients"]
     + ["step, estimate", "images/s/GPU, estimate"],
-    _needs,
+    training_cells,
   )
   print()
   registers = ["registers, forward", "backward", "bytes spilled"]
@@ -73,26 +73,13 @@ def _print(programs: list[Program], found: dict[str, Any], columns: list[str], c
       missing = "not yet compiled" if result is None else "does not fit"
       row += [missing, *[""] * (len(columns) - 1)]
     else:
-      row += cells(program, result["steps"]["train"])
+      row += cells(program.network, result)
     print("| " + " | ".join(row) + " |")
 
 
-def _needs(program: Program, step: dict[str, Any]) -> list[str]:
-  sent = sum(one["bytes"] for one in step["collectives"])
-  return [
-    f"{step['peak'] / 1e9:.2f} GB",
-    f"{100 * step['free']:.0f} %",
-    f"{step['flops'] / 1e9:,.0f}",
-    f"{step['bytes_accessed'] / 1e9:.1f}",
-    f"{sent / 1e6:.2f}",
-    f"{sent / (4 * parameters(program.network)):.5f}",
-    f"{1e3 * step['estimate']['step']:.1f} ms",
-    f"{step['estimate']['images_per_second']:,.0f}",
-  ]
-
-
-def _operations(program: Program, step: dict[str, Any]) -> list[str]:
-  del program
+def _operations(network: str, result: dict[str, Any]) -> list[str]:
+  del network
+  step = result["steps"]["train"]
   moved = {one["kind"]: one["bytes"] for one in step["traffic"]}
   cells = [f"{moved.get(kind, 0) / 1e9:.1f}" for kind in KINDS.values()]
   for name in ("lip_pool_forward", "lip_pool_backward"):

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import runpy
 import statistics
 import sys
@@ -26,6 +25,7 @@ from typing import Any, cast
 
 import jax
 import tqdm
+from etils import epath
 from flax import nnx
 
 from lip_jax.classification import evaluation
@@ -42,6 +42,7 @@ from lip_jax.training import config as config_lib
 from lip_jax.training import train_state, trainer
 from lip_jax.training.checkpoint.checkpoints import Checkpoints, has_checkpoints
 from lip_jax.training.metrics import log_to_stdout
+from lip_jax.training.workdir import write_text
 
 CONFIG = Path(__file__).parents[1] / "configs" / "small_objects.py"
 
@@ -232,10 +233,8 @@ def read_results(workdir: Path) -> list[Result]:
 
 def write_results(workdir: Path, results: Sequence[Result]) -> None:
   """Replaces results.jsonl as a whole, so that it is never half written."""
-  path = workdir / "results.jsonl"
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(json.dumps(line) + "\n" for line in results), encoding="utf-8")
-  os.replace(temporary, path)
+  text = "".join(json.dumps(line) + "\n" for line in results)
+  write_text(epath.Path(workdir / "results.jsonl"), text)
 
 
 def find(results: Sequence[Result], name: str, seed: int, config: Config) -> Result | None:

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from compiled import Program, add_arguments, parameters, results
+from compiled import Program, add_arguments, memory_cells, results, training_cells
 
 NETWORKS = ("lip_resnet50", "lip_resnet101", "lip_densenet121")
 SHAPES = {
@@ -151,18 +151,9 @@ def _print_detectors(found: dict[str, dict[str, Any]]) -> None:
       cells += ["does not fit" if result else "not yet compiled", *[""] * 5]
     else:
       step = result["steps"][program.step]
-      cells += _memory_cells(step)
+      cells += memory_cells(step)
       cells += [f"{step['instructions']:,}", f"{step['compile_seconds']:,.0f}"]
     print("| " + " | ".join(cells) + " |")
-
-
-def _memory_cells(step: dict[str, Any]) -> list[str]:
-  return [
-    f"{step['peak'] / 1e9:.2f} GB",
-    f"{100 * step['free']:.0f} %",
-    f"{step['flops'] / 1e9:,.0f}",
-    f"{step['bytes_accessed'] / 1e9:.1f}",
-  ]
 
 
 def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
@@ -171,17 +162,7 @@ def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
     return ["not yet compiled", *[""] * 7]
   if "error" in result:
     return ["does not fit", *[""] * 7]
-  step = result["steps"]["train"]
-  estimate = step["estimate"]
-  sent = sum(one["bytes"] for one in step["collectives"])
-  gradients = parameters(network) * (2 if result["gradient_dtype"] == "bfloat16" else 4)
-  return [
-    *_memory_cells(step),
-    f"{sent / 1e6:.2f}",
-    f"{sent / gradients:.5f}",
-    f"{1e3 * estimate['step']:.1f} ms",
-    f"{estimate['images_per_second']:,.0f}",
-  ]
+  return training_cells(network, result)
 
 
 if __name__ == "__main__":

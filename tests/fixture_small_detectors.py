@@ -46,6 +46,36 @@ def losses(graph, state, images, sizes, targets):
   return nnx.merge(graph, state, copy=True).losses(images, sizes, targets)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(graph, state, images, sizes, targets):
+  """(gradients of the sum of the losses by the parameters, losses)."""
+  graphdef, params, others = nnx.split(nnx.merge(graph, state, copy=True), nnx.Param, ...)
+
+  def total(params):
+    found = nnx.merge(graphdef, params, others, copy=True).losses(images, sizes, targets)
+    return sum(found.values()), found
+
+  return jax.grad(total, has_aux=True)(params)
+
+
+def hard_batch():
+  """(images, sizes, targets): all that may be unusual about boxes and sizes."""
+  many = np.random.default_rng(0).uniform(0, 40, (150, 4))
+  many[:, 2:] += many[:, :2]
+  gts = targets(
+    [],
+    [[3, 4, 30, 40]],  # a crowd
+    [[5, 5, 5, 5], [20, 20, 10, 30], [0, 0, 0.5, 0.5], [90, 90, 95, 95]],
+    [],  # only padding
+    many,
+    [[0, 0, 1, 1]],
+    room=150,
+    crowd=(1,),
+  )
+  sizes = [(64, 64), (60, 64), (50, 60), (0, 0), (64, 50), (1, 1)]
+  return *images(sizes, 64, 64), gts
+
+
 def images(sizes, height, width):
   """Images of these sizes, each of its own noise, in a batch of that size."""
   out = np.zeros((len(sizes), height, width, 3), np.float32)

@@ -68,6 +68,11 @@ class Data(base.Data):
     height, width = (size, size) if isinstance(size, int) else size
     return height, width, len(self.mean)
 
+  def bench_options(self) -> dict[str, Any]:
+    """Of `lip_jax.data.bench.bench`, for what these images are made of in training."""
+    crops = {} if self.crop_scale is None else {"crop_scale": self.crop_scale}
+    return {"image_size": self.image_size, **crops}
+
   def check(self) -> None:
     """Raises UsageError for values that no run can have."""
     if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):

@@ -35,6 +35,10 @@ class Data(base.Data):
     """(height, width) of each bucket."""
     return dict(zip(self.buckets, parse_buckets(self.buckets), strict=True))
 
+  def bench_options(self) -> dict[str, Any]:
+    """Of `lip_jax.data.bench.bench`, for what these images are made of in training."""
+    return {"image_size": self.short_side}
+
   def check(self) -> None:
     """Raises UsageError for values that no run can have."""
     if self.long_side < self.short_side:

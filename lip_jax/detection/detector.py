@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +15,7 @@ from flax.typing import Dtype
 from lip_jax.detection.anchors import ANCHORS, DIVISOR, Anchors
 from lip_jax.detection.fpn import FPN
 from lip_jax.detection.matching import RULES, in_crowd, match
-from lip_jax.detection.postprocess import Detections
+from lip_jax.detection.postprocess import Detections, Level
 from lip_jax.detection.presets import Preset
 from lip_jax.errors import UsageError
 from lip_jax.models import layers, padding
@@ -104,6 +105,11 @@ class Detector(nnx.Module):
     self.mask_detection = preset.mask_detection if mask_padding is None else mask_padding
     self.dtype = layers.param_dtype(dtype)
 
+  @staticmethod
+  def count_classes(shapes: Mapping[str, tuple[int, ...]], preset: Preset) -> int:
+    """What `num_classes` was, by the shapes of the weights; less than 1 where some are missing."""
+    raise NotImplementedError
+
   def losses(
     self,
     images: jax.Array,
@@ -190,6 +196,23 @@ class Detector(nnx.Module):
         for name, stride in zip(self._level_names, self.anchors.strides, strict=True)
       ]
     return Outputs([logits for logits, _ in found], [deltas for _, deltas in found])
+
+  def _each_image(
+    self,
+    find: Callable[[list[Level], jax.Array], Any],
+    outputs: Outputs,
+    boxes: Any,
+    usable: Callable[[jax.Array], jax.Array],
+    sizes: jax.Array,
+  ) -> Any:
+    """`find(levels, size)` of every image, given the anchors' boxes and which an image uses."""
+    splits = list(itertools.accumulate(logits.shape[1] for logits in outputs.logits))[:-1]
+
+    def of_image(logits, deltas, size):
+      parts = (jnp.split(array, splits) for array in (boxes, usable(size)))
+      return find([Level(*level) for level in zip(logits, deltas, *parts, strict=True)], size)
+
+    return jax.vmap(of_image)(outputs.logits, outputs.deltas, jnp.asarray(sizes))
 
   def _layout(self, images: jax.Array) -> Layout:
     height, width = (-(-size // DIVISOR) * DIVISOR for size in images.shape[1:3])

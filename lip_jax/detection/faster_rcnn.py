@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +24,7 @@ from lip_jax.detection.detector import (
   divide,
 )
 from lip_jax.detection.matching import UNUSED, match_proposals
-from lip_jax.detection.postprocess import Detections, Level
+from lip_jax.detection.postprocess import Detections
 from lip_jax.detection.proposals import ProposalHead, Proposals
 from lip_jax.detection.sampling import Sample, sample
 from lip_jax.models import layers
@@ -109,6 +108,12 @@ class FasterRCNN(Detector):
     self.rpn = ProposalHead(channels, self.anchors.per_cell, dtype=dtype, rngs=rngs)
     self.box_head = BoxHead(channels, fc_features, outputs, dtype=dtype, rngs=rngs)
 
+  @staticmethod
+  def count_classes(shapes, preset):
+    outputs = (shapes.get("box_head.class_logits.bias") or (0,))[-1]
+    by_id = preset.outputs(80) != 80 and outputs == preset.outputs(80)
+    return 80 if by_id else outputs - 1
+
   def loss_sums(self, images, sizes, targets, priorities=None, key=None):
     found = self.training(images, sizes, targets, priorities, key)
     return found.sums, found.weights
@@ -184,15 +189,13 @@ class FasterRCNN(Detector):
     """Of all anchors; masked: of those that would be there if each image were alone."""
     anchors = dataclasses.replace(self.anchors, whole=False)
     boxes = anchors.boxes(*layout, self.dtype)
-    splits = list(itertools.accumulate(logits.shape[1] for logits in outputs.logits))[:-1]
-
-    def of_image(logits, deltas, size):
-      usable = anchors.usable(size, *layout) if masked else jnp.ones(len(boxes), bool)
-      parts = (jnp.split(array, splits) for array in (boxes, usable))
-      levels = [Level(*level) for level in zip(logits, deltas, *parts, strict=True)]
-      return proposals.propose(levels, size, self.preset, limit)
-
-    return jax.vmap(of_image)(outputs.logits, outputs.deltas, jnp.asarray(sizes))
+    return self._each_image(
+      lambda levels, size: proposals.propose(levels, size, self.preset, limit),
+      outputs,
+      boxes,
+      lambda size: anchors.usable(size, *layout) if masked else jnp.ones(len(boxes), bool),
+      sizes,
+    )
 
   def _regions(self, proposed: Proposals, truth: GroundTruth, of_proposals, of_gts) -> _Regions:
     """What the second stage learns from in one image; no gradient flows through."""

@@ -9,7 +9,6 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.detection import presets
-from lip_jax.detection.anchors import ANCHORS
 from lip_jax.detection.detector import Detector
 from lip_jax.detection.faster_rcnn import FasterRCNN
 from lip_jax.detection.retinanet import RetinaNet
@@ -134,10 +133,5 @@ def count_classes(
     UsageError: it has no such weights.
   """
   preset = presets.find(str(model.get("preset", "mmdet1")))
-  if model.get("name") == "faster_rcnn":
-    outputs = (shapes.get("box_head.class_logits.bias") or (0,))[-1]
-    by_id = preset.outputs(80) != 80 and outputs == preset.outputs(80)
-    return check_num_classes(80 if by_id else outputs - 1, where)
-  bias = shapes.get("head.class_logits.bias") or (0,)
-  outputs = bias[0] // ANCHORS["retinanet", preset.name].per_cell
-  return check_num_classes(80 if outputs == preset.outputs(80) else outputs, where)
+  detector = detector_class(str(model.get("name")))
+  return check_num_classes(detector.count_classes(shapes, preset), where)

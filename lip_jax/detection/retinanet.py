@@ -1,7 +1,6 @@
 """RetinaNet (Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017)."""
 
 import functools
-import itertools
 import math
 from typing import Any, ClassVar
 
@@ -11,10 +10,11 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.detection import postprocess
+from lip_jax.detection.anchors import ANCHORS
 from lip_jax.detection.detector import Detector, GroundTruth, Outputs, divide
 from lip_jax.detection.fpn import CoarserLevels
 from lip_jax.detection.matching import BACKGROUND
-from lip_jax.detection.postprocess import Detections, Level
+from lip_jax.detection.postprocess import Detections
 from lip_jax.errors import UsageError
 from lip_jax.models import layers, padding
 from lip_jax.models.network import Network
@@ -119,6 +119,12 @@ class RetinaNet(Detector):
       channels, self.anchors.per_cell, self.num_labels, depth=head_convs, dtype=dtype, rngs=rngs
     )
 
+  @staticmethod
+  def count_classes(shapes, preset):
+    bias = shapes.get("head.class_logits.bias") or (0,)
+    outputs = bias[0] // ANCHORS["retinanet", preset.name].per_cell
+    return 80 if outputs == preset.outputs(80) else outputs
+
   def loss_sums(self, images, sizes, targets, priorities=None, key=None):
     del priorities, key
     outputs = self.outputs(images, sizes, masked=self.mask_losses)
@@ -135,16 +141,13 @@ class RetinaNet(Detector):
   def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
     outputs = self.outputs(images, sizes, masked=self.mask_detection)
     layout = self._layout(images)
-    anchors = self.anchors.boxes(*layout, self.dtype)
-    splits = list(itertools.accumulate(logits.shape[1] for logits in outputs.logits))[:-1]
-
-    def of_image(logits, deltas, size):
-      usable = self.anchors.usable(size, *layout)
-      parts = (jnp.split(array, splits) for array in (anchors, usable))
-      levels = [Level(*level) for level in zip(logits, deltas, *parts, strict=True)]
-      return postprocess.dense_detections(levels, size, self.preset)
-
-    return jax.vmap(of_image)(outputs.logits, outputs.deltas, jnp.asarray(sizes))
+    return self._each_image(
+      lambda levels, size: postprocess.dense_detections(levels, size, self.preset),
+      outputs,
+      self.anchors.boxes(*layout, self.dtype),
+      lambda size: self.anchors.usable(size, *layout),
+      sizes,
+    )
 
   def outputs(self, images: jax.Array, sizes: jax.Array, *, masked: bool = False) -> Outputs:
     """What the head predicts for each level; masked: as if each image were alone."""

@@ -22,7 +22,6 @@ from lip_jax.training.config import Config
 from lip_jax.training.task import Task
 from lip_jax.training.train_step import Program
 
-_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.-]+ = ", re.MULTILINE)
 _FITS_NOT = (
   "the program does not fit the chip's memory: {}. Take fewer images for each chip (a lower "
   "config.global_batch_size or more chips), config.dtype=bfloat16, a greater "
@@ -154,7 +153,7 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
     flops=cost.get("flops", math.nan),
     bytes_accessed=cost.get("bytes accessed", math.nan),
     collectives=tuple(collectives(program)),
-    instructions=len(_INSTRUCTION.findall(text)),
+    instructions=sum(map(len, program.computations.values())),
     traffic=of_kinds,
     kernels=tuple(kernels_of(text)),
   )

@@ -249,16 +249,14 @@ def _speed(
 
   data: Any = subject.config.data
   progress(f"reading {subject.dataset}, {subject.bench_seconds:g} s")
-  crops = {"crop_scale": data.crop_scale} if getattr(data, "crop_scale", None) else {}
   try:
     read = bench.bench(
       subject.dataset or data.dataset,
       data_dir=subject.data_dir,
       split=data.train_split,
-      image_size=getattr(data, "image_size", None) or data.short_side,
       num_threads=data.num_threads,
       seconds=subject.bench_seconds,
-      **crops,
+      **data.bench_options(),
     )
   except UsageError:  # the verdict on the data set has it
     yield "warning", "not measured, because the data set cannot be read"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixture_detectors import MODELS
-from fixture_small_detectors import create, detect, images, losses, targets
+from fixture_small_detectors import create, detect, gradients, hard_batch, images, losses, targets
 from flax import nnx
 
 import lip_jax
@@ -51,34 +51,11 @@ def test_an_image_is_found_the_same_in_another_bucket_and_beside_others():
 def test_losses_and_gradients_are_finite(preset):
   options = {"backbone": "resnet_small"} if preset == "torchvision" else {"mask_padding": True}
   graph, state = create("faster_rcnn", preset=preset, **options)
-  many = np.random.default_rng(0).uniform(0, 40, (150, 4))
-  many[:, 2:] += many[:, :2]
-  gts = targets(
-    [],
-    [[3, 4, 30, 40]],  # a crowd
-    [[5, 5, 5, 5], [20, 20, 10, 30], [0, 0, 0.5, 0.5], [90, 90, 95, 95]],
-    [],  # only padding
-    many,
-    [[0, 0, 1, 1]],
-    room=150,
-    crowd=(1,),
-  )
-  pixels, sizes = images([(64, 64), (60, 64), (50, 60), (0, 0), (64, 50), (1, 1)], 64, 64)
-
-  @jax.jit
-  def run(state, gts):
-    graphdef, params, others = nnx.split(nnx.merge(graph, state, copy=True), nnx.Param, ...)
-
-    def total(params):
-      found = nnx.merge(graphdef, params, others, copy=True).losses(pixels, sizes, gts)
-      return sum(found.values()), found
-
-    return jax.grad(total, has_aux=True)(params)
-
-  gradients, found = run(state, gts)
+  pixels, sizes, gts = hard_batch()
+  by_parameters, found = gradients(graph, state, pixels, sizes, gts)
   assert set(found) == {"rpn_classification", "rpn_boxes", "classification", "boxes"}
   assert all(loss > 0 for loss in found.values())
-  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, found)))
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((by_parameters, found)))
   detections = detect(graph, state, pixels, sizes)
   assert all(jnp.isfinite(leaf).all() for leaf in detections)
 
