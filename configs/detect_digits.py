@@ -5,7 +5,8 @@ Data:      cluttered_digits/detect_small, made on first use
 Hardware:  2 CPU cores
 Expected:  64.6 AP, of small digits 52.5 (one seed, measured), in 10 minutes beside other work
 
-Behind the file's name, ":faster_rcnn" is a small Faster R-CNN with the same backbone.
+Behind the file's name, ":faster_rcnn" is a small Faster R-CNN with the same backbone: 75.2 AP, of
+small digits 69.0 (one seed, measured), in 14 minutes beside other work.
 The backbone that pools otherwise: --config.model.backbone=resnet_small --config.model.pool=strided
 (or average, max, soft).
 """
