@@ -17,14 +17,31 @@ MODEL = {
   "fpn_channels": 8,
   "head_convs": 0,
 }
-LOUD = {"head.class_logits.kernel": 10.0}  # so that scores differ
+_OF_TWO_STAGES = {"fc_features": 16, "num_proposals": 50, "region_samples": 20}
+# So that scores differ, but are not all 1.
+_LOUD = {
+  "head.class_logits.kernel": 10,
+  "rpn.logits.kernel": 10,
+  "rpn.box_deltas.kernel": 0.1,
+  "box_head.class_logits.kernel": 0.1,
+  "box_head.box_deltas.kernel": 0.1,
+}
+
+
+def describe(name="retinanet", **changes):
+  """What config.model is."""
+  model = {**MODEL, "name": name}
+  if name == "faster_rcnn":
+    del model["head_convs"]
+    model |= _OF_TWO_STAGES
+  return model | changes
 
 
 def make_detector(num_classes=2, **changes):
-  detector = with_weights(registry.abstract_detector(num_classes=num_classes, **MODEL | changes))
-  for name, factor in LOUD.items():
-    variable = flat_variables(detector)[name]
-    variable.set_value(variable[...] * factor)
+  model = describe(**changes)
+  detector = with_weights(registry.abstract_detector(num_classes=num_classes, **model))
+  for name, variable in flat_variables(detector).items():
+    variable.set_value(variable[...] * _LOUD.get(name, 1))
   return detector
 
 
@@ -33,7 +50,7 @@ def write(workdir, dataset, names=("bird", "cat"), ids=(7, 200), **changes):
     dataset=dataset, train_split="all", validation_split="all", short_side=48, long_side=64,
     buckets=("64x64",), num_threads=2, mean=(128.0,) * 3, std=(64.0,) * 3,
   )  # fmt: skip
-  config = Config(model={**MODEL, **changes}, data=data, eval_batch_size=8)
+  config = Config(model=describe(**changes), data=data, eval_batch_size=8)
   workdir.mkdir()
   (workdir / "classes.json").write_text(json.dumps({"class_names": names}))
   (workdir / "categories.json").write_text(json.dumps({"category_ids": ids}))
