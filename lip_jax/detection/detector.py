@@ -129,7 +129,12 @@ class Detector(nnx.Module):
       priorities: where boxes are sampled, those with the smallest are taken: "rpn" [N, anchors],
         "proposal" [N, 2000], "gt" [N, M]; None: random numbers.
       key: of these, with the image's id; None: that of a seed of 0.
+
+    Raises:
+      UsageError: there are no images.
     """
+    if not images.shape[0]:
+      raise UsageError("losses of a batch of no images; give at least one image")
     sums, weights = self.loss_sums(images, sizes, targets, priorities, key)
     return {name: sums[name] / jnp.maximum(weights[name], 1) for name in sums}
 

@@ -95,6 +95,13 @@ def test_losses_and_gradients_are_finite(options):
   assert all(jnp.isfinite(leaf).all() for leaf in detections)
 
 
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_a_batch_of_no_images_is_refused(name):
+  gts = {key: values[:0] for key, values in targets([]).items()}
+  with pytest.raises(UsageError, match="a batch of no images; give at least one"):
+    losses(*create(name), np.zeros((0, 64, 64, 3), np.float32), np.zeros((0, 2), np.int32), gts)
+
+
 def test_crowds_and_degenerate_boxes_are_not_matched():
   _, state = create()
   pixels, sizes = images([(64, 64)], 64, 64)
