@@ -129,6 +129,9 @@ def count_classes(
 ) -> int:
   """Number of classes of the detector of a description, by the shapes of its weights.
 
+  In preset torchvision a Faster R-CNN of 90 other classes has the shapes of one of COCO's 80, and
+  counts as that.
+
   Raises:
     UsageError: it has no such weights.
   """
