@@ -51,8 +51,8 @@ class ProposalHead(nnx.Module):
     x = padding.blank(nnx.relu(self.conv(x)), stride)
     logits, deltas = self.logits(x), self.box_deltas(x)
     return (
-      logits.reshape(len(x), -1, 1).astype(self.dtype),
-      deltas.reshape(len(x), -1, 4).astype(self.dtype),
+      logits.reshape(x.shape[0], -1, 1).astype(self.dtype),
+      deltas.reshape(x.shape[0], -1, 4).astype(self.dtype),
     )
 
 
