@@ -39,6 +39,8 @@ def evaluate_loaded(
   annotations: str | Path | None = None,
   save_detections: str | Path | None = None,
   save_annotations: str | Path | None = None,
+  submission: str | Path | None = None,
+  overwrite: bool = False,
   areas: Sequence[float] | None = None,
   curves: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -51,17 +53,22 @@ def evaluate_loaded(
     annotations: file with the ground truth; None: what the data set says.
     save_detections: where to write what is found, as COCO's results.
     save_annotations: where to write the ground truth, as COCO's annotations.
+    submission: zip file to write for COCO's evaluation server, also of images without annotations,
+      such as test-dev's, which are not scored.
+    overwrite: replace that file if it is there.
     areas: up to which objects are small, and medium, in pixels^2; None: what the ground truth says.
     curves: picture file for precision over recall.
 
   Returns:
     `coco_metric.NAMES`, "AP_by_class", "count" of images, "data", "ground_truth" and "library" by
-    name, "area_limits", "step".
+    name, "area_limits", "step"; where nothing is scored "count", "data" and "step".
 
   Raises:
     UsageError: there is no such data set, or none is named, its classes are others, weights are not
       finite, or a file cannot be written.
   """
+  if submission is not None:
+    result_files.check_submission(submission, overwrite=overwrite)
   description.check_finite(detector, config["source"]["path"])
   run: Any = None
   if config["data"] is not None:  # of a training run
@@ -91,12 +98,15 @@ def evaluate_loaded(
       result_files.write_results(save_detections, results)
     if save_annotations is not None:
       result_files.write_ground_truth(save_annotations, truth)
-    values = _report(truth, results, curves)
+    if submission is not None:
+      result_files.write_submission(submission, results, source.annotations)
+    if submission is None or truth["annotations"]:
+      values = _report(truth, results, curves)
+      values["ground_truth"] = str(annotations or source.annotations or "the data set's own")
   return {
     **sharding.gather(values)[0],
     "count": len(source),
     "data": source.name,
-    "ground_truth": str(annotations or source.annotations or "the data set's own"),
     "step": config["source"]["step"],
   }
 

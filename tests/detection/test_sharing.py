@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import zipfile
 
 import fixture_boxes
 import jax
@@ -78,6 +79,35 @@ def test_predict_and_evaluate_read_the_folder(place, capsys):
   assert scores[0]["count"] == scores[1]["count"] == 9
   assert cli.main(["evaluate", str(place / "exported")]) == 1
   assert "names no data set; say which (--data)" in capsys.readouterr().err
+
+
+def test_submission_of_images_without_annotations(place, tmp_path, capsys):
+  values = fixture_boxes.content(9)
+  del values["annotations"]
+  fixture_boxes.write(tmp_path, values)
+  (tmp_path / "all.json").rename(tmp_path / "image_info_test-dev2017.json")
+  data = f"--data=coco:{tmp_path}/image_info_test-dev2017.json@{tmp_path}/images"
+  path = tmp_path / "test-dev.zip"
+  arguments = ["evaluate", place / "run", data, "--split=all", f"--submission={path}"]
+  arguments.append(f"--save-detections={tmp_path / 'd.json'}")
+  printed = run(capsys, *arguments)
+  assert "there are no annotations to compare with" in printed
+  assert f"{path} is for COCO's evaluation server" in printed
+  with zipfile.ZipFile(path) as archive:
+    assert archive.namelist() == ["detections_test-dev2017_lip_results.json"]
+    rows = json.loads(archive.read(archive.namelist()[0]))
+  assert rows == json.loads((tmp_path / "d.json").read_text())
+  assert {row["image_id"] for row in rows} == set(range(9))
+  assert {row["category_id"] for row in rows} <= {7, 200}
+  before = path.read_bytes()
+  for name, message in ((path, "exists; choose another file"), ("x.json", "ends with .zip")):
+    arguments[4] = f"--submission={name}"
+    assert cli.main(list(map(str, arguments))) == 1
+    assert message in capsys.readouterr().err
+  assert path.read_bytes() == before
+  # With annotations it is scored, too.
+  scored = ["evaluate", place / "run", "--split=all", f"--submission={path}", "--overwrite"]
+  assert "AP50: " in run(capsys, *scored)
 
 
 def assert_same_detections(found, expected):
