@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import zipfile
 
 import fixture_boxes
@@ -79,6 +80,39 @@ def test_predict_and_evaluate_read_the_folder(place, capsys):
   assert scores[0]["count"] == scores[1]["count"] == 9
   assert cli.main(["evaluate", str(place / "exported")]) == 1
   assert "names no data set; say which (--data)" in capsys.readouterr().err
+
+
+def test_the_hub_shows_and_gives_a_detector(place, tmp_path, capsys, monkeypatch):
+  """The results of `evaluate --json` are in the card; what the hub's cache holds is loaded."""
+  path = place / "exported"
+  scores = run(capsys, "evaluate", place / "run", "--split=all", "--batch-size=8", "--json")
+  (tmp_path / "scores.json").write_text(scores)
+  run(capsys, "export", path, tmp_path / "folder", f"--evaluation={tmp_path / 'scores.json'}")
+  card = run(capsys, "push", tmp_path / "folder", "me/birds", "--dry-run")
+  scores = json.loads(scores)
+  for part in (
+    'pipeline_tag: "object-detection"',
+    "retinanet, an object detector for 2 classes",
+    'model, config = lip_jax.load("hf://me/birds")\nfound = model.detect(images, sizes)',
+    "backbone='lip_resnet_small'",
+    "a shorter side of at most 48 and a longer one of at most 64 pixels",
+    "2: bird, cat. `config.json` has all, in the order of the labels.",
+    f"| AP50 | {100 * scores['AP50']:.1f} |",
+    "| AP, large objects | no such object |",
+    f'{{"type": "mAP", "name": "AP", "value": {scores["AP"]}}}',
+  ):
+    assert part in card
+  constants = pytest.importorskip("huggingface_hub").constants
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+  repository = tmp_path / "cache" / "models--me--birds"
+  (repository / "refs").mkdir(parents=True)
+  (repository / "refs" / "main").write_text("abc123")
+  shutil.copytree(path, repository / "snapshots" / "abc123")
+  detector, config = lip_jax.load("hf://me/birds")
+  assert (config["task"], config["category_ids"]) == ("detection", [7, 200])
+  assert (config["source"]["kind"], config["source"]["revision"]) == ("hub", "abc123")
+  assert detector.detect(np.zeros((1, 64, 64, 3), np.float32), SIZES[:1]).boxes.shape == (1, 100, 4)
 
 
 def test_submission_of_images_without_annotations(place, tmp_path, capsys):
