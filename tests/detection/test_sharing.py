@@ -102,7 +102,7 @@ def test_the_hub_shows_and_gives_a_detector(place, tmp_path, capsys, monkeypatch
     f'{{"type": "mAP", "name": "AP", "value": {scores["AP"]}}}',
   ):
     assert part in card
-  constants = pytest.importorskip("huggingface_hub").constants
+  constants = pytest.importorskip("huggingface_hub.constants")
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
   repository = tmp_path / "cache" / "models--me--birds"
