@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lip_jax.cli import distributed
-from lip_jax.cli.arguments import DATA_DIR, add, add_command, option, select
+from lip_jax.cli.arguments import DATA_DIR, add, add_command, option, positive, select
 from lip_jax.cli.output import progress, say, working
 from lip_jax.errors import UsageError
 
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
-_OF_DETECTORS = (
-  *("annotations", "save_detections", "save_annotations", "submission", "overwrite"),
-  *("areas", "curves"),
-)
+_OF_DETECTORS = ("flip", "scales", "annotations", "save_detections", "save_annotations")
+_OF_DETECTORS += ("submission", "overwrite", "areas", "curves")
 PATH = {
   "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
   "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model"
@@ -52,7 +50,11 @@ def add_commands(commands: Any) -> None:
   add(evaluate, arguments)
   text = "of which logits are averaged: centre, with corners, with mirrored (default: 1)"
   evaluate.add_argument("--crops", type=int, choices=(1, 5, 10), help=text)
+  text = "of a detector: shorter sides of the images to look at, what is found in all is merged "
+  text += "(default: the network's own)"
+  evaluate.add_argument("--scales", type=positive, nargs="+", metavar="S", help=text)
   arguments = {
+    "--flip": "of a detector: look at each image with left and right swapped, too, and merge",
     "--annotations J": "of a detector: file with the ground truth, such as "
     "instances_val2017.json (default: what the data set says)",
     "--save-detections D": "of a detector: write what it finds, as COCO's results",
