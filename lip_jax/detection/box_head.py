@@ -37,9 +37,8 @@ class BoxHead(nnx.Module):
 
   def __call__(self, regions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[R, 7, 7, channels] -> logits [R, K], deltas [R, K, 4], in at least float32."""
-    x = regions.transpose(0, 3, 1, 2).reshape(
-      regions.shape[0], -1
-    )  # in the order of PyTorch's weights
+    # In the order of PyTorch's weights.
+    x = regions.transpose(0, 3, 1, 2).reshape(regions.shape[0], -1)
     x = nnx.relu(self.fc1(x))
     x = nnx.relu(self.fc2(x))
     logits, deltas = self.class_logits(x), self.box_deltas(x)

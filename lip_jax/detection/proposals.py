@@ -50,6 +50,7 @@ class ProposalHead(nnx.Module):
     """[N, H, W, channels] of one level -> logits [N, A, 1], deltas [N, A, 4]."""
     x = padding.blank(nnx.relu(self.conv(x)), stride)
     logits, deltas = self.logits(x), self.box_deltas(x)
+    # Not len(x): the number of images is a symbol where the network is exported.
     return (
       logits.reshape(x.shape[0], -1, 1).astype(self.dtype),
       deltas.reshape(x.shape[0], -1, 4).astype(self.dtype),
