@@ -11,8 +11,10 @@ from lip_jax.cli.output import progress, say, working
 from lip_jax.errors import UsageError
 
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
-_OF_DETECTORS = ("flip", "scales", "annotations", "save_detections", "save_annotations")
-_OF_DETECTORS += ("submission", "overwrite", "areas", "curves")
+_OF_DETECTORS = (
+  *("flip", "scales", "annotations", "save_detections", "save_annotations"),
+  *("submission", "overwrite", "areas", "curves"),
+)
 PATH = {
   "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
   "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model"
