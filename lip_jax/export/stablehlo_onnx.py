@@ -119,8 +119,8 @@ def load_onnx(path: str | Path) -> Loaded:
     text = session.get_modelmeta().custom_metadata_map[_CONFIG_ENTRY]
   except Exception as error:  # ONNX Runtime's have no class of their own to catch
     raise UsageError(
-      f"cannot read {path}: it is damaged or no ONNX model of lip_jax ({one_line(error)}); export "
-      "the network again"
+      f"cannot read {path}: it is damaged, no ONNX model of lip_jax, or has operations that "
+      f"onnxruntime {runtime.__version__} lacks ({one_line(error)}); export the network again"
     ) from error
   config = parse_json(text, f"the metadata of {path}")
   names = [one.name for one in session.get_inputs()]
