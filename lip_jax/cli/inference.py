@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from lip_jax.cli import distributed
-from lip_jax.cli.arguments import DATA_DIR, add, add_command, option, select
+from lip_jax.cli.arguments import DATA_DIR, add, add_command, option, positive, select
 from lip_jax.cli.output import progress, say, working
 from lip_jax.errors import UsageError
 
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".npz")
-_OF_DETECTORS = ("annotations", "save_detections", "save_annotations", "areas", "curves")
+_OF_DETECTORS = (
+  *("flip", "scales", "annotations", "save_detections", "save_annotations"),
+  *("submission", "overwrite", "areas", "curves"),
+)
 PATH = {
   "path PATH": "training run, one of its checkpoints RUN/checkpoints/STEP, exported folder, "
   "hf://ORGANISATION/NAME[@REVISION], or a file of PyTorch weights with --model"
@@ -49,11 +52,18 @@ def add_commands(commands: Any) -> None:
   add(evaluate, arguments)
   text = "of which logits are averaged: centre, with corners, with mirrored (default: 1)"
   evaluate.add_argument("--crops", type=int, choices=(1, 5, 10), help=text)
+  text = "of a detector: shorter sides of the images to look at, what is found in all is merged "
+  text += "(default: the network's own)"
+  evaluate.add_argument("--scales", type=positive, nargs="+", metavar="S", help=text)
   arguments = {
+    "--flip": "of a detector: look at each image with left and right swapped, too, and merge",
     "--annotations J": "of a detector: file with the ground truth, such as "
     "instances_val2017.json (default: what the data set says)",
     "--save-detections D": "of a detector: write what it finds, as COCO's results",
     "--save-annotations J": "of a detector: write the ground truth, as COCO's annotations",
+    "--submission OUT.zip": "of a detector: write what it finds for COCO's evaluation server, also "
+    "of images without annotations, such as coco:image_info_test-dev2017.json@test2017",
+    "--overwrite": "replace OUT.zip if it exists",
     "--detections D": "in place of PATH: what a detector found, to compare with --annotations",
     "--curves OUT.png": "of a detector: draw precision over recall",
     "--json": "every digit, for machines",
@@ -115,6 +125,8 @@ def _evaluate(args: argparse.Namespace) -> None:
       results = evaluate_loaded(model, config, dataset=args.data, **given)
   if not first:
     return
+  if args.submission and not args.json:
+    say(f"{args.submission} is for COCO's evaluation server")
   if config["task"] == "detection":
     return _print_scores(results, as_json=args.json)
   if args.json:
@@ -156,6 +168,9 @@ def _print_scores(results: dict[str, Any], *, as_json: bool) -> None:
     return
   from lip_jax.detection.coco_metric import NAMES
 
+  if "AP" not in results:
+    say(f"{results['count']} images of {results['data']}: there are no annotations to compare with")
+    return
   for name in NAMES:
     say(f"{name}: {100 * results[name]:.1f}" if results[name] >= 0 else f"{name}: no object")
   small, medium = results["area_limits"]

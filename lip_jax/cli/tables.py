@@ -13,9 +13,10 @@ from lip_jax.cli.output import progress, table, working
 if TYPE_CHECKING:
   from lip_jax.tools.cost import Cost
   from lip_jax.tools.paper import Row
-  from lip_jax.tools.paper_results import Result
+  from lip_jax.tools.paper_results import Classified, Detected
 
-  Entry = tuple[Row, Cost | None, Result | None]  # None: no network
+  # None: no network here; of a detector no cost is said.
+  Entry = tuple[Row, Cost | None, Classified | Detected | None]
 
 
 def add_commands(commands: Any) -> None:
@@ -140,7 +141,8 @@ def _tables(args: argparse.Namespace) -> None:
     notes = [paper.NOTES[number]] if number in paper.NOTES else []
     notes += [f"{row.name}: {result}." for row, _, result in entries if result and result.why]
     heading = ("row", "", *(text for column in columns for text in _HEADINGS[column]))
-    show(title, [heading, *(_cells(entry, columns) for entry in entries)], notes)
+    lines = [line for entry in entries for line in _lines(entry, columns)]
+    show(title, [heading, *lines], notes)
   if args.markdown:
     return
   counted = any("flops_g" in paper.COLUMNS[number or 1] for _, number, _ in groups)
@@ -150,11 +152,9 @@ def _tables(args: argparse.Namespace) -> None:
     print("A row's network, if there is one here:")
     print(f"  python train.py --config=configs/imagenet.py:ROW --workdir={args.runs}/ROW")
   if any(row.name in paper.DETECTORS for row in listed):
-    names = ", ".join(name for name, _ in paper.DETECTORS.values())
-    print(f"The network of a row of table 5, NAME one of {names}:")
-    weights = f"--weights={args.runs}/table4_BACKBONE"
-    places = f"{weights} --workdir={args.runs}/table5_NAME"
-    print(f"  python train.py --config=configs/coco.py:NAME {places}")
+    print("A detector, from a classifier; below its row, if it has been trained: ours, on val2017:")
+    places = f"--weights={args.runs}/table4_BACKBONE --workdir={args.runs}/ROW"
+    print(f"  python train.py --config=configs/coco.py:DETECTOR_BACKBONE {places}")
 
 
 def _entries(rows: "Sequence[Row]", runs: str) -> "list[Entry]":
@@ -165,7 +165,7 @@ def _entries(rows: "Sequence[Row]", runs: str) -> "list[Entry]":
     for row in rows:
       progress(row.name)
       size = next(cost.costs([row.name])) if row.model else None
-      entries.append((row, size, paper_results.result(row, runs) if row.model else None))
+      entries.append((row, size, paper_results.result(row, runs)))
   return entries
 
 
@@ -183,8 +183,11 @@ def _row_values(entry: "Entry", runs: str) -> dict[str, Any]:
   }
 
 
-def _cells(entry: "Entry", columns: Sequence[str]) -> tuple[str, ...]:
-  """A line of a table: for each column the printed figure, and ours where there is one."""
+def _lines(entry: "Entry", columns: Sequence[str]) -> list[tuple[str, ...]]:
+  """What a table shows of a row: for each column the printed figure, and ours where there is one.
+
+  A detector's own figures are a line of their own.
+  """
   row, size, result = entry
   ours = {}
   if size and result:
@@ -199,7 +202,13 @@ def _cells(entry: "Entry", columns: Sequence[str]) -> tuple[str, ...]:
     cells.append(missing if figure is None else f"{figure:.{digits}f}")
     if len(_HEADINGS[column]) == 2:
       cells.append(ours[column])
-  return tuple(cells)
+  lines = [tuple(cells)]
+  if size is None and result and result.status != "not yet run":
+    figures = [getattr(result, column) for column in columns]
+    text = "not counted" if result.why else str(result)
+    cells = ["", f"here: {text}", *("" if one is None else f"{one:.1f}" for one in figures)]
+    lines.append(tuple(cells))
+  return lines
 
 
 def _show(title: str, lines: list[tuple[str, ...]], notes: list[str]) -> None:
@@ -216,7 +225,7 @@ def _show_markdown(title: str, lines: list[tuple[str, ...]], notes: list[str]) -
   print(f"| {' | '.join(heading)} |")
   print(f"|---|---|{'--:|' * (len(heading) - 2)}")
   for name, *cells in rows:
-    print(f"| `{name}` | {' | '.join(cells)} |")
+    print(f"| {name and f'`{name}`'} | {' | '.join(cells)} |")
   for note in notes:
     print(f"\n{note}")
   print()

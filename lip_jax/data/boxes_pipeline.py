@@ -186,6 +186,7 @@ def eval_batches(
   short_side: float,
   long_side: float,
   global_batch_size: int,
+  flip: bool = False,
   num_threads: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
@@ -196,12 +197,15 @@ def eval_batches(
   resizing; "original" int32 [B, 2], height and width before it; "image_id" int32 [B]; and "mask"
   float32 [B], 0 for rows that hold no image, whose "image_id" is -1.
 
+  Args:
+    flip: whether to swap left and right of all; the others as for `train_loader`.
+
   Raises:
     UsageError, UnreadableImagesError: as `pipeline.eval_batches`; or an image fits into no bucket.
   """
   batches = pipeline.eval_batches(
     source,
-    [_EvalImage(shape, short_side, long_side) for shape in parse_buckets(buckets)],
+    [_EvalImage(shape, short_side, long_side, flip) for shape in parse_buckets(buckets)],
     groups=_groups(source, buckets, short_side, long_side),
     global_batch_size=global_batch_size,
     process_index=process_index,
@@ -347,10 +351,11 @@ class _TrainBoxes(_Resize):
 class _EvalImage(_Resize):
   """An image and how it was resized; see `eval_batches`."""
 
-  def __init__(self, shape: tuple[int, int], short_side: float, long_side: float):
+  def __init__(self, shape: tuple[int, int], short_side: float, long_side: float, flip: bool):
     super().__init__(shape, short_side, long_side)
+    self._flip = flip
     self.shapes |= {"scale": ((), np.float32), "original": ((2,), np.int32)}
 
   def __call__(self, example: Example, rng: np.random.Generator, out: Row) -> None:
-    out["scale"][...] = self.write(example, out)
+    out["scale"][...] = self.write(example, out, flip=self._flip)
     out["original"][...] = example["size"]

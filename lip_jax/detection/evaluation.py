@@ -30,7 +30,7 @@ from lip_jax.visualize import Boxes, Picture
 log = logging.getLogger("lip_jax")
 
 # What comes with the detections of an image: which it is, and how it was resized.
-_KEPT = ("image_id", "scale", "original")
+_KEPT = ("image_id", "size", "scale", "original")
 _SURE = 0.3  # least score of what a picture shows
 
 
@@ -142,9 +142,18 @@ class Evaluator:
     return {**sharding.gather(scores)[0], "count": len(self._source)}
 
   def detect(
-    self, params: Tree, batch_stats: Tree, stop: Callable[[], bool] = lambda: False
+    self,
+    params: Tree,
+    batch_stats: Tree,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    flip: bool = False,
   ) -> Results | None:
-    """What is found in all images of the split, as COCO's files have it; None if stopped."""
+    """What is found in all images of the split, as COCO's files have it; None if stopped.
+
+    Args:
+      flip: look at them with left and right swapped; what is found lies in the images as they are.
+    """
     parts: list[Results] = []
     seen: list[np.ndarray] = []
 
@@ -152,14 +161,19 @@ class Evaluator:
       arrays = {name: np.asarray(value) for name, value in found.items()}
       there = arrays["image_id"] >= 0
       seen.append(arrays["image_id"][there])
-      parts.append(self._results({name: arrays[name][there] for name in arrays if name != "stop"}))
+      own = {name: arrays[name][there] for name in arrays if name != "stop"}
+      if flip:
+        x1, y1, x2, y2 = np.moveaxis(own["boxes"], -1, 0)
+        width = own["size"][:, 1:]
+        own["boxes"] = np.stack([width - x2, y1, width - x1, y2], axis=-1)
+      parts.append(self._results(own))
 
     def compute(batches: Iterator[Mapping[str, np.ndarray]]) -> bool:
-      whole = ({name: batch[name] for name in ("image", "size", *_KEPT)} for batch in batches)
+      whole = ({name: batch[name] for name in ("image", *_KEPT)} for batch in batches)
       return evaluation.run(self._step, params, batch_stats, whole, self._mesh, stop, add)
 
     num_batches = boxes_pipeline.num_eval_batches(self._source, **self._batching)
-    if not evaluation.over_split(compute, self._batches(), self._source, num_batches):
+    if not evaluation.over_split(compute, self._batches(flip), self._source, num_batches):
       return None
     ids = np.sort(np.concatenate(seen)) if seen else np.zeros(0, int)
     assert np.array_equal(ids, np.sort(self._source.table.image_ids)), "an image is not there once"
@@ -230,10 +244,11 @@ class Evaluator:
       "global_batch_size": self._batch_size,
     }
 
-  def _batches(self) -> Generator[pipeline.Batch, None, None]:
+  def _batches(self, flip: bool = False) -> Generator[pipeline.Batch, None, None]:
     return boxes_pipeline.eval_batches(
       self._source,
       **self._batching,
+      flip=flip,
       num_threads=self._data.num_threads,
       process_index=jax.process_index(),
       process_count=jax.process_count(),

@@ -31,6 +31,7 @@ from lip_jax.models import layers
 from lip_jax.models.network import Network
 from lip_jax.ops import boxes as box_ops
 from lip_jax.ops import losses as loss_ops
+from lip_jax.ops import whole
 from lip_jax.ops.roi_align import multilevel_roi_align, roi_levels
 
 _POOLED_LEVELS = 4  # of the pyramid, P2 to P5: regions have none of P6
@@ -173,7 +174,7 @@ class FasterRCNN(Detector):
     return self._first_stage(images, sizes)[1]
 
   def _coarser(self, c5: jax.Array, p5: jax.Array) -> list[jax.Array]:
-    return [p5[:, ::2, ::2]]
+    return [lax.slice(p5, (0, 0, 0, 0), p5.shape, (1, 2, 2, 1))]
 
   def _first_stage(self, images, sizes) -> tuple[dict[str, jax.Array], Proposals]:
     masked = self.mask_detection
@@ -225,17 +226,18 @@ class FasterRCNN(Detector):
     """Logits [N, R, K] and deltas [N, R, K, 4] of regions [N, R, 4]."""
     strides = self.anchors.strides[:_POOLED_LEVELS]
     levels = [features[name] for name in self._level_names[:_POOLED_LEVELS]]
-    inclusive = self.preset.inclusive
+    level = roi_levels(boxes * (_FINEST / strides[0]), inclusive=self.preset.inclusive)
+    mode = self.preset.faster_rcnn.roi_mode
+    rules: dict[str, Any] = {"strides": strides, "size": box_head.BINS, "samples": 2, "mode": mode}
 
     def pool(image):
-      maps, regions, extents = image
-      level = roi_levels(regions * (_FINEST / strides[0]), inclusive=inclusive)
-      mode = self.preset.faster_rcnn.roi_mode
-      return multilevel_roi_align(
-        maps, regions, level, strides=strides, size=box_head.BINS, mode=mode, extents=extents
-      )
+      *inputs, extents = image
+      return multilevel_roi_align(*inputs, extents=extents, **rules)
 
-    pooled = lax.map(pool, (levels, boxes, extents))  # one image after another, for memory
+    def each(*images):
+      return lax.map(pool, images)  # one image after another, for memory
+
+    pooled = whole.call("roi_align", each, levels, boxes, level, extents, **rules)
     found = self.box_head(pooled.reshape(-1, *pooled.shape[2:]))
     logits, deltas = (array.reshape(*boxes.shape[:2], *array.shape[1:]) for array in found)
     return logits, deltas

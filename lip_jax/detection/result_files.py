@@ -1,6 +1,8 @@
 """COCO's files: annotations, and what a detector found ("results"), which other tools take, too."""
 
 import json
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 from lip_jax.data import coco_json
 from lip_jax.detection.coco_metric import Results
 from lip_jax.errors import UsageError
+from lip_jax.export.destination import check_file, replacing
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
 
@@ -93,10 +96,36 @@ def write_results(path: str | Path, results: Results) -> None:
   Raises:
     UsageError: the file cannot be written.
   """
-  rows = [
+  _write(path, _rows(results), "detections")
+
+
+def check_submission(path: str | Path, *, overwrite: bool) -> None:
+  """Raises UsageError if `write_submission` may not write there."""
+  if Path(path).suffix != ".zip":
+    raise UsageError(f"a submission is a zip file, not {path}; choose a name that ends with .zip")
+  check_file(Path(path), overwrite=overwrite)
+
+
+def write_submission(path: str | Path, results: Results, annotations: str | None) -> None:
+  """Writes what COCO's evaluation server takes: a zip file with detections under the name it wants.
+
+  Args:
+    annotations: path of the images' file, image_info_SET.json or instances_SET.json; SET becomes a
+      part of the name. Of any other it is test-dev2017.
+
+  Raises:
+    UsageError: the file cannot be written.
+  """
+  found = re.fullmatch(r"(?:image_info|instances)_(.+)\.json", Path(annotations or "").name)
+  name = f"detections_{found[1] if found else 'test-dev2017'}_lip_results.json"
+  with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    archive.writestr(name, json.dumps(_rows(results)), zipfile.ZIP_DEFLATED)
+
+
+def _rows(results: Results) -> list[dict[str, Any]]:
+  return [
     dict(zip(_KEYS, row, strict=True)) for row in zip(*(a.tolist() for a in results), strict=True)
   ]
-  _write(path, rows, "detections")
 
 
 def _write(path: str | Path, values: Any, what: str) -> None:

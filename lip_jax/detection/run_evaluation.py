@@ -10,8 +10,8 @@ import jax
 from flax import nnx
 
 from lip_jax.data.annotations import check_area_limits
-from lip_jax.data.boxes import open_boxes
-from lip_jax.detection import coco_metric, result_files
+from lip_jax.data.boxes import BoxSource, open_boxes
+from lip_jax.detection import coco_metric, merging, result_files
 from lip_jax.detection.anchors import DIVISOR
 from lip_jax.detection.coco_metric import Results
 from lip_jax.detection.config import Data
@@ -36,9 +36,13 @@ def evaluate_loaded(
   data_dir: str | None = None,
   split: str | None = None,
   batch_size: int | None = None,
+  flip: bool = False,
+  scales: Sequence[int] | None = None,
   annotations: str | Path | None = None,
   save_detections: str | Path | None = None,
   save_annotations: str | Path | None = None,
+  submission: str | Path | None = None,
+  overwrite: bool = False,
   areas: Sequence[float] | None = None,
   curves: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -48,20 +52,28 @@ def evaluate_loaded(
     dataset: None: that of the training run; likewise data_dir and split, which is "validation"
       where there is no run.
     batch_size: images at once, made a multiple of the devices; None: the run's, or 8.
+    flip: look at each image with left and right swapped, too.
+    scales: the shorter sides of images to look at, in pixels, in place of the network's own. What
+      is found in all forms of an image is merged: see `merging.merge`.
     annotations: file with the ground truth; None: what the data set says.
     save_detections: where to write what is found, as COCO's results.
     save_annotations: where to write the ground truth, as COCO's annotations.
+    submission: zip file to write for COCO's evaluation server, also of images without annotations,
+      such as test-dev's, which are not scored.
+    overwrite: replace that file if it is there.
     areas: up to which objects are small, and medium, in pixels^2; None: what the ground truth says.
     curves: picture file for precision over recall.
 
   Returns:
     `coco_metric.NAMES`, "AP_by_class", "count" of images, "data", "ground_truth" and "library" by
-    name, "area_limits", "step".
+    name, "area_limits", "step"; where nothing is scored "count", "data" and "step".
 
   Raises:
     UsageError: there is no such data set, or none is named, its classes are others, weights are not
       finite, or a file cannot be written.
   """
+  if submission is not None:
+    result_files.check_submission(submission, overwrite=overwrite)
   description.check_finite(detector, config["source"]["path"])
   run: Any = None
   if config["data"] is not None:  # of a training run
@@ -82,23 +94,70 @@ def evaluate_loaded(
   # By way of the host: one process cannot place arrays of its own on the devices of others.
   weights = jax.device_put(jax.device_get(train_state.split(detector)), sharding.replicated(mesh))
   size = math.ceil((batch_size or _BATCH_SIZE) / mesh.size) * mesh.size
-  evaluator = Evaluator(data, size, source, nnx.graphdef(detector), mesh, preset=detector.preset)
-  results = evaluator.detect(*weights)
-  assert results is not None  # nothing stops it
+  results = _detect(detector, weights, data, source, size, flip, scales or (data.short_side,))
   values: dict[str, Any] = {}
   if jax.process_index() == 0:
     if save_detections is not None:
       result_files.write_results(save_detections, results)
     if save_annotations is not None:
       result_files.write_ground_truth(save_annotations, truth)
-    values = _report(truth, results, curves)
+    if submission is not None:
+      result_files.write_submission(submission, results, source.annotations)
+    if submission is None or truth["annotations"]:
+      values = _report(truth, results, curves)
+      values["ground_truth"] = str(annotations or source.annotations or "the data set's own")
   return {
     **sharding.gather(values)[0],
     "count": len(source),
-    "data": source.name,
-    "ground_truth": str(annotations or source.annotations or "the data set's own"),
+    "data": source.name + _seen(flip, scales),
     "step": config["source"]["step"],
   }
+
+
+def _detect(
+  detector: Detector,
+  weights: Any,
+  data: Data,
+  source: BoxSource,
+  batch_size: int,
+  flip: bool,
+  scales: Sequence[int],
+) -> Results:
+  """What is found in all images of a split, in one form of them or in several."""
+  graph, mesh = nnx.graphdef(detector), sharding.make_mesh()
+  views = []
+  for side in scales:
+    evaluator = Evaluator(
+      _scaled(data, side), batch_size, source, graph, mesh, preset=detector.preset
+    )
+    for flipped in (False, True) if flip else (False,):
+      found = evaluator.detect(*weights, flip=flipped)
+      assert found is not None  # nothing stops it
+      views.append(found)
+  return views[0] if len(views) == 1 else merging.merge(views)
+
+
+def _scaled(data: Data, short_side: int) -> Data:
+  """Images resized to another shorter side, and as much to a longer one, in buckets for them."""
+  if short_side == data.short_side:
+    return data
+  factor = short_side / data.short_side
+  sides = (
+    [math.ceil(side * factor / DIVISOR) for side in one] for one in data.bucket_sizes.values()
+  )
+  buckets = dict.fromkeys(f"{rows * DIVISOR}x{columns * DIVISOR}" for rows, columns in sides)
+  long_side = max(short_side, math.floor(data.long_side * factor))
+  return dataclasses.replace(
+    data, short_side=short_side, long_side=long_side, buckets=tuple(buckets)
+  )
+
+
+def _seen(flip: bool, scales: Sequence[int] | None) -> str:
+  """In what forms the images were looked at, in words."""
+  forms = ["flipped, too"] if flip else []
+  if scales:
+    forms.append(f"shorter sides of {', '.join(map(str, scales))} px")
+  return f" ({'; '.join(forms)})" if forms else ""
 
 
 def _data(config: Mapping[str, Any], of_run: Data | None, **given: str | None) -> Data:

@@ -1,16 +1,11 @@
 """Exported folders on the Hugging Face hub, downloaded and uploaded; needs lip-jax[hub]."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from flax import nnx
+from typing import NamedTuple
 
 from lip_jax.errors import UsageError, one_line
-from lip_jax.export import folders
-from lip_jax.models.cost import count_parameters, multiply_adds
+from lip_jax.export import folders, model_card
 
 PREFIX = "hf://"
 
@@ -19,15 +14,6 @@ _ID = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _CARD = "README.md"
 _FILES = (folders.CONFIG, folders.WEIGHTS)
 _DEFAULT_ENDPOINT = "https://huggingface.co"
-_CLASSES_SHOWN = 10
-_ACCURACIES = (("top1", "top-1"), ("top5", "top-5"))
-_CITATION = """\
-@inproceedings{gao2019lip,
-  title = {{LIP}: Local Importance-Based Pooling},
-  author = {Gao, Ziteng and Wang, Limin and Wu, Gangshan},
-  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year = {2019},
-}"""
 
 
 class Upload(NamedTuple):
@@ -80,9 +66,7 @@ def preview(
     raise UsageError(f"{name!r} is not of the form ORGANISATION/NAME, as in gao/lip_resnet50")
   folder = Path(folder)
   model, config = folders.load(folder)  # also checks that others can load it
-  if "task" in config:
-    raise UsageError(f"{folder} holds a detector; there are model cards for classifiers only yet")
-  card = _card(model, config, name, licence)
+  card = model_card.write(model, config, name, licence)
   sizes = {file: (folder / file).stat().st_size for file in _FILES}
   url = f"{endpoint or _DEFAULT_ENDPOINT}/{name}"
   return Upload(card, {_CARD: len(card.encode()), **sizes}, url)
@@ -139,99 +123,3 @@ def push(
       "the network"
     ) from error
   return str(url)
-
-
-def _card(model: nnx.Module, config: Mapping[str, Any], name: str, licence: str) -> str:
-  """The model card: Markdown, with the metadata that the hub reads in front."""
-  sections = [
-    _metadata(config, name, licence),
-    f"# {_plain(name.partition('/')[2])}",
-    f"{_plain(config['model']['name'])}, an image classifier for {config['num_classes']:,} "
-    "classes, in the format of lip_jax: LIP, local importance-based pooling, for JAX.",
-    f'```python\nimport lip_jax\nmodel, config = lip_jax.load("hf://{name}")\n```\n\n'
-    "It needs `pip install lip-jax[hub]`. Beside it: `lip-jax predict hf://" + name + " IMAGE...`.",
-    f"## Network\n\n{_table(_facts(model, config))}",
-    f"## Images\n\n{_preprocessing(config.get('preprocess'))}",
-    f"## Classes\n\n{_classes(config['num_classes'], config.get('class_names'))}",
-    f"## Evaluation\n\n{_evaluation(config.get('evaluation'))}",
-    f"## Licence\n\n{_plain(licence)}",
-    f"## Citation\n\n```bibtex\n{_CITATION}\n```",
-  ]
-  return "\n\n".join(sections) + "\n"
-
-
-def _metadata(config: Mapping[str, Any], repository: str, licence: str) -> str:
-  # JSON is YAML, so nothing in a name can break out of its place.
-  values: dict[str, Any] = {
-    "license": licence,
-    "library_name": "lip_jax",
-    "pipeline_tag": "image-classification",
-    "tags": ["jax", "flax", "lip", "image-classification"],
-  }
-  if evaluation := config.get("evaluation"):
-    metrics = [
-      {"type": "accuracy", "name": f"{name} accuracy", "value": evaluation[key]}
-      for key, name in _ACCURACIES
-      if key in evaluation
-    ]
-    result = {
-      "task": {"type": "image-classification"},
-      "dataset": dict.fromkeys(("name", "type"), str(evaluation["data"])),
-      "metrics": metrics,
-    }
-    values["model-index"] = [{"name": repository.partition("/")[2], "results": [result]}]
-  lines = (f"{key}: {json.dumps(value)}" for key, value in values.items())
-  return "\n".join(["---", *lines, "---"])
-
-
-def _facts(model: nnx.Module, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-  size = (config.get("preprocess") or {}).get("image_size", 224)
-  options = {key: value for key, value in config["model"].items() if key != "name"}
-  facts = [
-    ("architecture", config["model"]["name"]),
-    ("options", ", ".join(f"{key}={value!r}" for key, value in options.items()) or "none"),
-    ("parameters", f"{count_parameters(model):,}"),
-    (f"multiply-adds, one image of {size} px", f"{multiply_adds(model, size):,}"),
-  ]
-  step = (config.get("source") or {}).get("step")
-  return facts if step is None else [*facts, ("training step", f"{step:,}")]
-
-
-def _preprocessing(preprocess: Mapping[str, Any] | None) -> str:
-  if preprocess is None:
-    return "How images are to be prepared is not recorded."
-  mean, std = (", ".join(f"{v:g}" for v in preprocess[key]) for key in ("mean", "std"))
-  size = preprocess["image_size"]
-  height, width = (size, size) if isinstance(size, int) else size
-  return (
-    f"{'RGB' if len(preprocess['mean']) == 3 else 'Grey'}, 0 to 255. The shorter side is resized "
-    f"to {preprocess['resize']} pixels, the central {height} x {width} are cut out, the mean "
-    f"({mean}) is subtracted, and the result divided by ({std}). `lip-jax predict` and `lip-jax "
-    "evaluate` do so."
-  )
-
-
-def _classes(count: int, names: Sequence[str] | None) -> str:
-  if names is None:
-    return f"{count:,}; their names are not recorded."
-  shown = ", ".join(map(_plain, names[:_CLASSES_SHOWN]))
-  rest = f" and {count - _CLASSES_SHOWN:,} more" if count > _CLASSES_SHOWN else ""
-  return f"{count:,}: {shown}{rest}. `config.json` has all, in the order of the logits."
-
-
-def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
-  if evaluation is None:
-    return "Not recorded."
-  rows = [("data", str(evaluation["data"])), ("images", f"{evaluation['count']:,}")]
-  rows += [(name, f"{100 * evaluation[k]:.2f} %") for k, name in _ACCURACIES if k in evaluation]
-  return _table(rows)
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-  lines = ["| | |", "| --- | --- |"]
-  return "\n".join(lines + [f"| {_plain(key)} | {_plain(value)} |" for key, value in rows])
-
-
-def _plain(text: str) -> str:
-  """One line without markup."""
-  return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))

@@ -9,8 +9,6 @@ Orbax that training needs (0.17.1 wants a version below 0.11.37), and does not k
 `jax.lax.platform_dependent`.
 """
 
-import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,45 +18,62 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 from jax.extend import core
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from lip_jax.errors import UsageError
+from lip_jax.export import onnx_operations
+from lip_jax.export.onnx_nodes import (
+  TO_NCHW,
+  TO_NHWC,
+  Equation,
+  Graph,
+  Value,
+  arrange,
+  is_fixed,
+  pads,
+  place,
+  unsupported,
+)
+from lip_jax.ops import whole
 
-# Of 2022: read by every runtime in use, and what the newer ones add is not needed.
-OPSET = 17
-_IR_VERSION = 8
-_INPUT, _OUTPUT = "images", "logits"
-
-# What is known already, or the name of a tensor of the graph.
-Value = np.ndarray | str
-# A `JaxprEqn`; its variables' `aval` have shape and dtype, [N, H, W, C] for activations.
-Equation = Any
-
-_TO_NCHW = (0, 3, 1, 2)
-_TO_NHWC = (0, 2, 3, 1)
+# Of 2023, the first with deformable convolutions, and read by every runtime in use.
+OPSET = 19
+_IR_VERSION = 9
 
 
 def to_onnx(
-  function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStruct
+  function: Callable[..., Any],
+  *arguments: jax.ShapeDtypeStruct,
+  inputs: Sequence[str] = ("images",),
+  outputs: Sequence[str] = ("logits",),
 ) -> onnx.ModelProto:
-  """The ONNX model, from `images` to `logits`, that computes what `function` does.
+  """The ONNX model that computes what `function` does.
 
   Args:
-    function: from [N, H, W, C] to [N, K]; the arrays that it closes over become the weights.
-    images: shape and dtype of its argument; the first size is one of `jax.export.symbolic_shape`.
+    function: of images [N, H, W, C], and perhaps of more; the arrays that it closes over become the
+      weights.
+    arguments: shapes and dtypes, with a first size of `jax.export.symbolic_shape`.
+    inputs: their names.
+    outputs: names of the results, N of each.
 
   Raises:
     UsageError: the function has an operation that is not known here.
   """
-  closed = jax.make_jaxpr(function)(images)
-  graph = _Graph(images.shape[0])
-  stored = graph.add("Transpose", _INPUT, perm=_TO_NCHW)
-  (result,) = _run(graph, closed.jaxpr, closed.consts, [stored])
-  graph.nodes.append(helper.make_node("Identity", [graph.name_of(result)], [_OUTPUT]))
-  nodes, constants = graph.needed(_OUTPUT)
-  ends = [_tensor_info(_INPUT, images)], [_tensor_info(_OUTPUT, *closed.out_avals)]
+  with whole.kept() as operations:
+    closed = jax.make_jaxpr(function)(*arguments)
+  graph = Graph(inputs[0], arguments[0].shape[0], operations)
+  stored: list[Value] = [graph.add("Transpose", inputs[0], perm=TO_NCHW), *inputs[1:]]
+  found = _run(graph, closed.jaxpr, closed.consts, stored)
+  ends = [
+    helper.make_node("Identity", [graph.name_of(value)], [name])
+    for value, name in zip(found, outputs, strict=True)
+  ]
+  nodes, constants = graph.needed([node.input[0] for node in ends])
+  before, after = (
+    [_tensor_info(name, array) for name, array in zip(names, arrays, strict=True)]
+    for names, arrays in ((inputs, arguments), (outputs, closed.out_avals))
+  )
   model = helper.make_model(
-    helper.make_graph(nodes, "network", *ends, constants),
+    helper.make_graph([*nodes, *ends], "network", before, after, constants),
     opset_imports=[helper.make_opsetid("", OPSET)],
     ir_version=_IR_VERSION,
     producer_name="lip_jax",
@@ -67,67 +82,8 @@ def to_onnx(
   return model
 
 
-class _Graph:
-  """Nodes and constants so far; `batch` is the symbol that stands for the number of images."""
-
-  def __init__(self, batch: Any):
-    self.batch = batch
-    self.nodes: list[onnx.NodeProto] = []
-    self._constants: dict[tuple[Any, ...], onnx.TensorProto] = {}
-    self._numbers = itertools.count()
-
-  def add(self, operation: str, *inputs: Value, **attributes: Any) -> str:
-    """Adds a node and returns the name of its output."""
-    output = f"{operation.lower()}_{next(self._numbers)}"
-    names = [self.name_of(value) for value in inputs]
-    self.nodes.append(helper.make_node(operation, names, [output], name=output, **attributes))
-    return output
-
-  def name_of(self, value: Value) -> str:
-    """The tensor's name; an array becomes a constant of the graph."""
-    if isinstance(value, str):
-      return value
-    return self.constant(value.transpose(_TO_NCHW) if value.ndim == 4 else value)
-
-  def integers(self, values: Sequence[Any]) -> str:
-    """Numbers that ONNX takes as an input: axes, sizes, positions."""
-    return self.constant(np.asarray([int(v) for v in values], np.int64))
-
-  def expand(self, name: str, sizes: Sequence[Any]) -> str:
-    """Repeats a tensor to these sizes, as stored."""
-    parts = [self._batch_size if size == self.batch else self.integers([size]) for size in sizes]
-    return self.add("Expand", name, self.add("Concat", *parts, axis=0))
-
-  def reshape(self, name: str, sizes: Sequence[Any]) -> str:
-    """Gives a tensor these sizes, as stored."""
-    return self.add("Reshape", name, self.integers([-1 if s == self.batch else s for s in sizes]))
-
-  def needed(self, output: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """The nodes and the constants that the output depends on, in order."""
-    names, nodes = {output}, []
-    for node in reversed(self.nodes):
-      if names & set(node.output):
-        names |= set(node.input)
-        nodes.append(node)
-    return nodes[::-1], [tensor for tensor in self._constants.values() if tensor.name in names]
-
-  def constant(self, array: np.ndarray) -> str:
-    """The name of a constant that is stored as it is."""
-    array = np.asarray(array, order="C")
-    key = (array.dtype.str, array.shape, array.tobytes())
-    if key not in self._constants:
-      name = f"constant_{len(self._constants)}"
-      self._constants[key] = numpy_helper.from_array(array, name)
-    return self._constants[key].name
-
-  @functools.cached_property
-  def _batch_size(self) -> str:
-    shape = self.add("Shape", _INPUT)
-    return self.add("Slice", shape, self.integers([0]), self.integers([1]))
-
-
 def _run(
-  graph: _Graph, jaxpr: core.Jaxpr, constants: Sequence[Any], arguments: Sequence[Value]
+  graph: Graph, jaxpr: core.Jaxpr, constants: Sequence[Any], arguments: Sequence[Value]
 ) -> list[Value]:
   """Adds a program to the graph; returns its results."""
   values: dict[core.Var, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
@@ -144,8 +100,11 @@ def _run(
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _convert(graph: _Graph, equation: Equation, inputs: list[Value]) -> Sequence[Value]:
+def _convert(graph: Graph, equation: Equation, inputs: list[Value]) -> Sequence[Value]:
   name, params = equation.primitive.name, equation.params
+  if name == "jit" and params["name"] in graph.operations:
+    operation = graph.operations[params["name"]]
+    return onnx_operations.WHOLE[operation.kind](graph, equation, operation.constants, *inputs)
   if name in ("jit", "custom_jvp_call", "custom_vjp_call"):
     inner = params["jaxpr" if name == "jit" else "call_jaxpr"]
     return _run(graph, inner.jaxpr, inner.consts, inputs)
@@ -157,55 +116,55 @@ def _convert(graph: _Graph, equation: Equation, inputs: list[Value]) -> Sequence
   if name == "cond" and not isinstance(inputs[0], str):
     branch = params["branches"][int(inputs[0])]
     return _run(graph, branch.jaxpr, branch.consts, inputs[1:])
-  if name in ("stop_gradient", "copy"):
+  if name in ("stop_gradient", "copy", "optimization_barrier"):
     return inputs
   known = all(isinstance(value, np.ndarray) for value in inputs)
-  if known and all(_is_fixed(out.aval.shape) for out in equation.outvars):
+  if known and all(is_fixed(out.aval.shape) for out in equation.outvars):
     results = equation.primitive.bind(*map(jnp.asarray, inputs), **params)
     return list(map(np.asarray, results if equation.primitive.multiple_results else [results]))
   if name not in _RULES:
-    raise _unsupported(equation, "it is not among those that can be written")
+    raise unsupported(equation, "it is not among those that can be written")
   rule = _RULES[name]
-  return [graph.add(rule, *inputs) if isinstance(rule, str) else rule(graph, equation, *inputs)]
+  found = graph.add(rule, *inputs) if isinstance(rule, str) else rule(graph, equation, *inputs)
+  return found if isinstance(found, list) else [found]
 
 
-def _sub(graph: _Graph, equation: Equation, x: Value, y: Value) -> str:
+def _sub(graph: Graph, equation: Equation, x: Value, y: Value) -> str:
   # Runtimes fuse a convolution with an addition, and not with a subtraction.
   return graph.add("Sub", x, y) if isinstance(y, str) else graph.add("Add", x, -y)
 
 
-def _max(graph: _Graph, equation: Equation, x: Value, y: Value) -> str:
-  if not isinstance(y, str) and y.ndim == 0 and y == 0:
+def _max(graph: Graph, equation: Equation, x: Value, y: Value) -> str:
+  floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
+  if floating and not isinstance(y, str) and y.ndim == 0 and y == 0:
     return graph.add("Relu", x)
   return graph.add("Max", x, y)
 
 
-def _integer_pow(graph: _Graph, equation: Equation, x: Value) -> str:
+def _integer_pow(graph: Graph, equation: Equation, x: Value) -> str:
   return graph.add("Pow", x, np.asarray(equation.params["y"], equation.invars[0].aval.dtype))
 
 
-def _cast(graph: _Graph, equation: Equation, x: str) -> str:
+def _cast(graph: Graph, equation: Equation, x: str) -> str:
   source, target = equation.invars[0].aval.dtype, equation.params["new_dtype"]
-  if source == target:
-    return x
-  return graph.add("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(target)))
+  return x if source == target else graph.cast(x, target)
 
 
-def _select(graph: _Graph, equation: Equation, which: Value, *cases: Value) -> Value:
+def _select(graph: Graph, equation: Equation, which: Value, *cases: Value) -> Value:
   if not isinstance(which, str) and which.ndim == 0:
     return cases[int(which)]
   if len(cases) != 2:
-    raise _unsupported(equation, f"it chooses among {len(cases)}")
+    raise unsupported(equation, f"it chooses among {len(cases)}")
   return graph.add("Where", which, cases[1], cases[0])
 
 
-def _conv(graph: _Graph, equation: Equation, x: Value, kernel: Value) -> str:
+def _conv(graph: Graph, equation: Equation, x: Value, kernel: Value) -> str:
   params = equation.params
   numbers = params["dimension_numbers"]
-  if numbers.lhs_spec != _TO_NCHW or numbers.out_spec != _TO_NCHW or isinstance(kernel, str):
-    raise _unsupported(equation, "its layout is unusual, or its kernel depends on the images")
+  if numbers.lhs_spec != TO_NCHW or numbers.out_spec != TO_NCHW or isinstance(kernel, str):
+    raise unsupported(equation, "its layout is unusual, or its kernel depends on the images")
   if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
-    raise _unsupported(equation, "it is dilated or grouped in an unusual way")
+    raise unsupported(equation, "it is dilated or grouped in an unusual way")
   weights = graph.constant(kernel.transpose(numbers.rhs_spec))
   return graph.add(
     "Conv",
@@ -213,7 +172,7 @@ def _conv(graph: _Graph, equation: Equation, x: Value, kernel: Value) -> str:
     weights,
     kernel_shape=[kernel.shape[axis] for axis in numbers.rhs_spec[2:]],
     strides=params["window_strides"],
-    pads=_pads(params["padding"]),
+    pads=pads(params["padding"]),
     dilations=params["rhs_dilation"],
     group=params["feature_group_count"],
   )
@@ -226,104 +185,142 @@ def _window(equation: Equation) -> dict[str, Any]:
     values = params[name]
     spatial = name in ("window_dimensions", "window_strides")
     if len(values) != 4 or any(v != 1 for v in (values[:1] + values[3:] if spatial else values)):
-      raise _unsupported(equation, f"{name} is {values}")
+      raise unsupported(equation, f"{name} is {values}")
   return {
     "kernel_shape": params["window_dimensions"][1:3],
     "strides": params["window_strides"][1:3],
-    "pads": _pads(params["padding"][1:3]),
+    "pads": pads(params["padding"][1:3]),
   }
 
 
-def _window_sum(graph: _Graph, equation: Equation, x: Value) -> str:
+def _window_sum(graph: Graph, equation: Equation, x: Value) -> str:
   window = _window(equation)
   size = np.asarray(math.prod(window["kernel_shape"]), equation.invars[0].aval.dtype)
   return graph.add("Mul", graph.add("AveragePool", x, count_include_pad=1, **window), size)
 
 
-def _reduce(graph: _Graph, equation: Equation, x: Value) -> str:
+def _reduce(graph: Graph, equation: Equation, x: Value) -> str:
   axes, rank = equation.params["axes"], len(equation.invars[0].aval.shape)
-  left = [_place(rank, axis) for axis in range(rank) if axis not in axes]
+  left = [place(rank, axis) for axis in range(rank) if axis not in axes]
   if left != sorted(left):
-    raise _unsupported(equation, f"over the axes {axes} the rest changes its order")
-  places = sorted(_place(rank, axis) for axis in axes)
-  if equation.primitive.name == "reduce_sum":
-    return graph.add("ReduceSum", x, graph.integers(places), keepdims=0)
-  return graph.add("ReduceMax", x, axes=places, keepdims=0)
+    raise unsupported(equation, f"over the axes {axes} the rest changes its order")
+  kind = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax"}[equation.primitive.name]
+  places = sorted(place(rank, axis) for axis in axes)
+  return graph.add(kind, x, graph.integers(places), keepdims=0)
 
 
-def _matmul(graph: _Graph, equation: Equation, x: Value, y: Value) -> str:
+def _matmul(graph: Graph, equation: Equation, x: Value, y: Value) -> str:
   ranks = [len(atom.aval.shape) for atom in equation.invars]
   if ranks != [2, 2] or equation.params["dimension_numbers"] != (((1,), (0,)), ((), ())):
-    raise _unsupported(equation, "it is no product of two matrices")
+    raise unsupported(equation, "it is no product of two matrices")
   return graph.add("MatMul", x, y)
 
 
-def _pad(graph: _Graph, equation: Equation, x: Value, value: Value) -> str:
-  config = _arrange(equation.params["padding_config"])
+def _pad(graph: Graph, equation: Equation, x: Value, value: Value) -> str:
+  config = arrange(equation.params["padding_config"])
   if any(low < 0 or high < 0 or inside for low, high, inside in config):
-    raise _unsupported(equation, "it crops or dilates")
-  return graph.add("Pad", x, graph.integers(_pads([part[:2] for part in config])), value)
+    raise unsupported(equation, "it crops or dilates")
+  return graph.add("Pad", x, graph.integers(pads([part[:2] for part in config])), value)
 
 
-def _slice(graph: _Graph, equation: Equation, x: Value) -> Value:
+def _slice(graph: Graph, equation: Equation, x: Value) -> Value:
   params, sizes = equation.params, equation.invars[0].aval.shape
   rank = len(sizes)
   steps = params["strides"] or (1,) * rank
   bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
   parts = [
-    (start, stop, _place(rank, axis), step)
+    (start, stop, place(rank, axis), step)
     for axis, (start, stop, step) in enumerate(bounds)
     if (start, stop, step) != (0, sizes[axis], 1)
   ]
-  if any(not _is_fixed(part[:2]) for part in parts):
-    raise _unsupported(equation, "it takes a part of the batch")
+  if any(not is_fixed(part[:2]) for part in parts):
+    raise unsupported(equation, "it takes a part of the batch")
   return graph.add("Slice", x, *map(graph.integers, zip(*parts, strict=True))) if parts else x
 
 
-def _concatenate(graph: _Graph, equation: Equation, *inputs: Value) -> str:
+def _concatenate(graph: Graph, equation: Equation, *inputs: Value) -> str:
   rank = len(equation.outvars[0].aval.shape)
-  return graph.add("Concat", *inputs, axis=_place(rank, equation.params["dimension"]))
+  return graph.add("Concat", *inputs, axis=place(rank, equation.params["dimension"]))
 
 
-def _broadcast(graph: _Graph, equation: Equation, x: Value, *sizes: Value) -> str:
+def _broadcast(graph: Graph, equation: Equation, x: Value, *sizes: Value) -> str:
   """New axes and repetition; `broadcast_dimensions` says where the old axes are."""
-  shape, old = equation.outvars[0].aval.shape, equation.invars[0].aval.shape
-  to = equation.params["broadcast_dimensions"]
-  rank = len(shape)
-  aligned: list[Any] = [1] * rank
-  for size, axis in zip(old, to, strict=True):
-    aligned[axis] = size
-  wanted = _arrange(shape)
+  shape, to = equation.outvars[0].aval.shape, equation.params["broadcast_dimensions"]
+  old = equation.invars[0].aval.shape
+  wanted = arrange(shape)
   if isinstance(x, str):
-    places = [_place(rank, axis) for axis in to]
-    if (len(old) == 4 and rank != 4) or (len(old) != 4 and places != sorted(places)):
-      raise _unsupported(equation, "it changes the order of axes")
-    result = x if len(old) == rank else graph.reshape(x, _arrange(aligned))
+    result = _with_axes(graph, x, old, to, len(shape))
   else:
-    result = graph.name_of(x.reshape(aligned))
-  return result if _arrange(aligned) == wanted else graph.expand(result, wanted)
+    result = graph.name_of(x.reshape(_aligned(old, to, len(shape))))
+  return (
+    result if arrange(_aligned(old, to, len(shape))) == wanted else graph.expand(result, wanted)
+  )
 
 
-def _reshape(graph: _Graph, equation: Equation, x: str, *sizes: Value) -> str:
+def _aligned(sizes: Sequence[Any], to: Sequence[int], rank: int) -> list[Any]:
+  """Sizes at other axes, among ones."""
+  aligned: list[Any] = [1] * rank
+  for size, axis in zip(sizes, to, strict=True):
+    aligned[axis] = size
+  return aligned
+
+
+def _with_axes(graph: Graph, x: str, old: Sequence[Any], to: Sequence[int], rank: int) -> str:
+  """The tensor of sizes `old` with its axes at `to`, among others of size one."""
+  if len(old) == rank:
+    return x
+  if len(old) == 4:
+    x = graph.add("Transpose", x, perm=TO_NHWC)
+  order = sorted(range(len(to)), key=lambda k: place(rank, to[k]))
+  if order != sorted(order):
+    x = graph.add("Transpose", x, perm=order)
+  return graph.reshape(x, arrange(_aligned(old, to, rank)))
+
+
+def _stack(graph: Graph, equation: Equation, *inputs: Value) -> str:
+  """Arrays along a new axis."""
+  old, rank = equation.invars[0].aval.shape, len(equation.outvars[0].aval.shape)
+  axis = equation.params["axis"]
+  to = [other for other in range(rank) if other != axis]
+  parts = [_with_axes(graph, graph.name_of(x), old, to, rank) for x in inputs]
+  return graph.add("Concat", *parts, axis=place(rank, axis))
+
+
+def _split(graph: Graph, equation: Equation, x: Value) -> list[Value]:
+  sizes, axis = equation.params["sizes"], equation.params["axis"]
+  rank = len(equation.invars[0].aval.shape)
+  lengths = graph.integers(sizes)
+  return list(graph.add_several(len(sizes), "Split", x, lengths, axis=place(rank, axis)))
+
+
+def _transpose(graph: Graph, equation: Equation, x: Value) -> str:
+  permutation = equation.params["permutation"]
+  rank = len(permutation)
+  return graph.add("Transpose", x, perm=arrange([place(rank, axis) for axis in permutation]))
+
+
+def _reshape(graph: Graph, equation: Equation, x: str, *sizes: Value) -> str:
   old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
   if len(old) == 4:
-    x = graph.add("Transpose", x, perm=_TO_NHWC)
+    x = graph.add("Transpose", x, perm=TO_NHWC)
   x = graph.reshape(x, new)
-  return graph.add("Transpose", x, perm=_TO_NCHW) if len(new) == 4 else x
+  return graph.add("Transpose", x, perm=TO_NCHW) if len(new) == 4 else x
 
 
 # A word is an operation of ONNX on each element. JAX has given all operands one rank, or they are
 # single numbers: ONNX broadcasts both.
-_RULES: dict[str, str | Callable[..., Value]] = {
+_RULES: dict[str, str | Callable[..., Value | list[Value]]] = {
   **{name: name.capitalize() for name in ("abs", "add", "and", "div", "exp", "log", "min", "mul")},
   **{name: name.capitalize() for name in ("neg", "not", "or", "pow", "sqrt", "tanh")},
   **{"eq": "Equal", "ge": "GreaterOrEqual", "gt": "Greater", "le": "LessOrEqual", "lt": "Less"},
   "logistic": "Sigmoid",
+  **{"ne": lambda graph, eqn, *xs: graph.add("Not", graph.add("Equal", *xs)), "sign": "Sign"},
   "broadcast_in_dim": _broadcast,
   "concatenate": _concatenate,
   "conv_general_dilated": _conv,
   "convert_element_type": _cast,
   "dot_general": _matmul,
+  "gather": onnx_operations.gather,
   "integer_pow": _integer_pow,
   "max": _max,
   "pad": _pad,
@@ -331,42 +328,21 @@ _RULES: dict[str, str | Callable[..., Value]] = {
   "reduce_sum": _reduce,
   "reduce_window_max": lambda graph, eqn, x: graph.add("MaxPool", x, **_window(eqn)),
   "reduce_window_sum": _window_sum,
+  "rem": lambda graph, eqn, x, y: graph.add("Mod", x, y, fmod=1),
   "reshape": _reshape,
   "rsqrt": lambda graph, eqn, x: graph.add("Reciprocal", graph.add("Sqrt", x)),
   "select_n": _select,
   "slice": _slice,
+  "split": _split,
   "square": lambda graph, eqn, x: graph.add("Mul", x, x),
   "squeeze": _reshape,
+  "stack": _stack,
   "sub": _sub,
+  "top_k": onnx_operations.top_k,
+  "transpose": _transpose,
 }
-
-
-def _place(rank: int, axis: int) -> int:
-  """Where an axis is stored."""
-  return _TO_NCHW.index(axis) if rank == 4 else axis
-
-
-def _arrange(values: Sequence[Any]) -> list[Any]:
-  """Values for each axis in the order in which the axes are stored."""
-  return [values[axis] for axis in _TO_NCHW] if len(values) == 4 else list(values)
-
-
-def _pads(pairs: Sequence[Sequence[int]]) -> list[int]:
-  """ONNX has all beginnings first, then all ends."""
-  return [int(low) for low, _ in pairs] + [int(high) for _, high in pairs]
-
-
-def _is_fixed(sizes: Sequence[Any]) -> bool:
-  return all(isinstance(size, int | np.integer) for size in sizes)
 
 
 def _tensor_info(name: str, array: Any) -> onnx.ValueInfoProto:
   kind = helper.np_dtype_to_tensor_dtype(np.dtype(array.dtype))
   return helper.make_tensor_value_info(name, kind, ["batch", *map(int, array.shape[1:])])
-
-
-def _unsupported(equation: Equation, reason: str) -> UsageError:
-  return UsageError(
-    f"the network cannot be written as ONNX: {equation.primitive.name} of "
-    f"{', '.join(str(atom.aval) for atom in equation.invars)}: {reason}; export it as StableHLO"
-  )

@@ -175,5 +175,5 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-  left_out = (*_OF_THE_EVALUATION, "AP_by_class", "ground_truth", "library", "step")
+  left_out = (*_OF_THE_EVALUATION, "AP_by_class", "ground_truth", "library", "step", "area_limits")
   return {key: value for key, value in evaluation.items() if key not in left_out}

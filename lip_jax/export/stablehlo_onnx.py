@@ -12,7 +12,8 @@ JAX promises to read what an older version exported for six months. The exported
 longer: keep it.
 
 An ONNX file, which needs lip-jax[onnx], has one input, `images`, and one output, `logits`. The
-entry `config` of its metadata is the same JSON text.
+entry `config` of its metadata is the same JSON text. Files of detectors also take `sizes`, height
+and width of each image in the batch, and give `boxes`, `scores`, `labels` and `valid`.
 """
 
 import io
@@ -94,13 +95,17 @@ def to_onnx(network: InferenceFunction) -> tuple[bytes, str]:
 
   from lip_jax.export import onnx_graph
 
-  if network.more:
-    raise UsageError("detectors cannot be written as ONNX yet; export StableHLO or a folder")
+  if network.more and network.config["dtype"] != "float32":
+    raise UsageError(
+      f"detectors as ONNX compute in float32 only, not {network.config['dtype']}: what is found "
+      "would not be what the model finds; leave out the dtype, or write StableHLO"
+    )
   if network.config["dtype"] not in ("float32", "float16"):
     raise UsageError(
       f"ONNX Runtime has no {network.config['dtype']} convolutions; write float32 or float16"
     )
-  model = onnx_graph.to_onnx(network.function, *network.symbolic_arguments)
+  names = {key: network.config[key] for key in ("inputs", "outputs") if key in network.config}
+  model = onnx_graph.to_onnx(network.function, *network.symbolic_arguments, **names)
   helper.set_model_props(model, {_CONFIG_ENTRY: json.dumps(network.config)})
   return model.SerializeToString(), f"onnxruntime {runtime.__version__}"
 
@@ -114,11 +119,17 @@ def load_onnx(path: str | Path) -> Loaded:
     text = session.get_modelmeta().custom_metadata_map[_CONFIG_ENTRY]
   except Exception as error:  # ONNX Runtime's have no class of their own to catch
     raise UsageError(
-      f"cannot read {path}: it is damaged or no ONNX model of lip_jax ({one_line(error)}); export "
-      "the network again"
+      f"cannot read {path}: it is damaged, no ONNX model of lip_jax, or has operations that "
+      f"onnxruntime {runtime.__version__} lacks ({one_line(error)}); export the network again"
     ) from error
   config = parse_json(text, f"the metadata of {path}")
-  return lambda images: session.run(["logits"], {"images": np.asarray(images)})[0], config
+  names = [one.name for one in session.get_inputs()]
+
+  def call(*inputs: Any) -> Any:
+    found = session.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
+    return tuple(found) if "outputs" in config else found[0]
+
+  return call, config
 
 
 def _existing(path: str | Path) -> Path:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from lip_jax.ops import whole
+
 
 def deform_conv(
   x: ArrayLike,
@@ -43,7 +45,9 @@ def deform_conv(
   convolve = functools.partial(
     _convolve, stride=stride, padding=padding, border_gradient=border_gradient
   )
-  return jax.checkpoint(convolve)(x, offset, kernel)
+  return whole.call(
+    "deform_conv", jax.checkpoint(convolve), x, offset, kernel, stride=stride, padding=padding
+  )
 
 
 def _check(x, offset, kernel, stride, padding):

@@ -1,10 +1,13 @@
 """Non-maximum suppression in tiles, with fixed shapes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from lip_jax.ops import whole
 from lip_jax.ops.boxes import iou
 
 _TILE = 256  # boxes at a time
@@ -51,7 +54,13 @@ def nms(
   usable = ~jnp.isnan(scores)
   if valid is not None:
     usable &= jnp.asarray(valid)
+  rules = {"threshold": threshold, "limit": limit, "inclusive": inclusive}
+  return whole.call("nms", functools.partial(_nms, **rules), boxes, scores, labels, usable, **rules)
 
+
+def _nms(boxes, scores, labels, usable, *, threshold, limit, inclusive):
+  """`nms` of boxes that are usable."""
+  count = len(boxes)
   size = max(1, min(_TILE, count))
   order = _by_decreasing_score(scores, usable)
   pad = -count % size if count else size

@@ -6,7 +6,7 @@ Gao, Wang and Wu, "LIP: Local Importance-based Pooling", ICCV 2019, sections 4.2
 import ast
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 TITLES = {
   1: "down-sampling methods, ResNet-50",
@@ -137,11 +137,32 @@ _TABLES = {
 }
 ROWS = tuple(row for table in _TABLES for row in _rows(table, f"table{table}", _TABLES[table]))
 
-# Those that configs/coco.py has, by their argument there, and the backbone.
-DETECTORS = {
-  f"table5_{name}": (name, name.removeprefix("retinanet_"))
-  for name in ("retinanet_resnet50", "retinanet_lip_resnet50", "retinanet_resnet101")
-}
+
+class Detector(NamedTuple):
+  """What configs/coco.py has for a row."""
+
+  argument: str
+  name: str
+  backbone: str
+
+
+def _detectors() -> Iterator[tuple[str, Detector]]:
+  for name, backbones in (
+    (
+      "faster_rcnn",
+      ("resnet50", "lip_resnet50", "resnet101", "lip_resnet101", "resnext101_64x4d"),
+    ),
+    ("retinanet", ("resnet50", "lip_resnet50", "resnet101")),
+  ):
+    for backbone in backbones:
+      argument = f"{name}_{backbone.removesuffix('_64x4d')}"
+      yield f"table5_{argument}", Detector(argument, name, backbone)
+  for backbone in ("lip_resnet101", "lip_resnet101_md"):
+    yield f"table6_{backbone}", Detector(f"faster_rcnn_{backbone}", "faster_rcnn", backbone)
+
+
+# By row.
+DETECTORS = dict(_detectors())
 
 # Our other poolings in the place of table 1's: no rows of the paper.
 _FURTHER = """

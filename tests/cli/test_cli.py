@@ -10,6 +10,7 @@ import pytest
 
 import lip_jax
 from lip_jax import cli
+from lip_jax.detection import coco_metric
 from lip_jax.errors import UsageError
 from lip_jax.models.cost import RULE
 from lip_jax.tools import cost, paper
@@ -177,12 +178,15 @@ def test_tables_json_has_what_is_printed_and_ours(capsys, tmp_path):
   )
   detector = results(capsys, tmp_path, 5)["table5_retinanet_resnet50"]
   assert detector["printed"]["ap_s"] == 19.6
-  assert detector["parameters"] is detector["result"] is None
+  assert detector["parameters"] is None
+  assert detector["result"]["status"] == "not yet run"
   assert detector["command"] == (
     f"python train.py --config=configs/coco.py:retinanet_resnet50 "
     f"--weights={tmp_path}/table4_resnet50 --workdir={tmp_path}/table5_retinanet_resnet50"
   )
-  assert results(capsys, tmp_path, 6)["table6_tridentnet"]["command"] is None
+  others, *_, ours = results(capsys, tmp_path, 6).values()
+  assert others["command"] is others["result"] is None
+  assert "coco.py:faster_rcnn_lip_resnet101_md --weights=RUN " in ours["command"]
 
 
 def test_tables_as_markdown(capsys, tmp_path):
@@ -218,6 +222,46 @@ def test_tables_of_finished_runs(capsys, tmp_path):
   assert rows["table1_dpp"]["result"]["status"] == "not yet run"
   _, out, _ = run(capsys, "tables", "1", f"--runs={tmp_path}")
   assert "76.54 / 90.00 (2 epochs)" in out
+
+
+def test_tables_of_detectors(capsys, tmp_path):
+  """Table 5's and 6's own figures are a line below the paper's."""
+  get_config = runpy.run_path(str(ROOT / "configs" / "coco.py"))["get_config"]
+  figures = {name: 0.3 + k / 100 for k, name in enumerate(coco_metric.NAMES)}
+  for row, argument, changes in (
+    ("table5_retinanet_lip_resnet50", "retinanet_lip_resnet50", {}),
+    ("table6_lip_resnet101_md", "faster_rcnn_lip_resnet101_md", {}),
+    ("table5_retinanet_resnet50", "retinanet_resnet101", {}),
+    ("table5_retinanet_resnet101", "retinanet_resnet101,tiny", {}),
+    ("table5_faster_rcnn_resnet50", "faster_rcnn_resnet50", {"validation_split": "validation[:9]"}),
+  ):
+    values = get_config(argument).to_dict()
+    values["num_epochs"] = 2.0
+    values["data"].update(changes)
+    (tmp_path / row).mkdir()
+    config = config_lib.to_json(config_lib.from_dict(values))
+    (tmp_path / row / "config.json").write_text(config)
+    with MetricsWriter(tmp_path / row, total_steps=8, start_step=0) as writer:
+      writer.write(4, "train", {"loss": 1.0, "epoch": 1.0})
+      writer.write(8, "validation", {**figures, "count": 5000})
+  found = results(capsys, tmp_path, 5) | results(capsys, tmp_path, 6)
+  expected = {"ap": 30, "ap50": 31, "ap75": 32, "ap_s": 33, "ap_m": 34, "ap_l": 35}
+  for row in ("table5_retinanet_lip_resnet50", "table6_lip_resnet101_md"):
+    result = {"status": "finished", "step": 8, "epochs": 2.0, "why": None, **expected}
+    assert found[row]["result"] == pytest.approx(result)
+  for row, why in {
+    "table5_retinanet_resnet50": "a run of another model: retinanet, backbone=resnet101",
+    "table5_retinanet_resnet101": "on cluttered_digits/detect_small, not on coco/2017",
+    "table5_faster_rcnn_resnet50": "evaluated on validation[:9] alone",
+  }.items():
+    assert found[row]["result"]["status"] == "other"
+    assert why in found[row]["result"]["why"]
+    assert found[row]["result"]["ap"] is None
+  _, out, _ = run(capsys, "tables", "5", f"--runs={tmp_path}")
+  lines = [" ".join(line.split()) for line in out.splitlines()]
+  place = next(k for k, line in enumerate(lines) if line.startswith("table5_retinanet_lip"))
+  assert lines[place].endswith("38.0 58.8 40.5 22.6 41.5 49.9")
+  assert lines[place + 1] == "here: 2 epochs 30.0 31.0 32.0 33.0 34.0 35.0"
 
 
 def test_tables_of_runs_that_do_not_count(capsys, tmp_path):

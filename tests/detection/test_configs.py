@@ -54,10 +54,11 @@ def test_a_row_is_that_network_and_that_recipe(arg, parameters):
 
 
 def test_the_tables_name_rows_that_are_there():
-  for row, (name, backbone) in paper.DETECTORS.items():
-    assert read(name).model["backbone"] == backbone
+  for row, (argument, name, backbone) in paper.DETECTORS.items():
+    model = read(argument).model
+    assert (model["name"], model["backbone"]) == (name, backbone)
     assert row in {one.name for one in paper.ROWS}
-    assert f"table4_{backbone}" in paper.NETWORKS
+  assert {row.name for row in paper.ROWS if row.table == 5} < set(paper.DETECTORS)
 
 
 def test_a_row_that_is_not_there():

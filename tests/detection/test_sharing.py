@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
+import zipfile
 
 import fixture_boxes
 import jax
@@ -92,6 +94,70 @@ def test_predict_and_evaluate_read_the_folder(place, capsys):
   assert scores[0]["count"] == scores[1]["count"] == 9
   assert cli.main(["evaluate", str(place / "exported")]) == 1
   assert "names no data set; say which (--data)" in capsys.readouterr().err
+
+
+def test_the_hub_shows_and_gives_a_detector(place, tmp_path, capsys, monkeypatch):
+  """The results of `evaluate --json` are in the card; what the hub's cache holds is loaded."""
+  path = place / "exported"
+  scores = run(capsys, "evaluate", place / "run", "--split=all", "--batch-size=8", "--json")
+  (tmp_path / "scores.json").write_text(scores)
+  run(capsys, "export", path, tmp_path / "folder", f"--evaluation={tmp_path / 'scores.json'}")
+  card = run(capsys, "push", tmp_path / "folder", "me/birds", "--dry-run")
+  scores = json.loads(scores)
+  for part in (
+    'pipeline_tag: "object-detection"',
+    "retinanet, an object detector for 2 classes",
+    'model, config = lip_jax.load("hf://me/birds")\nfound = model.detect(images, sizes)',
+    "backbone='lip_resnet_small'",
+    "a shorter side of at most 48 and a longer one of at most 64 pixels",
+    "2: bird, cat. `config.json` has all, in the order of the labels.",
+    f"| AP50 | {100 * scores['AP50']:.1f} |",
+    "| AP, large objects | no such object |",
+    f'{{"type": "mAP", "name": "AP", "value": {scores["AP"]}}}',
+  ):
+    assert part in card
+  constants = pytest.importorskip("huggingface_hub.constants")
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+  repository = tmp_path / "cache" / "models--me--birds"
+  (repository / "refs").mkdir(parents=True)
+  (repository / "refs" / "main").write_text("abc123")
+  shutil.copytree(path, repository / "snapshots" / "abc123")
+  detector, config = lip_jax.load("hf://me/birds")
+  assert (config["task"], config["category_ids"]) == ("detection", [7, 200])
+  assert (config["source"]["kind"], config["source"]["revision"]) == ("hub", "abc123")
+  weights = flat_variables(lip_jax.load(path)[0])
+  for name, variable in flat_variables(detector).items():
+    np.testing.assert_array_equal(variable[...], weights[name][...], err_msg=name)
+
+
+def test_submission_of_images_without_annotations(place, tmp_path, capsys):
+  values = fixture_boxes.content(9)
+  del values["annotations"]
+  fixture_boxes.write(tmp_path, values)
+  (tmp_path / "all.json").rename(tmp_path / "image_info_test-dev2017.json")
+  data = f"--data=coco:{tmp_path}/image_info_test-dev2017.json@{tmp_path}/images"
+  path = tmp_path / "test-dev.zip"
+  arguments = ["evaluate", place / "run", data, "--split=all", f"--submission={path}"]
+  arguments.append(f"--save-detections={tmp_path / 'd.json'}")
+  printed = run(capsys, *arguments)
+  assert "there are no annotations to compare with" in printed
+  assert f"{path} is for COCO's evaluation server" in printed
+  with zipfile.ZipFile(path) as archive:
+    assert archive.namelist() == ["detections_test-dev2017_lip_results.json"]
+    rows = json.loads(archive.read(archive.namelist()[0]))
+  assert rows == json.loads((tmp_path / "d.json").read_text())
+  assert {row["image_id"] for row in rows} == set(range(9))
+  assert {row["category_id"] for row in rows} <= {7, 200}
+  before = path.read_bytes()
+  for name, message in ((path, "exists; choose another file"), ("x.json", "ends with .zip")):
+    arguments[4] = f"--submission={name}"
+    assert cli.main(list(map(str, arguments))) == 1
+    assert message in capsys.readouterr().err
+  assert path.read_bytes() == before
+  # With annotations it is scored, too.
+  scored = ["evaluate", place / "run", "--split=all", f"--submission={path}", "--overwrite"]
+  assert "AP50: " in run(capsys, *scored)
 
 
 def assert_same_detections(found, expected):

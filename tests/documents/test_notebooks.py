@@ -139,4 +139,6 @@ def test_detect_small_objects(execute):
   assert re.search(r"AP: -?\d\.\d{3}, of small digits: -?\d\.\d{3}", printed)
   assert all(is_picture(folder / f"{name}.png") for name in ("images", "found"))
   assert is_picture(folder / "runs" / "detect_digits" / "detections.png")
+  assert "new, for 2 classes: head.class_logits.bias" in printed
+  assert re.search(r"fine-tuned, AP: -?\d\.\d{3}", printed)
   assert len(shown) == 2
