@@ -103,7 +103,7 @@ def on_host(model: nnx.Module) -> Any:
   with jax.default_device(checking_device()):
     network = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
     network.eval()
-    return fold_batch_norm(network)
+    return fold_batch_norm(network, for_cpu=False)
 
 
 def described(

@@ -1,0 +1,114 @@
+"""Convolutions in the forms that CPUs are quick at; XLA's own take up to twice as long there.
+
+For networks in evaluation: `lip_jax.fold_batch_norm` gives them to its copy. Training keeps XLA's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lip_jax.ops.normalization import explicit
+
+# With fewer tiles of 2x2 pixels the kernel's transform costs more than it saves.
+_FEWEST_TILES = 128
+
+Padding = Sequence[tuple[int, int]]  # of rows and columns: before and behind
+
+
+def conv_general_dilated(
+  x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Any, **options: Any
+) -> jax.Array:
+  """`jax.lax.conv_general_dilated` of [N, H, W, in] and [h, w, in, out], as `nnx.Conv` calls it.
+
+  On CPUs and in float32, up to rounding: 1x1 kernels are matrix products, and 3x3 kernels of stride
+  one take Winograd's form. All others are left to XLA, as are all of programs whose batch is a
+  symbol.
+  """
+
+  def general(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+  if not _is_plain(x, kernel, padding, options):
+    return general(x, kernel)
+  if kernel.shape[:2] == (1, 1) and not any(map(any, padding)):
+
+    def form(x: jax.Array, kernel: jax.Array) -> jax.Array:
+      return _product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
+
+  elif kernel.shape[:2] == (3, 3) and strides == (1, 1) and _tiles(x, padding) >= _FEWEST_TILES:
+
+    def form(x: jax.Array, kernel: jax.Array) -> jax.Array:
+      return _winograd(x, kernel, padding)
+
+  else:
+    return general(x, kernel)
+  return lax.platform_dependent(x, kernel, cpu=form, default=general)
+
+
+def _is_plain(x: jax.Array, kernel: jax.Array, padding: Any, options: dict[str, Any]) -> bool:
+  dilations = (*options["lhs_dilation"], *options["rhs_dilation"])
+  return (
+    x.ndim == 4
+    and x.dtype == kernel.dtype == jnp.float32
+    and all(isinstance(size, int) for size in x.shape)
+    and set(dilations) == {1}
+    and options["feature_group_count"] == 1
+    and options.get("out_sharding") is None
+    and not isinstance(padding, str)
+    and not explicit(x)
+  )
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """[N, H, W, in] by [in, out]."""
+  return (x.reshape(-1, x.shape[3]) @ kernel).reshape(*x.shape[:3], -1)
+
+
+def _tiles(x: jax.Array, padding: Padding) -> int:
+  rows, columns = _outputs(x, padding)
+  return x.shape[0] * -(-rows // 2) * -(-columns // 2)
+
+
+def _outputs(x: jax.Array, padding: Padding) -> tuple[int, int]:
+  """Height and width of what a 3x3 kernel makes of x."""
+  return x.shape[1] + sum(padding[0]) - 2, x.shape[2] + sum(padding[1]) - 2
+
+
+def _winograd(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+  """F(2x2, 3x3) of Lavin and Gray, CVPR 2016: 16 products for 2x2 outputs rather than 36.
+
+  A pixel that is not finite makes all four outputs of a tile NaN.
+  """
+  rows, columns = _outputs(x, padding)
+  high, wide = 2 * -(-rows // 2), 2 * -(-columns // 2)
+  (top, _), (left, _) = padding
+  grow = ((top, high + 2 - top - x.shape[1]), (left, wide + 2 - left - x.shape[2]))
+  x = jnp.pad(x, ((0, 0), *grow, (0, 0)))
+
+  sums = []
+  of_rows = _of_inputs(*(x[:, i : i + high : 2] for i in range(4)))
+  for pixels, weights in zip(of_rows, _of_kernel(*kernel), strict=True):
+    of_columns = _of_inputs(*(pixels[:, :, j : j + wide : 2] for j in range(4)))
+    pairs = zip(of_columns, _of_kernel(*weights), strict=True)
+    sums.append(_to_outputs(*(_product(a, b) for a, b in pairs)))
+  by_column = [jnp.stack(_to_outputs(*column), axis=2) for column in zip(*sums, strict=True)]
+  y = jnp.stack(by_column, axis=4)  # [N, tile, row in it, tile, column in it, out]
+  return y.reshape(len(x), high, wide, -1)[:, :rows, :columns]
+
+
+# The three transforms along one axis: B^T, G and A^T of the paper's equation 8.
+
+
+def _of_inputs(a, b, c, d):
+  return a - c, b + c, c - b, b - d
+
+
+def _of_kernel(a, b, c):
+  return a, (a + b + c) / 2, (a - b + c) / 2, c
+
+
+def _to_outputs(a, b, c, d):
+  return a + b + c, b - c - d

@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from lip_jax.ops.convolution import conv_general_dilated
+
+# Kernel, stride, padding, image: what CPUs compute in another form, and what they do not.
+FORMS = {
+  "1x1": (1, 1, (0, 0), (9, 7)),
+  "1x1, stride 2": (1, 2, (0, 0), (9, 8)),
+  "1x1, padded": (1, 1, (1, 1), (9, 7)),
+  "3x3": (3, 1, (1, 1), (24, 26)),
+  "3x3, odd size": (3, 1, (1, 1), (23, 25)),
+  "3x3, without padding": (3, 1, (0, 0), (27, 24)),
+  "3x3, padded on one side": (3, 1, (0, 2), (24, 25)),
+  "3x3, few pixels": (3, 1, (1, 1), (5, 4)),
+  "3x3, stride 2": (3, 2, (1, 1), (25, 24)),
+  "7x7": (7, 2, (3, 3), (24, 24)),
+}
+
+
+def layers(size, stride, padding, **options):
+  """The same convolution by XLA and in the forms for CPUs."""
+  both = []
+  for function in (lax.conv_general_dilated, conv_general_dilated):
+    layer = nnx.Conv(
+      8,
+      6,
+      (size, size),
+      strides=stride,
+      padding=(padding, padding),
+      rngs=nnx.Rngs(0),
+      conv_general_dilated=function,
+      **options,
+    )
+    both.append(layer)
+  return both
+
+
+def images(*size, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(0).standard_normal((2, *size, 8)), dtype)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_equals_the_general_convolution(name):
+  *kernel, size = FORMS[name]
+  general, ours = layers(*kernel)
+  x = images(*size)
+  expected = general(x)
+  np.testing.assert_allclose(ours(x), expected, rtol=0, atol=4e-6)
+
+  def loss(layer, x):
+    return jnp.sum(jnp.square(layer(x)))
+
+  expected, found = (jax.grad(loss, 1)(layer, x) for layer in (general, ours))
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+  ("options", "dtype"),
+  [({"feature_group_count": 2}, jnp.float32), ({"kernel_dilation": 2}, jnp.float32)]
+  + [({}, jnp.bfloat16), ({"input_dilation": 2}, jnp.float32)],
+)
+def test_others_are_those_of_xla(options, dtype):
+  general, ours = layers(3, 1, (1, 1), dtype=dtype, **options)
+  x = images(24, 24, dtype=dtype)
+  np.testing.assert_array_equal(ours(x), general(x))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_only_cpus_compute_the_forms(size):
+  """What is compiled for other platforms has the convolution itself."""
+  _, ours = layers(size, 1, (size // 2, size // 2))
+  traced = jax.jit(ours).trace(images(24, 24))
+  text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count("stablehlo.convolution") == 1
+  assert "dot_general" not in text
+  assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
