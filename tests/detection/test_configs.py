@@ -5,42 +5,50 @@ import runpy
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
 from lip_jax.detection.task import Detection
+from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.tools import paper
 from lip_jax.training import config as config_lib
 from lip_jax.training import optim, train_state, trainer
+from lip_jax.training.train_step import Program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+# By row, with 80 classes.
+PARAMETERS = {
+  "faster_rcnn_resnet50": 41_757_156,
+  "faster_rcnn_lip_resnet50": 40_064_356,
+  "faster_rcnn_resnet101": 60_749_284,
+  "faster_rcnn_lip_resnet101": 59_056_484,
+  "faster_rcnn_resnext101": 99_655_396,
+  "faster_rcnn_lip_resnet101_md": 60_197_450,
+  "retinanet_resnet50": 37_968_692,
+  "retinanet_lip_resnet50": 36_275_892,
+  "retinanet_resnet101": 56_960_820,
+  "retinanet_lip_resnet101": 55_268_020,
+}
+IN_FULL = (
+  "faster_rcnn_lip_resnet50",
+  "retinanet_lip_resnet50",
+)  # trained with evaluation and checkpoints
 
 
 def read(arg):
   return config_lib.from_dict(runpy.run_path(str(CONFIGS / "coco.py"))["get_config"](arg).to_dict())
 
 
-@pytest.mark.parametrize(
-  ("arg", "parameters"),
-  [
-    ("faster_rcnn_resnet50", 41_757_156),
-    ("faster_rcnn_lip_resnet50", 40_064_356),
-    ("faster_rcnn_resnet101", 60_749_284),
-    ("faster_rcnn_lip_resnet101", 59_056_484),
-    ("faster_rcnn_resnext101", 99_655_396),
-    ("faster_rcnn_lip_resnet101_md", 60_197_450),
-    ("retinanet_resnet50", 37_968_692),
-    ("retinanet_lip_resnet50", 36_275_892),
-    ("retinanet_resnet101", 56_960_820),
-    ("retinanet_lip_resnet101", 55_268_020),
-  ],
-)
-def test_a_row_is_that_network_and_that_recipe(arg, parameters):
+@pytest.mark.parametrize("arg", PARAMETERS)
+def test_a_row_is_that_network_and_that_recipe(arg):
   task = Detection(read(arg), num_classes=80)
   model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
   params, _ = train_state.split(model)
-  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == parameters
+  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == PARAMETERS[arg]
   assert task.batch_norm_group == 0
   rate = optim.learning_rate(
     task.config.optim, global_batch_size=16, steps_per_epoch=7330, num_epochs=24
@@ -66,9 +74,26 @@ def test_a_row_that_is_not_there():
     read("retinanet_vgg")
 
 
-@pytest.mark.parametrize("arg", ["faster_rcnn_lip_resnet50", "retinanet_lip_resnet50"])
+@pytest.mark.parametrize("arg", IN_FULL)
 def test_a_row_trains_in_its_trial_size(tmp_path, arg):
   result = trainer.train(read(f"{arg},tiny"), tmp_path / "run")
   assert result.finished
   assert result.step == 4
   assert result.metrics["count"] == 13
+
+
+@pytest.mark.parametrize("arg", [arg for arg in PARAMETERS if arg not in IN_FULL])
+def test_the_other_rows_train_two_steps(arg):
+  task = Detection(read(f"{arg},tiny"))
+  program = Program(task, steps_per_epoch=4, devices=jax.devices()[:1])
+  stop = sharding.StopFlags(program.mesh)(False)
+  state = program.init()
+  first = jax.device_get(state.params)
+  with task.train_loader() as loader:
+    for _ in range(2):
+      batch = sharding.put_batch(next(loader), program.mesh)
+      state, metrics = program.update(state, batch, stop)
+      assert np.isfinite(metrics["loss"])
+  # The stem, the first stage and batch norms are frozen.
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), first, jax.device_get(state.params))
+  assert np.mean(jax.tree.leaves(moved)) > 0.5

@@ -89,7 +89,7 @@ def test_a_detector_that_was_killed_ends_the_same(training, tmp_path):
 
   def flags(workdir):
     return [
-      f"--config={ROOT / 'configs' / 'coco.py'}:retinanet_lip_resnet50,tiny",
+      f"--config={ROOT / 'configs' / 'coco.py'}:faster_rcnn_lip_resnet50,tiny",
       f"--workdir={workdir}",
       *(f"--config.{key}={value}" for key, value in settings.items()),
     ]
