@@ -14,6 +14,7 @@ import pytest
 from lip_jax import cli
 from lip_jax.detection import coco_metric
 from lip_jax.detection.config import Config, Data
+from lip_jax.detection.registry import detector_class
 from lip_jax.detection.task import Detection
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
@@ -31,22 +32,25 @@ def dataset(tmp_path_factory):
   return fixture_boxes.write(tmp_path_factory.mktemp("boxes"), count=COUNT)
 
 
+MODELS = {
+  "retinanet": {"name": "retinanet", "head_convs": 0},
+  "faster_rcnn": {"name": "faster_rcnn", "fc_features": 16, "num_proposals": 50},
+}
 TWO_SHAPES = ("64x64", "32x64")
 
 
 def make_config(dataset, buckets=("64x64",), **changes):
   """Six steps of eight images."""
   model = {
-    "name": "retinanet",
     "backbone": "lip_resnet_small",
     "lip_stages": ("c4",),
     "logit": "projection",
     "width": 4,
     "fpn_channels": 8,
-    "head_convs": 0,
   }
+  changed = changes.pop("model", {})
   values = {
-    "model": {**model, **changes.pop("model", {})},
+    "model": {**model, **MODELS[changed.get("name", "retinanet")], **changed},
     "data": Data(
       dataset=dataset,
       train_split="all",
@@ -120,11 +124,18 @@ def test_stopped_and_resumed_it_is_the_same_run(finished, dataset, tmp_path, cap
   assert 1 <= caplog.text.count("compiling the training step") <= 2  # for a shape, not for a step
 
 
-def test_it_is_the_same_on_one_device_and_in_parts(dataset):
+@pytest.mark.parametrize(
+  ("name", "parts"),
+  [
+    ("retinanet", [(4, {}), (2, {"accumulation_steps": 2, "fsdp": 2})]),
+    ("faster_rcnn", [(8, {})]),
+  ],
+)
+def test_it_is_the_same_on_one_device_and_in_parts(dataset, name, parts):
   """One step: losses are divided by the images of the whole batch, wherever they are."""
 
   def step(devices, **changes):
-    task = Detection(make_config(dataset, **changes))
+    task = Detection(make_config(dataset, model=MODELS[name], **changes))
     program = Program(task, steps_per_epoch=3, devices=jax.devices()[:devices])
     with task.train_loader() as loader:
       batch = sharding.put_batch(next(loader), program.mesh)
@@ -133,10 +144,10 @@ def test_it_is_the_same_on_one_device_and_in_parts(dataset):
     return jax.device_get((metrics, state.params))
 
   expected_metrics, expected = step(1)
-  for devices, changes in ((4, {}), (2, {"accumulation_steps": 2, "fsdp": 2})):
+  for devices, changes in parts:
     metrics, params = step(devices, **changes)
-    for name in ("loss", "boxes", "classification"):
-      np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4)
+    for term in ("loss", *detector_class(name).terms):
+      np.testing.assert_allclose(metrics[term], expected_metrics[term], rtol=1e-4)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), params, expected
     )
