@@ -128,7 +128,7 @@ def test_stopped_and_resumed_it_is_the_same_run(finished, dataset, tmp_path, cap
   ("name", "parts"),
   [
     ("retinanet", [(4, {}), (2, {"accumulation_steps": 2, "fsdp": 2})]),
-    ("faster_rcnn", [(8, {})]),
+    ("faster_rcnn", [(4, {})]),
   ],
 )
 def test_it_is_the_same_on_one_device_and_in_parts(dataset, name, parts):
