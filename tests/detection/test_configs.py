@@ -19,7 +19,6 @@ from lip_jax.training.train_step import Program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-
 # By row, with 80 classes.
 PARAMETERS = {
   "faster_rcnn_resnet50": 41_757_156,
@@ -33,10 +32,8 @@ PARAMETERS = {
   "retinanet_resnet101": 56_960_820,
   "retinanet_lip_resnet101": 55_268_020,
 }
-IN_FULL = (
-  "faster_rcnn_lip_resnet50",
-  "retinanet_lip_resnet50",
-)  # trained with evaluation and checkpoints
+# Trained with evaluation and checkpoints.
+IN_FULL = ("faster_rcnn_lip_resnet50", "retinanet_lip_resnet50")
 
 
 def read(arg):

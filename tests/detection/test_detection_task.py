@@ -135,7 +135,7 @@ def test_it_is_the_same_on_one_device_and_in_parts(dataset, name, parts):
   """One step: losses are divided by the images of the whole batch, wherever they are."""
 
   def step(devices, **changes):
-    task = Detection(make_config(dataset, model=MODELS[name], **changes))
+    task = Detection(make_config(dataset, model={"name": name}, **changes))
     program = Program(task, steps_per_epoch=3, devices=jax.devices()[:devices])
     with task.train_loader() as loader:
       batch = sharding.put_batch(next(loader), program.mesh)

@@ -70,7 +70,8 @@ def test_many_sigkills_and_the_same_run(training, tmp_path):
   assert not list((workdir / "checkpoints").glob("*.*"))
 
 
-def test_a_detector_that_was_killed_ends_the_same(training, tmp_path):
+@pytest.mark.parametrize("row", ["retinanet_lip_resnet50", "faster_rcnn_lip_resnet50"])
+def test_a_detector_that_was_killed_ends_the_same(training, tmp_path, row):
   """Within a checkpoint or behind it."""
   settings = {
     "data.dataset": fixture_boxes.write(tmp_path, count=23),
@@ -89,7 +90,7 @@ def test_a_detector_that_was_killed_ends_the_same(training, tmp_path):
 
   def flags(workdir):
     return [
-      f"--config={ROOT / 'configs' / 'coco.py'}:faster_rcnn_lip_resnet50,tiny",
+      f"--config={ROOT / 'configs' / 'coco.py'}:{row},tiny",
       f"--workdir={workdir}",
       *(f"--config.{key}={value}" for key, value in settings.items()),
     ]
