@@ -6,10 +6,8 @@ import jax
 import numpy as np
 
 from lip_jax.detection.coco_metric import Results
-from lip_jax.detection.postprocess import NMS_THRESHOLD
+from lip_jax.detection.postprocess import DETECTIONS, NMS_THRESHOLD
 from lip_jax.ops.nms import nms
-
-_DETECTIONS = 100  # of an image, as many as COCO's metric takes
 
 
 def merge(views: Sequence[Results]) -> Results:
@@ -43,4 +41,4 @@ def merge(views: Sequence[Results]) -> Results:
 def _best(
   boxes: jax.Array, scores: jax.Array, labels: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  return nms(boxes, scores, labels, threshold=NMS_THRESHOLD, limit=_DETECTIONS, valid=valid)
+  return nms(boxes, scores, labels, threshold=NMS_THRESHOLD, limit=DETECTIONS, valid=valid)

@@ -14,7 +14,7 @@ from lip_jax.ops.nms import nms
 PER_LEVEL = 1000  # candidates
 SCORE_THRESHOLD = 0.05
 NMS_THRESHOLD = 0.5
-_DETECTIONS = 100  # at most, of a two-stage detector, in an image
+DETECTIONS = 100  # at most, of a two-stage detector, in an image
 
 
 class Detections(NamedTuple):
@@ -83,7 +83,7 @@ def region_detections(
     jnp.broadcast_to(labels[None, :], scores.shape).ravel(),
     usable.ravel(),
   )
-  return _best(candidates, _DETECTIONS, preset)
+  return _best(candidates, DETECTIONS, preset)
 
 
 def _best(candidates: _Candidates, limit: int, preset: Preset) -> Detections:

@@ -90,11 +90,8 @@ def evaluate_loaded(
     )
   truth = source.ground_truth() if annotations is None else _truth(annotations, source)
   _set_areas(truth, areas)
-  mesh = sharding.make_mesh()
-  # By way of the host: one process cannot place arrays of its own on the devices of others.
-  weights = jax.device_put(jax.device_get(train_state.split(detector)), sharding.replicated(mesh))
-  size = math.ceil((batch_size or _BATCH_SIZE) / mesh.size) * mesh.size
-  results = _detect(detector, weights, data, source, size, flip, scales or (data.short_side,))
+  sides = scales or (data.short_side,)
+  results = _detect(detector, data, source, batch_size or _BATCH_SIZE, flip, sides)
   values: dict[str, Any] = {}
   if jax.process_index() == 0:
     if save_detections is not None:
@@ -116,7 +113,6 @@ def evaluate_loaded(
 
 def _detect(
   detector: Detector,
-  weights: Any,
   data: Data,
   source: BoxSource,
   batch_size: int,
@@ -125,11 +121,12 @@ def _detect(
 ) -> Results:
   """What is found in all images of a split, in one form of them or in several."""
   graph, mesh = nnx.graphdef(detector), sharding.make_mesh()
+  # By way of the host: one process cannot place arrays of its own on the devices of others.
+  weights = jax.device_put(jax.device_get(train_state.split(detector)), sharding.replicated(mesh))
+  size = math.ceil(batch_size / mesh.size) * mesh.size
   views = []
   for side in scales:
-    evaluator = Evaluator(
-      _scaled(data, side), batch_size, source, graph, mesh, preset=detector.preset
-    )
+    evaluator = Evaluator(_scaled(data, side), size, source, graph, mesh, preset=detector.preset)
     for flipped in (False, True) if flip else (False,):
       found = evaluator.detect(*weights, flip=flipped)
       assert found is not None  # nothing stops it

@@ -247,14 +247,12 @@ def _broadcast(graph: Graph, equation: Equation, x: Value, *sizes: Value) -> str
   """New axes and repetition; `broadcast_dimensions` says where the old axes are."""
   shape, to = equation.outvars[0].aval.shape, equation.params["broadcast_dimensions"]
   old = equation.invars[0].aval.shape
-  wanted = arrange(shape)
+  aligned, wanted = _aligned(old, to, len(shape)), arrange(shape)
   if isinstance(x, str):
     result = _with_axes(graph, x, old, to, len(shape))
   else:
-    result = graph.name_of(x.reshape(_aligned(old, to, len(shape))))
-  return (
-    result if arrange(_aligned(old, to, len(shape))) == wanted else graph.expand(result, wanted)
-  )
+    result = graph.name_of(x.reshape(aligned))
+  return result if arrange(aligned) == wanted else graph.expand(result, wanted)
 
 
 def _aligned(sizes: Sequence[Any], to: Sequence[int], rank: int) -> list[Any]:
