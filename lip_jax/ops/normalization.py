@@ -1,6 +1,7 @@
 """Normalization by mean and variance, with a gradient that keeps little and reads it once."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -82,14 +83,23 @@ def _average(
   axis_name: tuple[str, ...] | None,
   mask: jax.Array | None,
 ) -> jax.Array:
-  if mask is None:
-    local = x.mean(axis=axes, keepdims=True)
-    return lax.pmean(local, axis_name) if axis_name else local
-  total = jnp.where(mask, x, jnp.zeros((), x.dtype)).sum(axis=axes, keepdims=True)
-  count = mask.sum(axis=axes, keepdims=True, dtype=x.dtype)
+  return _together(_where(mask, x).mean(axis=axes, keepdims=True), axes, axis_name, mask)
+
+
+def _together(
+  mean: jax.Array,
+  axes: tuple[int, ...],
+  axis_name: tuple[str, ...] | None,
+  mask: jax.Array | None,
+) -> jax.Array:
+  """Means over all devices, where the mask is True, from those on each, where it counts as zero."""
   if axis_name:
-    total, count = lax.psum((total, count), axis_name)
-  return total / jnp.maximum(count, 1)
+    mean = lax.pmean(mean, axis_name)
+  if mask is None:
+    return mean
+  share = mask.mean(axis=axes, keepdims=True, dtype=mean.dtype)
+  share = lax.pmean(share, axis_name) if axis_name else share
+  return mean / jnp.where(share > 0, share, 1)
 
 
 def _fwd(x, scale, bias, epsilon, dtype, axes, axis_name, mask=None):
@@ -105,10 +115,13 @@ def _bwd(epsilon, dtype, axes, axis_name, residuals, cotangents):
   x, mean, var = not_before_on_cpu(g, x, mean, var)
   rstd = lax.rsqrt(var + epsilon)
   x_hat = (x.astype(var.dtype) - mean) * rstd
-  mean_g, mean_product = (_average(a, axes, axis_name, mask) for a in (g, g * x_hat))
+  # Of these the gradients of scale and bias are made, too: XLA would read everything once more for
+  # the latter, also where they were sums of sums, which it takes for one sum.
+  here = [a.mean(axis=axes, keepdims=True) for a in (g, g * x_hat)]
+  pixels = math.prod(x.shape[axis] for axis in axes)
+  mean_g, mean_product = (_together(a, axes, axis_name, mask) for a in here)
   dx = _where(mask, input_gradient(g, rstd * _last(scale, var), mean_g, x_hat, mean_product))
-  others = tuple(range(x.ndim - 1))
-  dscale, dbias = (a.sum(axis=others) for a in (g * x_hat, g))
+  dbias, dscale = (pixels * a.sum(axis=tuple(range(x.ndim - 1))) for a in here)
   return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype), None
 
 
