@@ -117,12 +117,12 @@ class BatchNorm(nnx.Module):
     self.dtype = dtype
     self.use_running_average = False  # what model.eval() and model.train() set
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, relu: bool = False) -> jax.Array:
     if self.use_running_average or self.frozen:
       mean, var, scale, bias = self._fixed()
       with jax.named_scope(BATCH_NORM):
         y = apply_moments(x, mean, var, scale, bias, self.epsilon, self.dtype)
-      return padding.blank(y)
+      return padding.blank(nnx.relu(y) if relu else y)
     n = x.shape[0]
     here = n if self.axis_name or not self.group_size else self.group_size
     if n % here:
@@ -133,7 +133,7 @@ class BatchNorm(nnx.Module):
     groups = x.reshape(n // here, here, *x.shape[1:])
     scale, bias = varying_alike(x, self.scale[...], self.bias[...])
     y, mean, var = normalize(
-      groups, scale, bias, self.epsilon, self.dtype, (1, 2, 3), self.axis_name
+      groups, scale, bias, self.epsilon, self.dtype, (1, 2, 3), self.axis_name, None, relu
     )
     devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
     count = devices * here * x.shape[1] * x.shape[2]
@@ -308,8 +308,15 @@ class InstanceNorm(nnx.Module):
     self.epsilon = epsilon
     self.dtype = dtype
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, relu: bool = False) -> jax.Array:
     scale, bias = varying_alike(x, self.scale[...], self.bias[...])
     mask = padding.inside(x)
-    y = normalize(x, scale, bias, self.epsilon, self.dtype, (1, 2), None, mask)[0]
+    y = normalize(x, scale, bias, self.epsilon, self.dtype, (1, 2), None, mask, relu)[0]
     return y if mask is None else padding.blank(y)
+
+
+def rectified(norm: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+  """`nnx.relu(norm(x))`, of a norm of this module with a gradient that reads g and x alone."""
+  if type(norm) in (BatchNorm, InstanceNorm):
+    return norm(x, relu=True)
+  return nnx.relu(norm(x))
