@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
+from jax import lax
 
 from lip_jax.errors import UsageError
 from lip_jax.models import padding
+from lip_jax.ops.convolution import of_images
 from lip_jax.ops.deform_conv import deform_conv
 from lip_jax.ops.normalization import apply_moments, normalize, varying_alike
 
@@ -232,6 +234,7 @@ class LayerFactory(NamedTuple):
       feature_group_count=groups,
       param_dtype=param_dtype(self.dtype),
       kernel_init=self.init,
+      conv_general_dilated=of_images if in_features <= 4 < size else lax.conv_general_dilated,
       **self.options,
     )
 
