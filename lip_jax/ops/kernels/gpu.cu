@@ -153,7 +153,8 @@ struct Column {
   const X* x;  // its first pixel in the image's first row
   const H* h;
   bool inside[SW];
-  Floats mean, gain, bias;  // GATED; if FAST, of powers of 2
+  // GATED. If FAST, in powers of 2, and the mean is part of the bias: h was rounded by more.
+  Floats mean, gain, bias;
 
   __device__ Row load_row(int row) const {
     Row pixels;
@@ -170,7 +171,7 @@ struct Column {
   __device__ float weight(float h, int k, float* slope = nullptr) const {
     if (MODE != GATED)
       return FAST ? fast_exp2(h * LOG2E - SHIFT * LOG2E) : expf(finite(h) - SHIFT);
-    float u = (h - mean.of[k]) * gain.of[k] + bias.of[k];
+    float u = (FAST ? h : h - mean.of[k]) * gain.of[k] + bias.of[k];
     // The logit is 12 up to rounding from u = 80 on, where exp(u) does not overflow yet.
     float e = FAST ? fast_exp2(u) : expf(u > 80.0f ? 80.0f : u), p = inverse(1 + e);
     if (slope) *slope = GATE * (FAST ? p - p * p : e * p * p);
@@ -241,8 +242,12 @@ lip_pool_forward(const X* x, const H* h, AFFINE X* y) {
 #if MODE_IS_GATED
   EACH {
     int statistic = image * CHANNELS + (exists ? channel : 0) + k;
-    cells.mean.of[k] = mean[statistic], cells.gain.of[k] = gain[statistic] * (FAST ? LOG2E : 1.0f);
-    cells.bias.of[k] = bias[statistic] * (FAST ? LOG2E : 1.0f);
+    cells.mean.of[k] = mean[statistic], cells.gain.of[k] = gain[statistic];
+    cells.bias.of[k] = bias[statistic];
+    if (FAST) {
+      cells.bias.of[k] = (cells.bias.of[k] - cells.mean.of[k] * cells.gain.of[k]) * LOG2E;
+      cells.gain.of[k] *= LOG2E;
+    }
   }
 #endif
 
@@ -354,7 +359,7 @@ lip_pool_forward(const X* x, const H* h, AFFINE X* y) {
           dx_here.of[k] = weight * share.of[k], dh_here.of[k] = du;
           if (MODE == GATED) {
             float counted = there ? du : 0.0f;
-            sum_du.of[k] += counted, sum_product.of[k] += counted * (h - cells.mean.of[k]);
+            sum_du.of[k] += counted, sum_product.of[k] += counted * (FAST ? h : h - cells.mean.of[k]);
           }
         }
         int place = (row * SH - PH + r) * PITCH + q * CHANNELS;
@@ -372,7 +377,10 @@ lip_pool_forward(const X* x, const H* h, AFFINE X* y) {
   bool product = me >= GROUPS;  // each of these threads adds up one of the two, for a group
   Floats total = {};
   for (int one = me % GROUPS; one < THREADS; one += GROUPS) {
-    EACH total.of[k] += windows[0][product][one].of[k];
+    EACH {
+      total.of[k] += windows[0][product][one].of[k];
+      if (FAST && product) total.of[k] -= windows[0][0][one].of[k] * cells.mean.of[k];
+    }
   }
   float* to = (product ? of_product : of_du) + (image * DOWN * ACROSS + tile) * CHANNELS;
   EACH to[channel + k] = total.of[k];

@@ -38,12 +38,13 @@ _DTYPES = {"float32": "float", "bfloat16": "Bfloat16", "float16": "Float16"}
 _LARGEST_WINDOW = 5  # the code of a window's pixels is unrolled
 _MOST_WINDOWS = 9  # of one pixel
 
-_THREADS = 256  # of a program, at most
 _VECTOR = 4  # channels of a thread, at most
-_GROUPS = 8  # of channels, side by side, at least: 64 bytes in bfloat16
-_BLOCKS = 3  # programs on a processor, at least
+# Of a program, at most: threads, and those with channels side by side; and how many programs a
+# processor has room for at least, which limits the registers of a thread. As measured on an H100.
+_DEFAULT = (256, 8, 2)
+_SIZES = {("backward", "GATED"): (128, 4, 3), ("forward", "SHIFTED"): (256, 8, 3)}
 _ROWS = 64  # of cells of a program, at most
-_PROGRAMS = 1056  # are wanted, to have several on each of a large GPU's 132 processors
+_PROGRAMS = 264  # are wanted, two on each of a large GPU's 132 processors
 _SHARED = 48 * 1024  # bytes of shared memory of a program, at most
 
 
@@ -123,7 +124,7 @@ def program(
   (kh, kw), (sh, sw), (ph, pw) = geometry
   size = geometry.output_size((height, width))
   mode = "GATED" if gated else "SAFE" if shift is None else "SHIFTED"
-  tiling = _tiling(pass_, x.shape, geometry, 3 if mode == "SAFE" else 2)
+  tiling = _tiling(pass_, x.shape, geometry, mode)
   # Inputs of 16 bits leave little time for each element: the processor's own exp2 and reciprocal,
   # 2 units of float32 off, are a few instructions.
   fast = max(x.dtype.itemsize, h.dtype.itemsize) == 2
@@ -137,24 +138,25 @@ def program(
     **{"COLUMNS": tiling.columns, "BEFORE": tiling.before, "OWN": tiling.own},
     **{"CELLS_DOWN": _cells(height, sh, ph), "DOWN": down, "ACROSS": across},
     **{"CHANNEL_BLOCKS": channel_blocks, "THREADS": tiling.groups * tiling.columns},
-    **{"BLOCKS": _BLOCKS, "LOWEST": f"{LOWEST_LOGIT!r}f", "GATE": f"{GATE!r}f"},
+    **{"BLOCKS": _SIZES.get((pass_, mode), _DEFAULT)[2], "LOWEST": f"{LOWEST_LOGIT!r}f", "GATE": f"{GATE!r}f"},
     **{"MIDDLE": f"{MIDDLE!r}f", "SHIFT": f"{float(shift or 0)!r}f"},
   }
   return tiling, tuple(f"{name}={value}" for name, value in values.items())
 
 
-def _tiling(pass_: str, shape: tuple[int, ...], geometry: Geometry, numbers: int) -> _Tiling:
-  """For programs whose threads tell each other so many `numbers` of each window and channel."""
+def _tiling(pass_: str, shape: tuple[int, ...], geometry: Geometry, mode: str) -> _Tiling:
   n, height, width, c = shape
   (kh, kw), (sh, sw), (ph, pw) = geometry
   up, left = (kh - 1) // sh, (kw - 1) // sw  # cells that a window reaches into beyond its own
   backward = pass_ == "backward"
   vector = math.gcd(c, _VECTOR)
-  told = left + up + 1 if backward else 2 * left
-  threads = min(_THREADS, _SHARED // max(1, told * numbers * vector * 4) - left * _GROUPS)
+  threads, groups, _ = _SIZES.get((pass_, mode), _DEFAULT)
+  # What threads tell each other of windows: numbers of 4 bytes for each channel.
+  told = (left + up + 1 if backward else 2 * left) * (3 if mode == "SAFE" else 2)
+  threads = min(threads, _SHARED // max(1, told * vector * 4) - left * groups)
   # Cells 0 to the last one with a pixel; that of a window may be beyond it.
   rows, columns = _cells(height, sh, ph), _cells(width, sw, pw)
-  groups = max(_GROUPS, 1 << (max(1, threads // columns).bit_length() - 1))
+  groups = max(groups, 1 << (max(1, threads // columns).bit_length() - 1))
   groups = min(groups, _power_of_2(c // vector))
   own, before = columns, 0
   if columns * groups > threads:
