@@ -141,10 +141,17 @@ __device__ inline Sums join(const Sums& one, const Sums& other) {
   return sums;
 }
 
+__device__ inline float weight(float h, float closed) {
+  if (MODE == GATED)
+    return FAST ? fast_exp2(MIDDLE * LOG2E - GATE * LOG2E * closed) : expf(MIDDLE - GATE * closed);
+  return FAST ? fast_exp2(h * LOG2E - SHIFT * LOG2E) : expf(finite(h) - SHIFT);
+}
+
 // Pixels of one row of the image in this thread's cells.
 struct Row {
   Pack<X> x[SW];
   Pack<H> h[SW];
+  Floats closed[SW], weight[SW];  // GATED: sigmoid(-u) of u, what the gate gets; not SAFE
   bool inside;
 };
 
@@ -167,15 +174,20 @@ struct Column {
     return pixels;
   }
 
-  // The weight and, if GATED, the derivative of the logit with respect to what the gate gets.
-  __device__ float weight(float h, int k, float* slope = nullptr) const {
-    if (MODE != GATED)
-      return FAST ? fast_exp2(h * LOG2E - SHIFT * LOG2E) : expf(finite(h) - SHIFT);
+  __device__ float closed(float h, int k) const {
     float u = (FAST ? h : h - mean.of[k]) * gain.of[k] + bias.of[k];
     // The logit is 12 up to rounding from u = 80 on, where exp(u) does not overflow yet.
-    float e = FAST ? fast_exp2(u) : expf(u > 80.0f ? 80.0f : u), p = inverse(1 + e);
-    if (slope) *slope = GATE * (FAST ? p - p * p : e * p * p);
-    return FAST ? fast_exp2(MIDDLE * LOG2E - GATE * LOG2E * p) : expf(MIDDLE - GATE * p);
+    return inverse(1 + (FAST ? fast_exp2(u) : expf(u > 80.0f ? 80.0f : u)));
+  }
+
+  __device__ void weigh(Row& row) const {
+    UNROLL for (int q = 0; q < SW; ++q) {
+      EACH {
+        if (MODE == GATED) row.closed[q].of[k] = closed(row.h[q][k], k);
+        // A product, as a condition would become a branch.
+        row.weight[q].of[k] = weight(row.h[q][k], row.closed[q].of[k]) * (row.inside && inside[q] ? 1.0f : 0.0f);
+      }
+    }
   }
 
   // Of the first `count` pixels.
@@ -189,12 +201,11 @@ struct Column {
       }
       UNROLL for (int q = 0; q < SW; ++q) {
         if (q >= count) continue;
-        bool there = row.inside && inside[q];
-        float weight;
-        if (MODE == SAFE)  // LOWEST - LOWEST weighs one where nothing is in the row, and x is 0
+        float weight = row.weight[q].of[k];
+        if (MODE == SAFE) {  // LOWEST - LOWEST weighs one where nothing is in the row, and x is 0
+          bool there = row.inside && inside[q];
           weight = exponential((there ? finite(row.h[q][k]) : LOWEST) - largest);
-        else  // by a product, as a condition would become a branch
-          weight = this->weight(row.h[q][k], k) * (there ? 1.0f : 0.0f);
+        }
         weighted = q ? weighted + weight * row.x[q][k] : weight * row.x[q][k];
         total = q ? total + weight : weight;
       }
@@ -207,6 +218,11 @@ struct Column {
 // What threads tell each other: numbers of each, in shared memory.
 constexpr int NUMBERS = MODE == SAFE ? 3 : 2;
 typedef Floats Told[NUMBERS][THREADS + PAD];
+// What a thread tells itself: its pixels, until all windows that hold them are there.
+struct Kept {
+  Pack<X> x;
+  Pack<H> h;
+};
 
 #if MODE_IS_GATED
 #define AFFINE const float *mean, const float *gain, const float *bias,
@@ -220,6 +236,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if BACKWARD
 lip_pool_backward(const X* x, const H* h, AFFINE const X* g, X* dx, H* dh SUMS) {
   __shared__ Told windows[UP];  // of this row of cells and those above
+  __shared__ Kept kept[REACH][SW][THREADS];
+  __shared__ Floats gates[REACH][SW][MODE == GATED ? THREADS : 1];
+  auto keep = [&](const Row& pixels, int row) {
+    UNROLL for (int q = 0; q < SW; ++q) {
+      kept[row % REACH][q][threadIdx.x] = {pixels.x[q], pixels.h[q]};
+      if (MODE == GATED) gates[row % REACH][q][threadIdx.x] = pixels.closed[q];
+    }
+  };
 #else
 lip_pool_forward(const X* x, const H* h, AFFINE X* y) {
 #endif
@@ -276,24 +300,32 @@ lip_pool_forward(const X* x, const H* h, AFFINE X* y) {
       }
     }
   }
-  Row rows[REACH], next[SH];
+  Row next[SH];
   Sums sums[KH][LEFT];  // of a row, what the window that begins here, or so many cells to the left, has
-  UNROLL for (int r = 0; r < KEPT; ++r) rows[r] = cells.load_row(row * SH - PH + r);
   UNROLL for (int r = 0; r < SH; ++r) next[r] = cells.load_row(row * SH - PH + KEPT + r);
   UNROLL for (int r = 0; r < KEPT; ++r) {
-    UNROLL for (int d = 0; d < LEFT; ++d) sums[r][d] = cells.sum(rows[r], KW - d * SW);
+    Row pixels = cells.load_row(row * SH - PH + r);
+    cells.weigh(pixels);
+    UNROLL for (int d = 0; d < LEFT; ++d) sums[r][d] = cells.sum(pixels, KW - d * SW);
+#if BACKWARD
+    keep(pixels, row * SH + r);
+#endif
   }
   for (; row < end; ++row) {
 #if BACKWARD
     bool is_window = has_window && row < OUT_HEIGHT;
     Pack<X> gradient = Pack<X>::load(g + row * OUT_WIDTH * CHANNELS, is_window);
 #endif
-    UNROLL for (int r = 0; r < SH; ++r) rows[KEPT + r] = next[r];
+    UNROLL for (int r = 0; r < SH; ++r) {
+      cells.weigh(next[r]);
+#if BACKWARD
+      keep(next[r], row * SH + KEPT + r);
+#endif
+      if (KEPT + r >= KH) continue;
+      UNROLL for (int d = 0; d < LEFT; ++d) sums[KEPT + r][d] = cells.sum(next[r], KW - d * SW);
+    }
     if (row + 1 < end) {
       UNROLL for (int r = 0; r < SH; ++r) next[r] = cells.load_row((row + 1) * SH - PH + KEPT + r);
-    }
-    UNROLL for (int r = KEPT; r < KH; ++r) {
-      UNROLL for (int d = 0; d < LEFT; ++d) sums[r][d] = cells.sum(rows[r], KW - d * SW);
     }
     Sums window;
     UNROLL for (int d = LEFT - 1; d >= 0; --d) {
@@ -328,7 +360,11 @@ lip_pool_forward(const X* x, const H* h, AFFINE X* y) {
     if (MODE == SAFE) told[NUMBERS - 1][PAD + me] = is_window ? window.largest : highest;
     __syncthreads();
     if (row >= first) UNROLL for (int r = 0; r < SH; ++r) {
+      int image_row = row * SH - PH + r;
+      bool inside = 0 <= image_row && image_row < HEIGHT;
       UNROLL for (int q = 0; q < SW; ++q) {
+        Kept pixel = kept[(row * SH + r) % REACH][q][me];
+        Floats closed = gates[(row * SH + r) % REACH][q][MODE == GATED ? me : 0];
         Floats share = {}, offset = {};
         UNROLL for (int u = 0; u < UP; ++u) {
           if (r + u * SH >= KH) continue;
@@ -340,7 +376,7 @@ lip_pool_forward(const X* x, const H* h, AFFINE X* y) {
             Floats a = told[0][other], b = told[1][other], top = told[NUMBERS - 1][other];
             EACH {
               float scale = 1;
-              if (MODE == SAFE) scale = exponential(finite(rows[r].h[q][k]) - top.of[k]);
+              if (MODE == SAFE) scale = exponential(finite(pixel.h[k]) - top.of[k]);
               of_row.of[k] = d ? of_row.of[k] + scale * a.of[k] : scale * a.of[k];
               offset_of_row.of[k] = d ? offset_of_row.of[k] + scale * b.of[k] : scale * b.of[k];
             }
@@ -350,24 +386,23 @@ lip_pool_forward(const X* x, const H* h, AFFINE X* y) {
             offset.of[k] = u ? offset.of[k] + offset_of_row.of[k] : offset_of_row.of[k];
           }
         }
-        bool there = rows[r].inside && cells.inside[q] && own;
+        bool there = inside && cells.inside[q] && own;
         Floats dx_here, dh_here;
         EACH {
-          float h = rows[r].h[q][k], slope = 1, weight = 1;
-          if (MODE != SAFE) weight = cells.weight(h, k, MODE == GATED ? &slope : nullptr);
-          float du = weight * (rows[r].x[q][k] * share.of[k] - offset.of[k]) * slope;
-          dx_here.of[k] = weight * share.of[k], dh_here.of[k] = du;
+          float h = pixel.h[k], p = closed.of[k], one = MODE == SAFE ? 1.0f : weight(h, p);
+          float du = one * (pixel.x[k] * share.of[k] - offset.of[k]);
+          if (MODE == GATED) du *= GATE * (p - p * p);  // the logit's derivative is 12 p (1 - p)
+          dx_here.of[k] = one * share.of[k], dh_here.of[k] = du;
           if (MODE == GATED) {
             float counted = there ? du : 0.0f;
             sum_du.of[k] += counted, sum_product.of[k] += counted * (FAST ? h : h - cells.mean.of[k]);
           }
         }
-        int place = (row * SH - PH + r) * PITCH + q * CHANNELS;
+        int place = image_row * PITCH + q * CHANNELS;
         Pack<X>::store(dx + place, there, dx_here), Pack<H>::store(dh + place, there, dh_here);
       }
     }
 #endif
-    UNROLL for (int r = 0; r < REACH - SH; ++r) rows[r] = rows[r + SH];
   }
 #if BACKWARD && MODE_IS_GATED
   __syncthreads();

@@ -38,7 +38,7 @@ _DTYPES = {"float32": "float", "bfloat16": "Bfloat16", "float16": "Float16"}
 _LARGEST_WINDOW = 5  # the code of a window's pixels is unrolled
 _MOST_WINDOWS = 9  # of one pixel
 
-_VECTOR = 4  # channels of a thread, at most
+_BYTES = 8  # that a thread loads at once
 # Of a program, at most: threads, and those with channels side by side; and how many programs a
 # processor has room for at least, which limits the registers of a thread. As measured on an H100.
 _DEFAULT = (256, 8, 2)
@@ -124,10 +124,11 @@ def program(
   (kh, kw), (sh, sw), (ph, pw) = geometry
   size = geometry.output_size((height, width))
   mode = "GATED" if gated else "SAFE" if shift is None else "SHIFTED"
-  tiling = _tiling(pass_, x.shape, geometry, mode)
+  itemsize = max(x.dtype.itemsize, h.dtype.itemsize)
+  tiling = _tiling(pass_, x.shape, itemsize, geometry, mode)
   # Inputs of 16 bits leave little time for each element: the processor's own exp2 and reciprocal,
   # 2 units of float32 off, are a few instructions.
-  fast = max(x.dtype.itemsize, h.dtype.itemsize) == 2
+  fast = itemsize == 2
   down, across, channel_blocks = tiling.blocks
   values = {
     **{"X": _DTYPES[x.dtype.name], "H": _DTYPES[h.dtype.name], "FAST": int(fast)},
@@ -144,16 +145,19 @@ def program(
   return tiling, tuple(f"{name}={value}" for name, value in values.items())
 
 
-def _tiling(pass_: str, shape: tuple[int, ...], geometry: Geometry, mode: str) -> _Tiling:
+def _tiling(
+  pass_: str, shape: tuple[int, ...], itemsize: int, geometry: Geometry, mode: str
+) -> _Tiling:
   n, height, width, c = shape
+  vector = math.gcd(c, _BYTES // itemsize)
   (kh, kw), (sh, sw), (ph, pw) = geometry
   up, left = (kh - 1) // sh, (kw - 1) // sw  # cells that a window reaches into beyond its own
   backward = pass_ == "backward"
-  vector = math.gcd(c, _VECTOR)
   threads, groups, _ = _SIZES.get((pass_, mode), _DEFAULT)
-  # What threads tell each other of windows: numbers of 4 bytes for each channel.
-  told = (left + up + 1 if backward else 2 * left) * (3 if mode == "SAFE" else 2)
-  threads = min(threads, _SHARED // max(1, told * vector * 4) - left * groups)
+  # Bytes of shared memory for each channel: what threads tell each other of windows, and pixels.
+  told = 4 * (left + up + 1 if backward else 2 * left) * (3 if mode == "SAFE" else 2)
+  kept = sw * max(kh, sh) * (2 * itemsize + 4 * (mode == "GATED")) if backward else 0
+  threads = min(threads, _SHARED // ((told + kept or 1) * vector) - left * groups)
   # Cells 0 to the last one with a pixel; that of a window may be beyond it.
   rows, columns = _cells(height, sh, ph), _cells(width, sw, pw)
   groups = max(groups, 1 << (max(1, threads // columns).bit_length() - 1))
