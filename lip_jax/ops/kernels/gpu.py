@@ -42,7 +42,11 @@ _BYTES = 8  # that a thread loads at once
 # Of a program, at most: threads, and those with channels side by side; and how many programs a
 # processor has room for at least, which limits the registers of a thread. As measured on an H100.
 _DEFAULT = (256, 8, 2)
-_SIZES = {("backward", "GATED"): (128, 4, 3), ("forward", "SHIFTED"): (256, 8, 3)}
+_SIZES = {
+  ("backward", "GATED"): (128, 4, 4),
+  ("forward", "GATED"): (256, 8, 3),
+  ("forward", "SHIFTED"): (256, 8, 3),
+}
 _ROWS = 64  # of cells of a program, at most
 _PROGRAMS = 264  # are wanted, two on each of a large GPU's 132 processors
 _SHARED = 48 * 1024  # bytes of shared memory of a program, at most
