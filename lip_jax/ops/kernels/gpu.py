@@ -39,14 +39,9 @@ _LARGEST_WINDOW = 5  # the code of a window's pixels is unrolled
 _MOST_WINDOWS = 9  # of one pixel
 
 _BYTES = 8  # that a thread loads at once
-# Of a program, at most: threads, and those with channels side by side; and how many programs a
-# processor has room for at least, which limits the registers of a thread. As measured on an H100.
-_DEFAULT = (256, 8, 2)
-_SIZES = {
-  ("backward", "GATED"): (128, 4, 4),
-  ("forward", "GATED"): (256, 8, 3),
-  ("forward", "SHIFTED"): (256, 8, 3),
-}
+# Threads of a program, at most; of these, with channels side by side, at least; and how many programs
+# a processor has room for, which limits the registers of a thread. As measured on an H100.
+_SIZES = {"forward": (512, 8, 1), "backward": (128, 4, 4), "backward, shifted": (256, 8, 2)}
 _ROWS = 64  # of cells of a program, at most
 _PROGRAMS = 264  # are wanted, two on each of a large GPU's 132 processors
 _SHARED = 48 * 1024  # bytes of shared memory of a program, at most
@@ -143,10 +138,14 @@ def program(
     **{"COLUMNS": tiling.columns, "BEFORE": tiling.before, "OWN": tiling.own},
     **{"CELLS_DOWN": _cells(height, sh, ph), "DOWN": down, "ACROSS": across},
     **{"CHANNEL_BLOCKS": channel_blocks, "THREADS": tiling.groups * tiling.columns},
-    **{"BLOCKS": _SIZES.get((pass_, mode), _DEFAULT)[2], "LOWEST": f"{LOWEST_LOGIT!r}f", "GATE": f"{GATE!r}f"},
+    **{"BLOCKS": _sizes(pass_, mode)[2], "LOWEST": f"{LOWEST_LOGIT!r}f", "GATE": f"{GATE!r}f"},
     **{"MIDDLE": f"{MIDDLE!r}f", "SHIFT": f"{float(shift or 0)!r}f"},
   }
   return tiling, tuple(f"{name}={value}" for name, value in values.items())
+
+
+def _sizes(pass_: str, mode: str) -> tuple[int, int, int]:
+  return _SIZES["backward, shifted" if (pass_, mode) == ("backward", "SHIFTED") else pass_]
 
 
 def _tiling(
@@ -157,7 +156,7 @@ def _tiling(
   (kh, kw), (sh, sw), (ph, pw) = geometry
   up, left = (kh - 1) // sh, (kw - 1) // sw  # cells that a window reaches into beyond its own
   backward = pass_ == "backward"
-  threads, groups, _ = _SIZES.get((pass_, mode), _DEFAULT)
+  threads, groups, _ = _sizes(pass_, mode)
   # Bytes of shared memory for each channel: what threads tell each other of windows, and pixels.
   told = 4 * (left + up + 1 if backward else 2 * left) * (3 if mode == "SAFE" else 2)
   kept = sw * max(kh, sh) * (2 * itemsize + 4 * (mode == "GATED")) if backward else 0
