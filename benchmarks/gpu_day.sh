@@ -31,8 +31,8 @@ if [ -n "${TINY:-}" ]; then
 else
   step kernel_check 90 benchmarks/kernel_check.py
   step pool 120 benchmarks/pool.py --dtype bfloat16
-  step train_step 190 benchmarks/train_step.py --dtype bfloat16 --networks lip_resnet50 resnet50
-  step inference 100 benchmarks/inference.py --dtype bfloat16 --networks lip_resnet50 resnet50 --batches 1 64
+  step train_step 220 benchmarks/train_step.py --dtype bfloat16 --networks lip_resnet50 resnet50 --steps 5
+  step inference 80 benchmarks/inference.py --dtype bfloat16 --networks lip_resnet50 resnet50 --batches 1 64
   step detectors 30 benchmarks/detectors.py --networks retinanet_lip_resnet50 --set dtype=bfloat16
 fi
 "$python" benchmarks/gpu_page.py "$out"
