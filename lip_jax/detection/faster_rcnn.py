@@ -17,11 +17,11 @@ from lip_jax.detection.box_head import BoxHead
 from lip_jax.detection.detector import (
   Detector,
   GroundTruth,
+  ImageLosses,
   Layout,
   Outputs,
   Sums,
   Targets,
-  divide,
 )
 from lip_jax.detection.matching import UNUSED, match_proposals
 from lip_jax.detection.postprocess import Detections
@@ -41,10 +41,9 @@ _POSITIVE_ANCHORS, _POSITIVE_REGIONS = 0.5, 0.25  # of a sample, at most
 
 
 class Training(NamedTuple):
-  """The losses of a batch, and what they are losses of."""
+  """The losses of each image, and what they are losses of."""
 
-  sums: Sums
-  weights: Sums
+  losses: ImageLosses
   anchors: Sample  # indices into all anchors, [N, 256]
   proposals: Proposals
   candidates: Sample  # indices into ground truth and proposals, [N, 512]: see `match_proposals`
@@ -94,6 +93,7 @@ class FasterRCNN(Detector):
   ):
     super().__init__(backbone, num_classes, dtype=dtype, rngs=rngs, **options)
     self.num_proposals = 2000 if num_proposals is None else num_proposals
+    self.loss_group = self.preset.faster_rcnn.loss_group
     self.detection_proposals = num_proposals or self.preset.faster_rcnn.proposals
     self.anchor_samples, self.region_samples = anchor_samples, region_samples
     layers.check_sizes(
@@ -115,9 +115,8 @@ class FasterRCNN(Detector):
     by_id = preset.outputs(80) != 80 and outputs == preset.outputs(80)
     return 80 if by_id else outputs - 1
 
-  def loss_sums(self, images, sizes, targets, priorities=None, key=None):
-    found = self.training(images, sizes, targets, priorities, key)
-    return found.sums, found.weights
+  def image_losses(self, images, sizes, targets, priorities=None, key=None):
+    return self.training(images, sizes, targets, priorities, key).losses
 
   def training(
     self,
@@ -127,7 +126,7 @@ class FasterRCNN(Detector):
     priorities: Mapping[str, jax.Array] | None = None,
     key: jax.Array | None = None,
   ) -> Training:
-    """`loss_sums`, and what was sampled for them; arguments as of `losses`."""
+    """`image_losses`, and what was sampled for them; arguments as of `losses`."""
     masked = self.mask_losses
     features = self.features(images, sizes, masked=masked)
     outputs = self._predict(self.rpn, features, images, sizes, masked)
@@ -142,16 +141,16 @@ class FasterRCNN(Detector):
     sampled = jax.vmap(draw)(matches, priorities["rpn"])
     logits, deltas = (jnp.concatenate(part, axis=1) for part in (outputs.logits, outputs.deltas))
     of_anchors = functools.partial(self._anchor_losses, anchors)
-    losses = jax.vmap(of_anchors)(logits[..., 0], deltas, matches, truth, sampled)
-    sums, weights = self._divide(losses, sampled, self.preset.faster_rcnn.least_count)
+    sums = jax.vmap(of_anchors)(logits[..., 0], deltas, matches, truth, sampled)
+    counts = dict.fromkeys(sums, self._count(sampled, self.preset.faster_rcnn.least_count))
 
     proposed = self._propose(outputs, layout, sizes, self.num_proposals, masked)
     drawn = [priorities[name] for name in ("proposal", "gt")]
     regions = jax.vmap(self._regions)(proposed, truth, *drawn)
     predicted = self._classify(features, regions.boxes, self._extents(sizes, layout, masked))
-    losses = jax.vmap(self._region_losses)(*predicted, regions, truth)
-    more = self._divide(losses, regions.sample, 0)
-    return Training(sums | more[0], weights | more[1], sampled, proposed, regions.sample)
+    more = jax.vmap(self._region_losses)(*predicted, regions, truth)
+    losses = ImageLosses(sums | more, counts | dict.fromkeys(more, self._count(regions.sample, 0)))
+    return Training(losses, sampled, proposed, regions.sample)
 
   def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
     features, proposed = self._first_stage(images, sizes)
@@ -290,11 +289,10 @@ class FasterRCNN(Detector):
 
     return jax.vmap(of_image)(jnp.asarray(targets.get("image_id", jnp.arange(count))))
 
-  def _divide(self, losses: Sums, sampled: Sample, least: int) -> tuple[Sums, Sums]:
-    """`divide` by the samples, of either kind at least `least` in each image."""
+  def _count(self, sampled: Sample, least: int) -> jax.Array:
+    """Samples of each image, of either kind at least `least`: [N]."""
     positive, others = (
       jnp.maximum(kind.sum(axis=1), least)
       for kind in (sampled.positive, sampled.valid & ~sampled.positive)
     )
-    counts = (positive + others).astype(self.dtype)
-    return divide(losses, counts, self.preset.faster_rcnn.loss_group)
+    return (positive + others).astype(self.dtype)
