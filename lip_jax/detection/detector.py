@@ -116,8 +116,11 @@ class Detector(nnx.Module):
     self.dtype = layers.param_dtype(dtype)
 
   @staticmethod
-  def count_classes(shapes: Mapping[str, tuple[int, ...]], preset: Preset) -> int:
-    """What `num_classes` was, by the shapes of the weights; less than 1 where some are missing."""
+  def count_classes(shapes: Mapping[str, tuple[int, ...]], preset: Preset) -> list[int]:
+    """What `num_classes` can have been, by the shapes of the weights: COCO's first, if it can.
+
+    Less than 1 where weights are missing.
+    """
     raise NotImplementedError
 
   def losses(

@@ -25,6 +25,7 @@ from lip_jax.detection.detector import (
 )
 from lip_jax.detection.matching import UNUSED, match_proposals
 from lip_jax.detection.postprocess import Detections
+from lip_jax.detection.presets import Preset
 from lip_jax.detection.proposals import ProposalHead, Proposals
 from lip_jax.detection.sampling import Sample, sample
 from lip_jax.models import layers
@@ -103,17 +104,15 @@ class FasterRCNN(Detector):
       region_samples=region_samples,
     )
     channels = self.fpn.channels
-    # Output 0 is the background. No label is 0 where they are COCO's ids; else all are one less.
-    self.first_output = int(self.num_labels == num_classes)
-    outputs = self.num_labels + self.first_output
+    outputs = _outputs(num_classes, self.preset)
+    self.first_output = outputs - self.num_labels
     self.rpn = ProposalHead(channels, self.anchors.per_cell, dtype=dtype, rngs=rngs)
     self.box_head = BoxHead(channels, fc_features, outputs, dtype=dtype, rngs=rngs)
 
   @staticmethod
   def count_classes(shapes, preset):
     outputs = (shapes.get("box_head.class_logits.bias") or (0,))[-1]
-    by_id = preset.outputs(80) != 80 and outputs == preset.outputs(80)
-    return 80 if by_id else outputs - 1
+    return [80, outputs - 1] if outputs == _outputs(80, preset) else [outputs - 1]
 
   def image_losses(self, images, sizes, targets, priorities=None, key=None):
     return self.training(images, sizes, targets, priorities, key).losses
@@ -296,3 +295,9 @@ class FasterRCNN(Detector):
       for kind in (sampled.positive, sampled.valid & ~sampled.positive)
     )
     return (positive + others).astype(self.dtype)
+
+
+def _outputs(num_classes: int, preset: Preset) -> int:
+  """Those of the second stage: number 0 is the background, which no label has that is an id."""
+  labels = preset.outputs(num_classes)
+  return labels + (labels == num_classes)

@@ -124,7 +124,7 @@ class RetinaNet(Detector):
   def count_classes(shapes, preset):
     bias = shapes.get("head.class_logits.bias") or (0,)
     outputs = bias[0] // ANCHORS["retinanet", preset.name].per_cell
-    return 80 if outputs == preset.outputs(80) else outputs
+    return [80, outputs] if outputs == preset.outputs(80) else [outputs]
 
   def image_losses(self, images, sizes, targets, priorities=None, key=None):
     del priorities, key
