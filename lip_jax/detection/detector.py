@@ -35,6 +35,10 @@ class Outputs(NamedTuple):
   logits: list[jax.Array]  # [N, A, K]
   deltas: list[jax.Array]  # [N, A, 4]
 
+  def by_term(self, terms: Sequence[str]) -> dict[str, jax.Array]:
+    """All levels' together, by the names of their two losses."""
+    return {term: jnp.concatenate(part, axis=1) for term, part in zip(terms, self, strict=True)}
+
 
 class Layout(NamedTuple):
   """Where the anchors of a batch lie, as the methods of `Anchors` take it."""
@@ -194,6 +198,13 @@ class Detector(nnx.Module):
     Args:
       images: [N, H, W, 3], normalized, zero beyond each image's size.
       sizes: [N, 2], height and width of each image, in which the boxes lie.
+    """
+    raise NotImplementedError
+
+  def predictions(self, images: jax.Array, sizes: jax.Array) -> Sums:
+    """What `detect` chooses from, by `terms`: [N, ...] each; arguments as of `detect`.
+
+    Of a second stage for the same regions in all images, wherever the first one looks.
     """
     raise NotImplementedError
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jax import lax
@@ -38,6 +39,7 @@ from lip_jax.ops.roi_align import multilevel_roi_align, roi_levels
 _POOLED_LEVELS = 4  # of the pyramid, P2 to P5: regions have none of P6
 _FINEST = 4  # stride of P2 for which the levels of regions are defined
 _RPN_BETA = 1 / 9  # of its smooth L1 loss
+_NUM_PROBES = 50
 _POSITIVE_ANCHORS, _POSITIVE_REGIONS = 0.5, 0.25  # of a sample, at most
 
 
@@ -167,6 +169,20 @@ class FasterRCNN(Detector):
 
     return jax.vmap(of_image)(logits, deltas, proposed, jnp.asarray(sizes))
 
+  def predictions(self, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+    masked = self.mask_detection
+    features = self.features(images, sizes, masked=masked)
+    outputs = self._predict(self.rpn, features, images, sizes, masked)
+    last = (jnp.asarray(sizes)[:, [1, 0, 1, 0]] - 1).astype(self.dtype)
+    regions = jnp.asarray(_probes(), self.dtype)[None] * last[:, None]
+    extents = self._extents(sizes, self._layout(images), masked)
+    logits, deltas = self._classify(features, regions, extents)
+    deltas = deltas.reshape(*logits.shape[:2], 4 * logits.shape[2])
+    return {
+      **outputs.by_term(self.terms[:2]),
+      **dict(zip(self.terms[2:], (logits, deltas), strict=True)),
+    }
+
   def proposals(self, images: jax.Array, sizes: jax.Array) -> Proposals:
     """What `detect` classifies: at most 2,000 regions of each image, 1,000 with some presets."""
     return self._first_stage(images, sizes)[1]
@@ -295,6 +311,12 @@ class FasterRCNN(Detector):
       for kind in (sampled.positive, sampled.valid & ~sampled.positive)
     )
     return (positive + others).astype(self.dtype)
+
+
+def _probes() -> np.ndarray:
+  """Regions [R, 4] of all kinds of sizes, in parts of an image's width and height."""
+  corners = np.random.default_rng(0).uniform(size=(_NUM_PROBES, 2, 2))
+  return np.sort(corners, axis=1).reshape(-1, 4)
 
 
 def _outputs(num_classes: int, preset: Preset) -> int:

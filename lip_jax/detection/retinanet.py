@@ -150,6 +150,10 @@ class RetinaNet(Detector):
       sizes,
     )
 
+  def predictions(self, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+    outputs = self.outputs(images, sizes, masked=self.mask_detection)
+    return outputs.by_term(self.terms)
+
   def outputs(self, images: jax.Array, sizes: jax.Array, *, masked: bool = False) -> Outputs:
     """What the head predicts for each level; masked: as if each image were alone."""
     features = self.features(images, sizes, masked=masked)
