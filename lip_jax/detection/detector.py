@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -28,6 +29,8 @@ from lip_jax.ops import boxes as box_ops
 Targets = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
 
+_SOME = 1000  # anchors of a level
+
 
 class Outputs(NamedTuple):
   """What is predicted for the anchors of each level, in at least float32."""
@@ -36,8 +39,17 @@ class Outputs(NamedTuple):
   deltas: list[jax.Array]  # [N, A, 4]
 
   def by_term(self, terms: Sequence[str]) -> dict[str, jax.Array]:
-    """All levels' together, by the names of their two losses."""
-    return {term: jnp.concatenate(part, axis=1) for term, part in zip(terms, self, strict=True)}
+    """Of some anchors, spread over each level, by the names of the two losses."""
+
+    def some(level: jax.Array) -> jax.Array:
+      count = level.shape[1]
+      index = np.linspace(0, count - 1, min(count, _SOME)).astype(np.int32)
+      return jnp.take(level, index, axis=1, mode="clip")
+
+    return {
+      term: jnp.concatenate([some(level) for level in part], axis=1)
+      for term, part in zip(terms, self, strict=True)
+    }
 
 
 class Layout(NamedTuple):
@@ -204,7 +216,8 @@ class Detector(nnx.Module):
   def predictions(self, images: jax.Array, sizes: jax.Array) -> Sums:
     """What `detect` chooses from, by `terms`: [N, ...] each; arguments as of `detect`.
 
-    Of a second stage for the same regions in all images, wherever the first one looks.
+    Of some anchors, spread over all levels; of a second stage for regions that lie the same in all
+    images, wherever the first one looks.
     """
     raise NotImplementedError
 
