@@ -5,9 +5,9 @@
   python benchmarks/train_step.py --batch=2 --image-size=64 --steps=2  # CPU: does it work?
 
 A step is what `train.py` does with a batch that is on the device: augmentation, forward, backward,
-update. The networks take turns, and a time is the median over the turns, of ten steps in a row where
-there is an accelerator, as training does not wait for each. Memory is the compiler's figure for the
-whole step: parameters, optimizer state, batch and temporary arrays.
+update. The networks take turns, and a time is the median over the turns: on accelerators of ten
+steps in a row, as training does not wait for each. Memory is the compiler's figure for the whole
+step: parameters, optimizer state, batch and temporary arrays.
 
 On a GPU with torch, networks that tests/torch_reference.py has in PyTorch run beside ours, from the
 same weights: eager and through torch.compile, in channels_last, under AMP where --dtype is

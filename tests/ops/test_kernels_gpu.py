@@ -168,7 +168,9 @@ def test_compiles_for_all_gpus(shape, dtype, mode, window):
     accesses = re.findall(r"(?:ld|st)\.global\.(\S+) ", sources[-1])
     if shape[3] * x.dtype.itemsize % 8 == 0:
       # Single numbers: statistics, and the sums of gradients.
-      assert sum(not re.match(r"(nc\.)?v2", access) for access in accesses) <= 16 * (mode == "gated")
+      assert sum(not re.match(r"(nc\.)?v2", access) for access in accesses) <= 16 * (
+        mode == "gated"
+      )
   for architecture in ("sm_80", "sm_89", "sm_90", "sm_100"):
     for kernel in ptx.kernels(sources, architecture):
       assert kernel.spilled == 0, (architecture, kernel)

@@ -1,15 +1,15 @@
 """`lip_pool` as kernels in CUDA C++ for NVIDIA GPUs from Ampere on: one forward, one backward.
 
-A thread works on a few channels at a time, 16 bytes where alignment allows, neighbours on those
-beside them. Forward it owns a column of windows and walks down the image: each row is reduced,
-along the window's width, to partial sums, and those that the next windows share are kept in
-registers.
+The image is divided into cells of stride x stride pixels, those that a window and the ones before
+it share: window (i, j) begins at cell (i, j). A thread has a few channels of a column of cells, 8
+bytes of each pixel, beside threads of other channels and columns, and walks down the rows. It
+computes each of its pixels' weights once, and what they add to its own window and to those that
+begin to the left of it; the latter are exchanged through shared memory. Of rows that the next
+window shares it keeps sums.
 
-Backward a block of threads owns a tile of cells of stride x stride pixels, those that windows and
-their neighbours above and to the left share. It computes those windows' y and denominators from the
-inputs, into shared memory; then each pixel gathers its gradients from the windows that contain it.
-Nothing is kept from the forward pass, and every sum has a fixed order, so results are the same from
-run to run.
+Backward, each finished window's y and denominator go to shared memory too, where the pixels wait
+until all windows that hold a pixel are there to gather its gradient from. Nothing is kept from the
+forward pass, and every sum has a fixed order, so results are the same from run to run.
 
 With `affine` the inputs h are to be normalized instead of logits: u = (h - mean) * gain + bias, and
 the weight is exp(12 sigmoid(u) - 6), which never reaches memory.
@@ -39,8 +39,8 @@ _LARGEST_WINDOW = 5  # the code of a window's pixels is unrolled
 _MOST_WINDOWS = 9  # of one pixel
 
 _BYTES = 8  # that a thread loads at once
-# Threads of a program, at most; of these, with channels side by side, at least; and how many programs
-# a processor has room for, which limits the registers of a thread. As measured on an H100.
+# Threads of a program, at most; of these, with channels side by side, at least; and how many
+# programs a processor has room for, which limits the registers. As measured on an H100.
 _SIZES = {"forward": (512, 8, 1), "backward": (128, 4, 4), "backward, shifted": (256, 8, 2)}
 _ROWS = 64  # of cells of a program, at most
 _PROGRAMS = 264  # are wanted, two on each of a large GPU's 132 processors
@@ -119,7 +119,7 @@ def program(
   pass_: str, x: Any, h: Any, gated: bool, geometry: Geometry, shift: float | None
 ) -> tuple[_Tiling, tuple[str, ...]]:
   """How the work is divided, and the macros of the source: of what has shapes and dtypes."""
-  n, height, width, c = x.shape
+  _, height, width, c = x.shape
   (kh, kw), (sh, sw), (ph, pw) = geometry
   size = geometry.output_size((height, width))
   mode = "GATED" if gated else "SAFE" if shift is None else "SHIFTED"
