@@ -1,9 +1,9 @@
 """How the classes of a detector are numbered: in data sets, in networks, in COCO's files.
 
 A data set counts its classes from 0 and knows the id that each has in annotation files
-("category_id"). A network's outputs are the same, except where the preset is torchvision and the
-classes are COCO's: there an output's number is the id. A run keeps both in `classes.json` and
-`categories.json`.
+("category_id"). A network's outputs are the same, except where the preset is torchvision and there
+are as many classes as in COCO: there an output's number is the id, and where the ids are not from 1
+to 90 the classes count from 1. A run keeps both in `classes.json` and `categories.json`.
 """
 
 import json
@@ -24,8 +24,12 @@ _KEY = "category_ids"
 
 def outputs(category_ids: Sequence[int], preset: Preset) -> np.ndarray:
   """The output of a network for each class of a data set, int32 [classes]."""
-  by_id = preset.outputs(len(category_ids)) != len(category_ids)
-  return np.asarray(category_ids if by_id else range(len(category_ids)), np.int32)
+  count = len(category_ids)
+  most = preset.outputs(count)
+  if most == count:
+    return np.arange(count, dtype=np.int32)
+  fits = 0 < min(category_ids) and max(category_ids) < most
+  return np.asarray(category_ids if fits else range(1, count + 1), np.int32)
 
 
 def to_json(category_ids: Sequence[int]) -> str:

@@ -97,15 +97,19 @@ def test_a_run_that_lost_its_names_is_loaded(place, tmp_path):
   assert (config["class_names"], config["category_ids"]) == (None, None)
 
 
-@pytest.mark.parametrize("count", [80, 91])
-def test_own_classes_as_many_as_coco_has_or_its_outputs(place, tmp_path, count):
+@pytest.mark.parametrize("ids", [coco_categories.IDS, range(1, 92), range(1000, 1080)])
+def test_own_classes_as_many_as_coco_has_or_its_outputs(place, tmp_path, ids):
+  count = len(ids)
   names = [f"class {k}" for k in range(count)]
-  ids = range(1, 92) if count == 91 else coco_categories.IDS
   dataset = f"coco:{place}/all.json@{place}/images"
   write(tmp_path / "run", dataset, names, [*ids], preset="torchvision")
   detector, config = lip_jax.load(tmp_path / "run")
   assert config["num_classes"] == len(config["class_names"]) == len(config["category_ids"]) == count
   assert detector.head.num_outputs == 91
+  if max(ids) > 91:
+    (found,) = prediction.predict(detector, config, [place / "images/0.jpg"], threshold=0)
+    assert len(found.boxes.labels) > 20
+    assert found.boxes.labels.min() >= 0
 
 
 def test_what_takes_classifiers_refuses_detectors(place, tmp_path, capsys):
