@@ -28,7 +28,7 @@ def outputs(category_ids: Sequence[int], preset: Preset) -> np.ndarray:
   most = preset.outputs(count)
   if most == count:
     return np.arange(count, dtype=np.int32)
-  fits = 0 < min(category_ids) and max(category_ids) < most
+  fits = min(category_ids) > 0 and max(category_ids) < most
   return np.asarray(category_ids if fits else range(1, count + 1), np.int32)
 
 

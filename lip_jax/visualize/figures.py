@@ -235,7 +235,9 @@ def boxes_figure(pictures: Sequence[Picture], class_names: Sequence[str] | None 
   for axis, title in zip(axes[0], [*titles, "importance"], strict=False):
     axis.set_title(title, fontsize=9)
   if has_importance:
-    bar = _colour_bar(figure, _IMPORTANCE, ax=axes[:, -1], shrink=min(1, 6 / heights.sum()))
+    shrink = min(1, 6 / heights.sum())
+    # panchor: the images it is taken from stay in the middle of their column.
+    bar = _colour_bar(figure, _IMPORTANCE, ax=axes[:, -1], shrink=shrink, panchor=False)
     bar.set_label("importance, relative to the image's mean")
   return figure
 
