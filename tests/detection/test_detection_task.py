@@ -127,12 +127,12 @@ def test_stopped_and_resumed_it_is_the_same_run(finished, dataset, tmp_path, cap
 @pytest.mark.parametrize(
   ("name", "parts"),
   [
-    ("retinanet", [(4, {}), (2, {"accumulation_steps": 2, "fsdp": 2})]),
-    ("faster_rcnn", [(4, {})]),
+    ("retinanet", [(8, {}), (2, {"accumulation_steps": 4, "fsdp": 2})]),
+    ("faster_rcnn", [(8, {})]),
   ],
 )
 def test_it_is_the_same_on_one_device_and_in_parts(dataset, name, parts):
-  """One step: losses are divided by the images of the whole batch, wherever they are."""
+  """One step of eight images: those whose losses are divided together are in different parts."""
 
   def step(devices, **changes):
     task = Detection(make_config(dataset, model={"name": name}, **changes))
