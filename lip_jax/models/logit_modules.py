@@ -15,6 +15,8 @@ from flax.typing import Dtype
 
 from lip_jax.models import layers
 from lip_jax.models.layers import LayerFactory
+from lip_jax.ops.by_image import by_image
+from lip_jax.ops.convolution import conv_general_dilated
 from lip_jax.ops.kernels.gate import GATE
 from lip_jax.ops.lip_pool import gated_lip_pool, projected_lip_pool
 
@@ -79,10 +81,20 @@ class Projection(nnx.Module):
       source: [N, H, W, in_features].
       **windows: of `lip_pool`.
     """
+    if self.conv.conv_general_dilated is conv_general_dilated:
+      graph, state = nnx.split(self)
+      return by_image(
+        lambda x, source, state: nnx.merge(graph, state)._pool(x, source, **windows),
+        (x, source),
+        state,
+      )
+    return self._pool(x, source, **windows)
+
+  def _pool(self, x: jax.Array, source: jax.Array, **windows: Any) -> jax.Array:
     norm = self.norm
     assert norm is not None, "the caller asks `fuses`"
     tail = (norm.scale[...], norm.bias[...])
-    if self.conv.kernel_size != (1, 1):
+    if self.conv.kernel_size != (1, 1) or self.conv.conv_general_dilated is conv_general_dilated:
       return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
     kernel, source = self.conv.kernel[...], source.astype(self.conv.dtype)
     return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lip_jax.ops.by_image import by_image, images_at_a_time
 from lip_jax.ops.normalization import explicit
 
 # With fewer tiles of 2x2 pixels the kernel's transform costs more than it saves.
@@ -41,7 +42,12 @@ def conv_general_dilated(
   elif kernel.shape[:2] == (3, 3) and strides == (1, 1) and _tiles(x, padding) >= _FEWEST_TILES:
 
     def form(x: jax.Array, kernel: jax.Array) -> jax.Array:
-      return _winograd(x, kernel, padding)
+      def some(x, kernel):
+        return _winograd(x, kernel, padding)
+
+      if images_at_a_time(x) == len(x):
+        return some(x, kernel)
+      return by_image(some, (x,), kernel)
 
   else:
     return general(x, kernel)
