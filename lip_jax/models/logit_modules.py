@@ -81,23 +81,27 @@ class Projection(nnx.Module):
       source: [N, H, W, in_features].
       **windows: of `lip_pool`.
     """
-    if self.conv.conv_general_dilated is conv_general_dilated:
+    conv, norm = self.conv, self.norm
+    if conv.conv_general_dilated is conv_general_dilated:  # in a copy for evaluation
       graph, state = nnx.split(self)
       return by_image(
-        lambda x, source, state: nnx.merge(graph, state)._pool(x, source, **windows),
+        lambda x, source, state: nnx.merge(graph, state)._gated(x, source, **windows),
         (x, source),
         state,
       )
-    return self._pool(x, source, **windows)
+    if conv.kernel_size != (1, 1):
+      return self._gated(x, source, **windows)
+    assert norm is not None, "the caller asks `fuses`"
+    tail = (norm.scale[...], norm.bias[...])
+    kernel, source = conv.kernel[...], source.astype(conv.dtype)
+    return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)
 
-  def _pool(self, x: jax.Array, source: jax.Array, **windows: Any) -> jax.Array:
+  def _gated(self, x: jax.Array, source: jax.Array, **windows: Any) -> jax.Array:
+    """`pool` with what the convolution makes in memory."""
     norm = self.norm
     assert norm is not None, "the caller asks `fuses`"
     tail = (norm.scale[...], norm.bias[...])
-    if self.conv.kernel_size != (1, 1) or self.conv.conv_general_dilated is conv_general_dilated:
-      return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
-    kernel, source = self.conv.kernel[...], source.astype(self.conv.dtype)
-    return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)
+    return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
 
 
 class BottleneckTrunk(nnx.Module):

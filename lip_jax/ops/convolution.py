@@ -3,6 +3,7 @@
 For networks in evaluation: `lip_jax.fold_batch_norm` gives them to its copy. Training keeps XLA's.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,12 +43,8 @@ def conv_general_dilated(
   elif kernel.shape[:2] == (3, 3) and strides == (1, 1) and _tiles(x, padding) >= _FEWEST_TILES:
 
     def form(x: jax.Array, kernel: jax.Array) -> jax.Array:
-      def some(x, kernel):
-        return _winograd(x, kernel, padding)
-
-      if images_at_a_time(x) == len(x):
-        return some(x, kernel)
-      return by_image(some, (x,), kernel)
+      some = functools.partial(_winograd, padding=padding)
+      return some(x, kernel) if images_at_a_time(x) == len(x) else by_image(some, (x,), kernel)
 
   else:
     return general(x, kernel)
