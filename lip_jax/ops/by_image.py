@@ -32,7 +32,8 @@ def by_image(
     [N, ...]. Not divided over the devices of a mesh, but inside of `jax.shard_map`.
   """
   first = images[0]
-  if explicit(first) or not all(isinstance(size, int) for size in first.shape):
+  known = all(isinstance(size, int) for size in first.shape)
+  if not known or 0 in first.shape or explicit(first):
     return function(*images, shared)
   n, step = len(first), images_at_a_time(first)
 
