@@ -15,8 +15,6 @@ from flax.typing import Dtype
 
 from lip_jax.models import layers
 from lip_jax.models.layers import LayerFactory
-from lip_jax.ops.by_image import by_image
-from lip_jax.ops.convolution import conv_general_dilated
 from lip_jax.ops.kernels.gate import GATE
 from lip_jax.ops.lip_pool import gated_lip_pool, projected_lip_pool
 
@@ -74,34 +72,22 @@ class Projection(nnx.Module):
     """`lip_pool` of x by the logits of `source`, which are never in memory as a whole.
 
     A 1x1 convolution is computed again for the gradient rather than kept: 3 % of the multiply-adds
-    of LIP-ResNet-50, and a tenth of its memory.
+    of LIP-ResNet-50, and a tenth of its memory. One in a form of its own, as `fold_batch_norm`
+    gives it, is not.
 
     Args:
       x: what is pooled, [N, H, W, out_features].
       source: [N, H, W, in_features].
       **windows: of `lip_pool`.
     """
-    conv, norm = self.conv, self.norm
-    if conv.conv_general_dilated is conv_general_dilated:  # in a copy for evaluation
-      graph, state = nnx.split(self)
-      return by_image(
-        lambda x, source, state: nnx.merge(graph, state)._gated(x, source, **windows),
-        (x, source),
-        state,
-      )
-    if conv.kernel_size != (1, 1):
-      return self._gated(x, source, **windows)
-    assert norm is not None, "the caller asks `fuses`"
-    tail = (norm.scale[...], norm.bias[...])
-    kernel, source = conv.kernel[...], source.astype(conv.dtype)
-    return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)
-
-  def _gated(self, x: jax.Array, source: jax.Array, **windows: Any) -> jax.Array:
-    """`pool` with what the convolution makes in memory."""
     norm = self.norm
     assert norm is not None, "the caller asks `fuses`"
     tail = (norm.scale[...], norm.bias[...])
-    return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
+    own = self.conv.conv_general_dilated is not jax.lax.conv_general_dilated
+    if own or self.conv.kernel_size != (1, 1):
+      return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
+    kernel, source = self.conv.kernel[...], source.astype(self.conv.dtype)
+    return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)
 
 
 class BottleneckTrunk(nnx.Module):

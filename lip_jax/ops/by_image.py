@@ -16,9 +16,7 @@ from lip_jax.ops.normalization import explicit
 _AT_A_TIME = 4 << 20
 
 
-def by_image(
-  function: Callable[..., jax.Array], images: tuple[jax.Array, ...], shared: Any
-) -> jax.Array:
+def by_image(function: Callable[..., Any], images: tuple[jax.Array, ...], shared: Any) -> Any:
   """`function(*images, shared)`, in which every image stands for itself.
 
   On CPUs it gets its images out of memory, and never what XLA would compute them from: where
@@ -29,7 +27,8 @@ def by_image(
     shared: arrays that all images need.
 
   Returns:
-    [N, ...]. Not divided over the devices of a mesh, but inside of `jax.shard_map`.
+    What the function does, arrays [N, ...]. Divided over the devices of a mesh only inside of
+    `jax.shard_map`.
   """
   first = images[0]
   known = all(isinstance(size, int) for size in first.shape)
@@ -37,14 +36,14 @@ def by_image(
     return function(*images, shared)
   n, step = len(first), images_at_a_time(first)
 
-  def on_cpu(images: tuple[jax.Array, ...], shared: Any) -> jax.Array:
+  def on_cpu(images: tuple[jax.Array, ...], shared: Any) -> Any:
     if step >= n:
       return function(*map(_in_memory, images), shared)
     parts = [a.reshape(n // step, step, *a.shape[1:]) for a in images]
     y = lax.map(lambda part: function(*part, shared), parts)
-    return y.reshape(n, *y.shape[2:])
+    return jax.tree.map(lambda y: y.reshape(n, *y.shape[2:]), y)
 
-  def elsewhere(images: tuple[jax.Array, ...], shared: Any) -> jax.Array:
+  def elsewhere(images: tuple[jax.Array, ...], shared: Any) -> Any:
     return function(*images, shared)
 
   return lax.platform_dependent(images, shared, cpu=on_cpu, default=elsewhere)

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 import lip_jax
 from lip_jax.distributed import sharding
 from lip_jax.models import padding
-from lip_jax.models.lan import LIP
+from lip_jax.models.lan import LIP, record_logits
 from lip_jax.models.layers import BatchNorm
 from lip_jax.models.logit_modules import Projection
 
@@ -23,7 +23,7 @@ NETWORKS = {
 
 
 def network(name, **options):
-  """Its statistics, scales and offsets are random."""
+  """Its statistics, scales and offsets are random, and so are logits of importance."""
   architecture, given = NETWORKS[name]
   model = lip_jax.create_model(architecture, rngs=nnx.Rngs(0), **given, **options)
   rng = np.random.default_rng(0)
@@ -31,6 +31,9 @@ def network(name, **options):
     if isinstance(module, BatchNorm):
       for array in (module.scale, module.bias, module.mean, module.var):
         array.set_value(jnp.asarray(rng.uniform(0.5, 1.5, array.shape), jnp.float32))
+    if isinstance(module, Projection):
+      kernel = module.conv.kernel
+      kernel.set_value(jnp.asarray(rng.standard_normal(kernel.shape), jnp.float32))
   return model
 
 
@@ -90,6 +93,33 @@ def test_a_convolution_with_a_bias_and_one_that_is_something_else():
   assert norms(folded) == 1
   expected = logits(model, images())
   np.testing.assert_allclose(logits(folded, images()), expected, rtol=0, atol=1e-5)
+
+
+def test_a_lip_network_in_parts_and_where_it_is_computed_whole():
+  """Few images at a time, or all where logits are recorded, or images end within the batch."""
+  model = network("lip")
+  model.eval()
+  x = jax.random.normal(jax.random.key(0), (6, 96, 96, 3))
+  sizes = jnp.asarray([[96, 64]] * 6)
+
+  def run(model):
+    graph, state = nnx.split(model)
+
+    def every_way(state):
+      network = nnx.merge(graph, state)
+      with record_logits() as records:
+        y = network(x)
+      with padding.masked(sizes, (96, 96)):
+        masked = network(x)
+      return network(x), masked, y, [logits for _, logits in records]
+
+    return jax.tree.leaves(jax.jit(every_way)(state))
+
+  expected, found = run(model), run(lip_jax.fold_batch_norm(model))
+  assert len(expected) == 3 + 7
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=3e-5 * np.abs(other).max())
+  assert np.abs(expected[0] - expected[1]).max() > 1e-2 * np.abs(expected[0]).max()
 
 
 def folded_lip(kernel_size=1):
