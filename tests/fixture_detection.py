@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from fixture_weights import image, normal
+from scipy.optimize import linear_sum_assignment
 
 DATA = Path(__file__).parent / "data" / "detection"
 OPERATIONS = json.loads((DATA / "operations.json").read_text())
@@ -38,6 +39,18 @@ def random_boxes(seed: int, count: int, extent: float = 100.0) -> np.ndarray:
   boxes = np.round(2 * boxes) / 2
   boxes[count // 2 :: 3] = boxes[: len(boxes[count // 2 :: 3])]
   return boxes
+
+
+def assert_same_detections(found, expected):
+  """Arrays of two `Detections`; in any order, as scores may be equal but for rounding."""
+  for ours, theirs in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
+    (boxes, scores, labels), (others, their_scores, their_labels) = (
+      [a[one[3]] for a in one[:3]] for one in (ours, theirs)
+    )
+    same = (np.abs(boxes[:, None] - others).max(axis=2) < 1e-2) & (labels[:, None] == their_labels)
+    same &= np.abs(scores[:, None] - their_scores) < 1e-4
+    assert len(boxes) == len(others)
+    assert same[linear_sum_assignment(~same)].all()  # one to one; some may be the same
 
 
 def loop_iou(a: np.ndarray, b: np.ndarray, inclusive: bool) -> np.ndarray:

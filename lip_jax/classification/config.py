@@ -125,7 +125,11 @@ class Config(base.Config):
     }
 
   def network(
-    self, shapes: Mapping[str, tuple[int, ...]], where: str, dtype: Dtype
+    self,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    dtype: Dtype,
+    workdir: epath.Path,
   ) -> tuple[nnx.Module, int]:
     classes = description.count_classes(shapes, where)
     return description.build(self.model, classes, where, dtype), classes

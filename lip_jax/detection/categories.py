@@ -2,8 +2,8 @@
 
 A data set counts its classes from 0 and knows the id that each has in annotation files
 ("category_id"). A network's outputs are the same, except where the preset is torchvision and the
-classes are COCO's: there an output's number is the id. A run keeps both in `classes.json` and
-`categories.json`.
+classes are 80, as COCO's: there an output's number is the id. A run keeps both in `classes.json`
+and `categories.json`.
 """
 
 import json
@@ -23,9 +23,16 @@ _KEY = "category_ids"
 
 
 def outputs(category_ids: Sequence[int], preset: Preset) -> np.ndarray:
-  """The output of a network for each class of a data set, int32 [classes]."""
-  by_id = preset.outputs(len(category_ids)) != len(category_ids)
-  return np.asarray(category_ids if by_id else range(len(category_ids)), np.int32)
+  """The output of a network for each class of a data set, int32 [classes].
+
+  80 classes that have ids for which a network of COCO's has no outputs have the first from 1 on.
+  """
+  count = len(category_ids)
+  labels = preset.outputs(count)
+  if labels == count:
+    return np.arange(count, dtype=np.int32)
+  by_id = all(0 < one < labels for one in category_ids)
+  return np.asarray(category_ids if by_id else range(1, count + 1), np.int32)
 
 
 def to_json(category_ids: Sequence[int]) -> str:

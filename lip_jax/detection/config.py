@@ -9,7 +9,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from lip_jax.data.buckets import parse_buckets
-from lip_jax.detection import categories, presets, registry
+from lip_jax.detection import categories, registry
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names, validation
 from lip_jax.models import description
@@ -88,20 +88,21 @@ class Config(base.Config):
     }
 
   def network(
-    self, shapes: Mapping[str, tuple[int, ...]], where: str, dtype: Dtype
+    self,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    dtype: Dtype,
+    workdir: epath.Path,
   ) -> tuple[nnx.Module, int]:
-    classes = registry.count_classes(self.model, shapes, where)
+    names = class_names.read(workdir)
+    named = len(names) if isinstance(names, list) else None
+    classes = registry.count_classes(self.model, shapes, where, named)
     return description.build(self.model, classes, where, dtype, registry.abstract_detector), classes
 
   def known(self, workdir: epath.Path, num_classes: int) -> dict[str, Any]:
     names = class_names.read(workdir)
     where = str(workdir / class_names.FILE)
-    # In preset torchvision 91 classes have as many outputs as COCO's 80.
-    preset = presets.find(self.model.get("preset", "mmdet1"))
-    if num_classes == 80 and isinstance(names, list) and len(names) == preset.outputs(80):
-      num_classes = len(names)
     return {
-      "num_classes": num_classes,
       "class_names": validation.check_class_names(names, num_classes, where),
       "category_ids": categories.read(workdir, num_classes),
     }

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -28,12 +29,27 @@ from lip_jax.ops import boxes as box_ops
 Targets = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
 
+_SOME = 1000  # anchors of a level
+
 
 class Outputs(NamedTuple):
   """What is predicted for the anchors of each level, in at least float32."""
 
   logits: list[jax.Array]  # [N, A, K]
   deltas: list[jax.Array]  # [N, A, 4]
+
+  def by_term(self, terms: Sequence[str]) -> dict[str, jax.Array]:
+    """Of some anchors, spread over each level, by the names of the two losses."""
+
+    def some(level: jax.Array) -> jax.Array:
+      count = level.shape[1]
+      index = np.linspace(0, count - 1, min(count, _SOME)).astype(np.int32)
+      return jnp.take(level, index, axis=1, mode="clip")
+
+    return {
+      term: jnp.concatenate([some(level) for level in part], axis=1)
+      for term, part in zip(terms, self, strict=True)
+    }
 
 
 class Layout(NamedTuple):
@@ -48,8 +64,15 @@ class GroundTruth(NamedTuple):
 
   boxes: jax.Array  # [N, M, 4], inclusive where the preset is
   labels: jax.Array  # [N, M]
-  valid: jax.Array  # [N, M], False for padding, degenerate boxes and crowds
+  valid: jax.Array  # [N, M], False for padding, degenerate boxes, labels of no class, and crowds
   crowd: jax.Array  # [N, M], crowds that are not degenerate
+
+
+class ImageLosses(NamedTuple):
+  """Of each image by itself, by the names of the losses."""
+
+  sums: Sums  # [N]
+  counts: Sums  # [N], what the sums are divided by, once both are added up over images
 
 
 class Detector(nnx.Module):
@@ -60,6 +83,8 @@ class Detector(nnx.Module):
     kind: of the anchors and of their matching.
     terms: names of the losses, whose sum is trained.
     num_labels: one more than the largest label.
+    loss_group: so many consecutive images of a batch are divided together, and the quotients
+      averaged; None: all are.
 
   Args:
     backbone: without a classifier.
@@ -79,6 +104,7 @@ class Detector(nnx.Module):
   stages: ClassVar[tuple[str, ...]]
   kind: ClassVar[str]
   terms: ClassVar[tuple[str, ...]]
+  loss_group: int | None
 
   def __init__(
     self,
@@ -106,8 +132,11 @@ class Detector(nnx.Module):
     self.dtype = layers.param_dtype(dtype)
 
   @staticmethod
-  def count_classes(shapes: Mapping[str, tuple[int, ...]], preset: Preset) -> int:
-    """What `num_classes` was, by the shapes of the weights; less than 1 where some are missing."""
+  def count_classes(shapes: Mapping[str, tuple[int, ...]], preset: Preset) -> list[int]:
+    """What `num_classes` can have been, by the shapes of the weights: COCO's first, if it can.
+
+    Less than 1 where weights are missing.
+    """
     raise NotImplementedError
 
   def losses(
@@ -120,7 +149,7 @@ class Detector(nnx.Module):
   ) -> Sums:
     """Scalars by name, see `terms`, whose sum is trained.
 
-    Boxes that are degenerate, not valid, or crowds are not learned.
+    Boxes that are degenerate, of a label that is no class, not valid, or crowds are not learned.
 
     Args:
       images: [N, H, W, 3], normalized, zero beyond each image's size.
@@ -135,21 +164,44 @@ class Detector(nnx.Module):
     """
     if not images.shape[0]:
       raise UsageError("losses of a batch of no images; give at least one image")
-    sums, weights = self.loss_sums(images, sizes, targets, priorities, key)
-    return {name: sums[name] / jnp.maximum(weights[name], 1) for name in sums}
+    found = self.image_losses(images, sizes, targets, priorities, key)
+    return self.mean_losses(found)
 
-  def loss_sums(
+  def mean_losses(self, losses: ImageLosses) -> Sums:
+    """`losses` of a whole batch, given those of its images."""
+    count = len(next(iter(losses.counts.values())))
+    rows = jnp.arange(count, dtype=jnp.int32)
+    sums, counts = self.group_losses(losses, rows, count)
+    return {name: (sums[name] / jnp.maximum(counts[name], 1)).mean() for name in sums}
+
+  def group_losses(self, losses: ImageLosses, rows: jax.Array, count: int) -> tuple[Sums, Sums]:
+    """(sums, counts) of each group of a batch, whose quotients are to be averaged.
+
+    What the parts of a batch give can be added up: images of a group may be in several.
+
+    Args:
+      losses: of some images.
+      rows: [N], their places in the batch.
+      count: images of the batch.
+    """
+    size = self.loss_group or count
+    groups = jnp.arange(-(-count // size), dtype=jnp.int32)
+    inside = groups[:, None] == (rows // size)[None, :]
+
+    def add_up(values: jax.Array) -> jax.Array:
+      return jnp.where(inside, values[None, :], 0).sum(axis=1)
+
+    return jax.tree.map(add_up, losses.sums), jax.tree.map(add_up, losses.counts)
+
+  def image_losses(
     self,
     images: jax.Array,
     sizes: jax.Array,
     targets: Targets,
     priorities: Mapping[str, jax.Array] | None = None,
     key: jax.Array | None = None,
-  ) -> tuple[Sums, Sums]:
-    """`losses` as sums, and what they are divided by: both can be added up over parts of a batch.
-
-    A part has whole groups of as many images as the preset divides together.
-    """
+  ) -> ImageLosses:
+    """What `losses` are computed of; no image changes another's."""
     raise NotImplementedError
 
   def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
@@ -158,6 +210,14 @@ class Detector(nnx.Module):
     Args:
       images: [N, H, W, 3], normalized, zero beyond each image's size.
       sizes: [N, 2], height and width of each image, in which the boxes lie.
+    """
+    raise NotImplementedError
+
+  def predictions(self, images: jax.Array, sizes: jax.Array) -> Sums:
+    """What `detect` chooses from, by `terms`: [N, ...] each; arguments as of `detect`.
+
+    Of some anchors, spread over all levels; of a second stage for regions that lie the same in all
+    images, wherever the first one looks.
     """
     raise NotImplementedError
 
@@ -235,10 +295,12 @@ class Detector(nnx.Module):
     boxes = jnp.asarray(targets["boxes"], self.dtype)
     pixels = jnp.asarray([0, 0, self.preset.pixel, self.preset.pixel], boxes.dtype)
     boxes = boxes - pixels[None, None, :]
-    width, height = box_ops.sizes(boxes, inclusive=self.preset.inclusive)
-    usable = jnp.asarray(targets["valid"], bool) & (width > 0) & (height > 0)
-    crowd = jnp.asarray(targets["crowd"], bool)
-    found = GroundTruth(boxes, jnp.asarray(targets["labels"]), usable & ~crowd, usable & crowd)
+    sides = jnp.stack(box_ops.sizes(boxes, inclusive=self.preset.inclusive), axis=-1)
+    usable = jnp.asarray(targets["valid"], bool)
+    usable &= ((sides > 0) & jnp.isfinite(sides)).all(axis=-1)
+    labels, crowd = jnp.asarray(targets["labels"]), jnp.asarray(targets["crowd"], bool)
+    usable &= (labels >= 0) & (labels < self.num_labels)
+    found = GroundTruth(boxes, labels, usable & ~crowd, usable & crowd)
     if boxes.shape[1]:
       return found
     return jax.tree.map(lambda x: jnp.zeros((len(x), 1, *x.shape[2:]), x.dtype), found)
@@ -257,28 +319,6 @@ class Detector(nnx.Module):
     if not self.ignore_crowd:
       return jnp.ones(len(boxes), bool)
     return ~in_crowd(boxes, truth.boxes, truth.crowd, inclusive=self.preset.inclusive)
-
-
-def divide(losses: Sums, counts: jax.Array, group: int | None) -> tuple[Sums, Sums]:
-  """(sums, weights) of the losses of images, as `Detector.loss_sums` gives them.
-
-  Args:
-    losses: [N] each.
-    counts: [N], what the losses are divided by.
-    group: so many consecutive images are divided together, and the quotients averaged; None: all
-      images of the batch are.
-  """
-  if group is None:
-    return {name: loss.sum() for name, loss in losses.items()}, dict.fromkeys(losses, counts.sum())
-  group = min(group, len(counts))
-  pad = -len(counts) % group
-
-  def grouped(values: jax.Array) -> jax.Array:
-    return jnp.pad(values, (0, pad)).reshape(-1, group).sum(axis=1)
-
-  counts = jnp.maximum(grouped(counts), 1)
-  sums = {name: (grouped(loss) / counts).sum() for name, loss in losses.items()}
-  return sums, dict.fromkeys(losses, jnp.asarray(len(counts), counts.dtype))
 
 
 def _pad(images: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jax import lax
@@ -17,14 +18,15 @@ from lip_jax.detection.box_head import BoxHead
 from lip_jax.detection.detector import (
   Detector,
   GroundTruth,
+  ImageLosses,
   Layout,
   Outputs,
   Sums,
   Targets,
-  divide,
 )
 from lip_jax.detection.matching import UNUSED, match_proposals
 from lip_jax.detection.postprocess import Detections
+from lip_jax.detection.presets import Preset
 from lip_jax.detection.proposals import ProposalHead, Proposals
 from lip_jax.detection.sampling import Sample, sample
 from lip_jax.models import layers
@@ -37,14 +39,14 @@ from lip_jax.ops.roi_align import multilevel_roi_align, roi_levels
 _POOLED_LEVELS = 4  # of the pyramid, P2 to P5: regions have none of P6
 _FINEST = 4  # stride of P2 for which the levels of regions are defined
 _RPN_BETA = 1 / 9  # of its smooth L1 loss
+_NUM_PROBES = 50
 _POSITIVE_ANCHORS, _POSITIVE_REGIONS = 0.5, 0.25  # of a sample, at most
 
 
 class Training(NamedTuple):
-  """The losses of a batch, and what they are losses of."""
+  """The losses of each image, and what they are losses of."""
 
-  sums: Sums
-  weights: Sums
+  losses: ImageLosses
   anchors: Sample  # indices into all anchors, [N, 256]
   proposals: Proposals
   candidates: Sample  # indices into ground truth and proposals, [N, 512]: see `match_proposals`
@@ -94,6 +96,7 @@ class FasterRCNN(Detector):
   ):
     super().__init__(backbone, num_classes, dtype=dtype, rngs=rngs, **options)
     self.num_proposals = 2000 if num_proposals is None else num_proposals
+    self.loss_group = self.preset.faster_rcnn.loss_group
     self.detection_proposals = num_proposals or self.preset.faster_rcnn.proposals
     self.anchor_samples, self.region_samples = anchor_samples, region_samples
     layers.check_sizes(
@@ -103,21 +106,18 @@ class FasterRCNN(Detector):
       region_samples=region_samples,
     )
     channels = self.fpn.channels
-    # Output 0 is the background. No label is 0 where they are COCO's ids; else all are one less.
-    self.first_output = int(self.num_labels == num_classes)
-    outputs = self.num_labels + self.first_output
+    outputs = _outputs(num_classes, self.preset)
+    self.first_output = outputs - self.num_labels
     self.rpn = ProposalHead(channels, self.anchors.per_cell, dtype=dtype, rngs=rngs)
     self.box_head = BoxHead(channels, fc_features, outputs, dtype=dtype, rngs=rngs)
 
   @staticmethod
   def count_classes(shapes, preset):
     outputs = (shapes.get("box_head.class_logits.bias") or (0,))[-1]
-    by_id = preset.outputs(80) != 80 and outputs == preset.outputs(80)
-    return 80 if by_id else outputs - 1
+    return [80, outputs - 1] if outputs == _outputs(80, preset) else [outputs - 1]
 
-  def loss_sums(self, images, sizes, targets, priorities=None, key=None):
-    found = self.training(images, sizes, targets, priorities, key)
-    return found.sums, found.weights
+  def image_losses(self, images, sizes, targets, priorities=None, key=None):
+    return self.training(images, sizes, targets, priorities, key).losses
 
   def training(
     self,
@@ -127,7 +127,7 @@ class FasterRCNN(Detector):
     priorities: Mapping[str, jax.Array] | None = None,
     key: jax.Array | None = None,
   ) -> Training:
-    """`loss_sums`, and what was sampled for them; arguments as of `losses`."""
+    """`image_losses`, and what was sampled for them; arguments as of `losses`."""
     masked = self.mask_losses
     features = self.features(images, sizes, masked=masked)
     outputs = self._predict(self.rpn, features, images, sizes, masked)
@@ -142,16 +142,16 @@ class FasterRCNN(Detector):
     sampled = jax.vmap(draw)(matches, priorities["rpn"])
     logits, deltas = (jnp.concatenate(part, axis=1) for part in (outputs.logits, outputs.deltas))
     of_anchors = functools.partial(self._anchor_losses, anchors)
-    losses = jax.vmap(of_anchors)(logits[..., 0], deltas, matches, truth, sampled)
-    sums, weights = self._divide(losses, sampled, self.preset.faster_rcnn.least_count)
+    sums = jax.vmap(of_anchors)(logits[..., 0], deltas, matches, truth, sampled)
+    counts = dict.fromkeys(sums, self._count(sampled, self.preset.faster_rcnn.least_count))
 
     proposed = self._propose(outputs, layout, sizes, self.num_proposals, masked)
     drawn = [priorities[name] for name in ("proposal", "gt")]
     regions = jax.vmap(self._regions)(proposed, truth, *drawn)
     predicted = self._classify(features, regions.boxes, self._extents(sizes, layout, masked))
-    losses = jax.vmap(self._region_losses)(*predicted, regions, truth)
-    more = self._divide(losses, regions.sample, 0)
-    return Training(sums | more[0], weights | more[1], sampled, proposed, regions.sample)
+    more = jax.vmap(self._region_losses)(*predicted, regions, truth)
+    losses = ImageLosses(sums | more, counts | dict.fromkeys(more, self._count(regions.sample, 0)))
+    return Training(losses, sampled, proposed, regions.sample)
 
   def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
     features, proposed = self._first_stage(images, sizes)
@@ -168,6 +168,20 @@ class FasterRCNN(Detector):
       return postprocess.region_detections(scores, boxes, labels, proposed.valid, self.preset)
 
     return jax.vmap(of_image)(logits, deltas, proposed, jnp.asarray(sizes))
+
+  def predictions(self, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+    masked = self.mask_detection
+    features = self.features(images, sizes, masked=masked)
+    outputs = self._predict(self.rpn, features, images, sizes, masked)
+    last = (jnp.asarray(sizes)[:, [1, 0, 1, 0]] - 1).astype(self.dtype)
+    regions = jnp.asarray(_probes(), self.dtype)[None] * last[:, None]
+    extents = self._extents(sizes, self._layout(images), masked)
+    logits, deltas = self._classify(features, regions, extents)
+    deltas = deltas.reshape(*logits.shape[:2], 4 * logits.shape[2])
+    return {
+      **outputs.by_term(self.terms[:2]),
+      **dict(zip(self.terms[2:], (logits, deltas), strict=True)),
+    }
 
   def proposals(self, images: jax.Array, sizes: jax.Array) -> Proposals:
     """What `detect` classifies: at most 2,000 regions of each image, 1,000 with some presets."""
@@ -290,11 +304,22 @@ class FasterRCNN(Detector):
 
     return jax.vmap(of_image)(jnp.asarray(targets.get("image_id", jnp.arange(count))))
 
-  def _divide(self, losses: Sums, sampled: Sample, least: int) -> tuple[Sums, Sums]:
-    """`divide` by the samples, of either kind at least `least` in each image."""
+  def _count(self, sampled: Sample, least: int) -> jax.Array:
+    """Samples of each image, of either kind at least `least`: [N]."""
     positive, others = (
       jnp.maximum(kind.sum(axis=1), least)
       for kind in (sampled.positive, sampled.valid & ~sampled.positive)
     )
-    counts = (positive + others).astype(self.dtype)
-    return divide(losses, counts, self.preset.faster_rcnn.loss_group)
+    return (positive + others).astype(self.dtype)
+
+
+def _probes() -> np.ndarray:
+  """Regions [R, 4] of all kinds of sizes, in parts of an image's width and height."""
+  corners = np.random.default_rng(0).uniform(size=(_NUM_PROBES, 2, 2))
+  return np.sort(corners, axis=1).reshape(-1, 4)
+
+
+def _outputs(num_classes: int, preset: Preset) -> int:
+  """Those of the second stage: number 0 is the background, which no label has that is an id."""
+  labels = preset.outputs(num_classes)
+  return labels + (labels == num_classes)

@@ -125,16 +125,24 @@ def class_arrays(model: Mapping[str, Any]) -> set[str]:
 
 
 def count_classes(
-  model: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+  model: Mapping[str, Any],
+  shapes: Mapping[str, tuple[int, ...]],
+  where: str,
+  named: int | None = None,
 ) -> int:
   """Number of classes of the detector of a description, by the shapes of its weights.
 
-  In preset torchvision a Faster R-CNN of 90 other classes has the shapes of one of COCO's 80, and
-  counts as that.
+  In preset torchvision a Faster R-CNN of 90 other classes, or a RetinaNet of 91, has the shapes of
+  one of COCO's 80.
+
+  Args:
+    named: of how many classes the names are known. That decides where the shapes allow several
+      numbers; without it the network counts as COCO's.
 
   Raises:
     UsageError: it has no such weights.
   """
   preset = presets.find(str(model.get("preset", "mmdet1")))
   detector = detector_class(str(model.get("name")))
-  return check_num_classes(detector.count_classes(shapes, preset), where)
+  counts = detector.count_classes(shapes, preset)
+  return check_num_classes(named if named in counts else counts[0], where)

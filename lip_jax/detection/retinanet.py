@@ -11,7 +11,7 @@ from flax.typing import Dtype
 
 from lip_jax.detection import postprocess
 from lip_jax.detection.anchors import ANCHORS
-from lip_jax.detection.detector import Detector, GroundTruth, Outputs, divide
+from lip_jax.detection.detector import Detector, GroundTruth, ImageLosses, Outputs
 from lip_jax.detection.fpn import CoarserLevels
 from lip_jax.detection.matching import BACKGROUND
 from lip_jax.detection.postprocess import Detections
@@ -107,6 +107,7 @@ class RetinaNet(Detector):
     if head_convs > _MOST_CONVS:
       raise UsageError(f"head_convs must be at most {_MOST_CONVS}, got {head_convs}")
     rules, channels = self.preset.retinanet, self.fpn.channels
+    self.loss_group = rules.loss_group
     self.coarser = CoarserLevels(
       self.stage_channels[-1] if rules.p6_from == "c5" else channels,
       self.fpn.strides[-1],
@@ -123,9 +124,9 @@ class RetinaNet(Detector):
   def count_classes(shapes, preset):
     bias = shapes.get("head.class_logits.bias") or (0,)
     outputs = bias[0] // ANCHORS["retinanet", preset.name].per_cell
-    return 80 if outputs == preset.outputs(80) else outputs
+    return [80, outputs] if outputs == preset.outputs(80) else [outputs]
 
-  def loss_sums(self, images, sizes, targets, priorities=None, key=None):
+  def image_losses(self, images, sizes, targets, priorities=None, key=None):
     del priorities, key
     outputs = self.outputs(images, sizes, masked=self.mask_losses)
     logits, deltas = (jnp.concatenate(part, axis=1) for part in (outputs.logits, outputs.deltas))
@@ -136,7 +137,7 @@ class RetinaNet(Detector):
     of_image = functools.partial(self._image_losses, anchors)
     per_image = jax.vmap(of_image)(logits, deltas, matches, truth)
     positives = jnp.maximum((matches >= 0).sum(axis=1), 1).astype(logits.dtype)
-    return divide(per_image, positives, self.preset.retinanet.loss_group)
+    return ImageLosses(per_image, dict.fromkeys(per_image, positives))
 
   def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
     outputs = self.outputs(images, sizes, masked=self.mask_detection)
@@ -148,6 +149,10 @@ class RetinaNet(Detector):
       lambda size: self.anchors.usable(size, *layout),
       sizes,
     )
+
+  def predictions(self, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+    outputs = self.outputs(images, sizes, masked=self.mask_detection)
+    return outputs.by_term(self.terms)
 
   def outputs(self, images: jax.Array, sizes: jax.Array, *, masked: bool = False) -> Outputs:
     """What the head predicts for each level; masked: as if each image were alone."""

@@ -16,7 +16,7 @@ from lip_jax.detection.config import Data
 from lip_jax.detection.inputs import normalize
 from lip_jax.errors import UsageError
 from lip_jax.export import inference, validation
-from lip_jax.export.inference import InferenceFunction
+from lip_jax.export.inference import Arrays, Compared, InferenceFunction
 from lip_jax.export.networks import Networks
 from lip_jax.models import description, torch_names
 from lip_jax.ops import boxes as box_ops
@@ -24,7 +24,8 @@ from lip_jax.ops import boxes as box_ops
 OUTPUTS = ("boxes", "scores", "labels", "valid")
 
 _TOLERANCE = 1e-2  # pixels; in half precision nothing of the kind holds
-_MARGIN = 1e-3  # of scores: within, another order of sums may decide what is found
+_MARGIN = 1e-3  # of scores and overlaps: within, another order of sums may decide what is found
+_ENOUGH = 10  # detections in all examples, to tell whether two networks are the same
 
 
 def _build(model: Mapping[str, Any], num_classes: int, where: str, dtype: Dtype) -> nnx.Module:
@@ -69,8 +70,15 @@ def prepare(
   ids = config.get("category_ids") or list(range(1, num_classes + 1))
   classes = categories.classes(ids, preset, preset.outputs(num_classes))
 
+  def normalized(images: jax.Array, sizes: jax.Array) -> jax.Array:
+    return normalize(images, sizes, prepared["mean"], prepared["std"])
+
+  def inside(images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
+    found = network.predictions(normalized(images, sizes), sizes)
+    return tuple(found[name] for name in network.terms)
+
   def function(images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
-    found = network.detect(normalize(images, sizes, prepared["mean"], prepared["std"]), sizes)
+    found = network.detect(normalized(images, sizes), sizes)
     labels = jnp.asarray(classes)[found.labels]
     return found.boxes, found.scores, labels, found.valid & (labels >= 0)
 
@@ -83,8 +91,15 @@ def prepare(
     "outputs": list(OUTPUTS),
   }
   described["input"] |= {"sizes": {"dtype": "int32", "shape": ["batch", 2]}}
+  takes = shape, (jax.ShapeDtypeStruct((2,), np.int32),), _examples
   return InferenceFunction(
-    function, described, shape, (jax.ShapeDtypeStruct((2,), np.int32),), _examples, _compare
+    function,
+    described,
+    *takes,
+    _compare,
+    InferenceFunction(
+      inside, {**described, "outputs": list(network.terms)}, *takes, _compare_predictions
+    ),
   )
 
 
@@ -100,39 +115,51 @@ def _examples(images: np.ndarray) -> tuple[np.ndarray, ...]:
   return images, np.asarray(sizes, np.int32)
 
 
-def _compare(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...], dtype: str) -> Any:
-  """The largest difference of boxes in pixels, of detections that have the same labels.
+def _compare(found: Arrays, expected: Arrays, dtype: str) -> Compared | None:
+  """The largest difference of boxes in pixels, of detections with the same labels and scores.
 
-  What is found near the threshold, or near the last score of an image that is full, may differ.
+  None if fewer than `_ENOUGH` can be compared: where nothing is found, or all scores are the same.
   """
   del dtype
-  worst = 0.0
-  for one, other in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
-    for ours, theirs in ((one, other), (other, one)):
-      worst = max(worst, _missing(ours, theirs))
+  distances = [
+    _distances(ours, theirs)
+    for one, other in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True)
+    for ours, theirs in ((one, other), (other, one))
+  ]
+  together = np.concatenate(distances)
+  worst = float(together.max(initial=0))
+  if worst <= _TOLERANCE and len(together) < 2 * _ENOUGH:
+    return None
   return worst, _TOLERANCE, "px"
 
 
-def _missing(ours: Any, theirs: Any) -> float:
-  """How far the boxes of ours that are surely found are from those of theirs; inf: not there.
+def _compare_predictions(found: Arrays, expected: Arrays, dtype: str) -> Compared:
+  difference, tolerance, _ = inference.compare_logits(found, expected, dtype)
+  return difference, tolerance, "of the largest number that detections are chosen by"
 
-  Of equal scores rounding decides which box suppresses the other. A box that one of theirs may have
-  suppressed is left out, if most are there.
+
+def _distances(ours: Any, theirs: Any) -> np.ndarray:
+  """How far boxes of ours are from those of theirs, if these must have them; inf: they have not.
+
+  They need not have what is near the threshold, or near their last score if they are full. Nor, as
+  of equal scores rounding decides which box suppresses the other, a few that others of theirs may
+  have suppressed, which ours do not have.
   """
   (boxes, scores, labels, valid), (others, their_scores, their_labels, their_valid) = ours, theirs
-  last = (
-    one[there].min() for one, there in ((scores, valid), (their_scores, their_valid)) if there.all()
-  )
-  sure = valid & (scores > max(postprocess.SCORE_THRESHOLD, *last, 0) + _MARGIN)
-  same = their_valid[None, :] & (labels[:, None] == their_labels[None, :])
+  last = their_scores[their_valid].min() if their_valid.all() else 0
+  sure = valid & (scores > max(postprocess.SCORE_THRESHOLD, last) + _MARGIN)
+  same = valid[:, None] & their_valid[None, :] & (labels[:, None] == their_labels[None, :])
+  alike = same & (np.abs(scores[:, None] - their_scores[None, :]) <= _MARGIN)
   apart = np.abs(boxes[:, None] - others[None, :]).max(axis=2)
-  distances = np.where(same, apart, np.inf).min(axis=1)
-  better = same & (their_scores[None, :] > scores[:, None] - _MARGIN)
-  overlaps = np.asarray(box_ops.iou(boxes, others)) > postprocess.NMS_THRESHOLD - _MARGIN
-  suppressed = sure & (distances > _TOLERANCE) & (better & overlaps).any(axis=1)
-  if 2 * suppressed.sum() < sure.sum():
-    sure &= ~suppressed
-  return float(distances[sure].max(initial=0))
+  distances = np.where(alike, apart, np.inf)
+  overlaps = np.asarray(box_ops.iou(boxes, others)) - postprocess.NMS_THRESHOLD
+  only_theirs = distances.min(axis=0)[None, :] > _TOLERANCE
+  may_suppress = (only_theirs & (overlaps > -_MARGIN)) | (np.abs(overlaps) <= _MARGIN)
+  may_suppress &= same & (their_scores[None, :] > scores[:, None] - _MARGIN)
+  nearest = distances.min(axis=1)
+  suppressed = sure & (nearest > _TOLERANCE) & may_suppress.any(axis=1)
+  few = 2 * suppressed.sum() < sure.sum()
+  return nearest[sure & ~suppressed] if few else nearest[sure]
 
 
 def _count_classes(model: Mapping[str, Any], state_dict: Mapping[str, Any], where: str) -> int:

@@ -139,13 +139,14 @@ class Detection(Task):
     return super().batch_norm_group if self.config.model.get("bn_frozen") is False else 0
 
   def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-    """Normalized images, and the numbers of outputs in place of the data set's labels."""
+    """Normalized images, the numbers of outputs in place of the data set's labels, and places."""
     data = self.config.data
     outputs = jnp.asarray(self._outputs)
     return {
       **batch,
       "image": normalize(batch["image"], batch["size"], data.mean, data.std),
       "labels": outputs[batch["labels"]],
+      "row": jnp.arange(len(batch["labels"]), dtype=jnp.int32),
     }
 
   @functools.cached_property
@@ -156,7 +157,8 @@ class Detection(Task):
 
   def loss(self, model: Any, batch: Batch, key: jax.Array) -> tuple[Scalars, Scalars]:
     targets = {name: batch[name] for name in ("boxes", "labels", "valid", "crowd", "image_id")}
-    return model.loss_sums(batch["image"], batch["size"], targets, key=key)
+    found = model.image_losses(batch["image"], batch["size"], targets, key=key)
+    return model.group_losses(found, batch["row"], self.config.global_batch_size)
 
   def trainable(self, path: tuple[str, ...]) -> bool:
     stages = network_class(self.config.model["backbone"]).stages

@@ -1,8 +1,9 @@
 """Networks from wherever they are kept, ready to evaluate: `lip_jax.load`."""
 
+import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ _NETWORK = ("model", "num_classes", "preprocess", "class_names")  # of what `loa
 
 if TYPE_CHECKING:
   from lip_jax.training.checkpoint.checkpoints import Checkpoints
-  from lip_jax.training.config import Config
 
 
 def load(
@@ -134,22 +134,23 @@ def _load_run(
       f"{run} is a training run, which needs what training does ({error}); install "
       "lip-jax[train], or export the run where it was trained and load that folder"
     ) from error
-  config = config_lib.load(run)
+  config, workdir = config_lib.load(run), absolute(run)
   if isinstance(run, Path):
     validation.check_links(run / "checkpoints")
   with Checkpoints(run, read_only=True) as checkpoints:
     best = "latest" if checkpoints.best_step is None else "best"
     number = checkpoints.resolve(step or best)
     metrics = checkpoints.metrics(number)
-    model, classes = _read_checkpoint(
-      checkpoints, number, config, jnp.dtype(config.dtype if dtype is None else dtype)
+    network = functools.partial(
+      config.network, dtype=jnp.dtype(config.dtype if dtype is None else dtype), workdir=workdir
     )
+    model, classes = _read_checkpoint(checkpoints, number, config.model["name"], network)
   data = config.data
   values: dict[str, Any] = {
     "model": dict(config.model),
     "num_classes": classes,
     "preprocess": config.preprocess(),
-    **config.known(absolute(run), classes),
+    **config.known(workdir, classes),
   }
   if metrics:
     values["evaluation"] = {**metrics, "data": f"{data.dataset} {data.validation_split}"}
@@ -159,9 +160,17 @@ def _load_run(
 
 
 def _read_checkpoint(
-  checkpoints: "Checkpoints", step: int, config: "Config", dtype: Dtype
+  checkpoints: "Checkpoints",
+  step: int,
+  name: str,
+  network: Callable[..., tuple[nnx.Module, int]],
 ) -> tuple[nnx.Module, int]:
-  """The network of a checkpoint in evaluation mode, and its number of classes."""
+  """The network of a checkpoint in evaluation mode, and its number of classes.
+
+  Args:
+    name: of the network.
+    network: makes it of shapes and of where they are kept, as `Config.network`.
+  """
   from lip_jax.training import train_state
 
   where = checkpoints.path(step)
@@ -175,12 +184,12 @@ def _read_checkpoint(
   # Statistics have an axis of batch-norm groups in front.
   found |= {name: (array.shape[1:], array.dtype.name) for name, array in batch_stats.items()}
   shapes = {name: shape for name, (shape, _) in found.items()}
-  model, classes = config.network(shapes, str(where), dtype)
+  model, classes = network(shapes, str(where))
   variables = description.flat_variables(model)
   description.check_weights(
     found,
     variables,
-    f"{where} does not fit {config.model['name']} as the run's config.json describes it",
+    f"{where} does not fit {name} as the run's config.json describes it",
   )
   params, batch_stats = checkpoints.restore_weights(step)
   for tree in (params, train_state.averaged(batch_stats)):

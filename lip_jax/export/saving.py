@@ -115,12 +115,21 @@ def _write_file(out: Path, form: str, network: inference.InferenceFunction) -> E
     ) from error
   with destination.replacing(out) as temporary:
     temporary.write_bytes(content)
-    call, written = load(temporary)
-    difference, tolerance, unit = inference.check(call, network)
-  images = "normalized float32" if written["input"]["normalized"] else "uint8 RGB"
+
+    def written(function: inference.InferenceFunction) -> Any:
+      if function is network:
+        return load(temporary)[0]
+      with jax.default_device(inference.checking_device()):
+        inside = to_bytes(function)[0]
+      beside = temporary.with_name(f"inside.{form}")
+      beside.write_bytes(inside)
+      return load(beside)[0]
+
+    compared = inference.check(written, network)
+  images = "normalized float32" if network.config["input"]["normalized"] else "uint8 RGB"
   takes = f"{images} images [N, {', '.join(map(str, network.shape))}]"
   takes += " and their sizes [N, 2]" if network.more else ""
-  return ExportReport(out, len(content), difference, tolerance, unit, runtime, takes)
+  return ExportReport(out, len(content), *compared, runtime, takes)
 
 
 def _write_folder(
@@ -154,11 +163,11 @@ def _write_folder(
     # Any size shows whether the weights are the same, where none is known.
     size = image_size if found.get("preprocess") else 64
     ours, theirs = (kind.prepare(network, found, size) for network in (model, written))
-    difference, tolerance, unit = inference.check(jax.jit(theirs.function), ours)
+    compared = inference.check(
+      lambda function: jax.jit((theirs if function is ours else theirs.inside).function), ours
+    )
     size = sum(file.stat().st_size for file in temporary.iterdir())
-  return ExportReport(
-    out, size, difference, tolerance, unit, f"jax {jax.__version__}", "what lip_jax.load takes"
-  )
+  return ExportReport(out, size, *compared, f"jax {jax.__version__}", "what lip_jax.load takes")
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

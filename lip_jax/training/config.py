@@ -149,13 +149,18 @@ class Config:
     return None
 
   def network(
-    self, shapes: Mapping[str, tuple[int, ...]], where: str, dtype: Dtype
+    self,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    dtype: Dtype,
+    workdir: epath.Path,
   ) -> tuple[nnx.Module, int]:
     """The run's network with shapes in place of arrays, and how many classes it has.
 
     Args:
       shapes: of its weights and statistics, by their paths in the network.
       where: they are kept, for errors.
+      workdir: of the run.
 
     Raises:
       UsageError: no network is described, or the task's cannot be loaded.

@@ -110,7 +110,7 @@ class Task(abc.ABC):
   def loss(self, model: Any, batch: Any, key: jax.Array) -> tuple[Scalars, Scalars]:
     """(sums, weights) of some examples, by name: the step adds both up over all devices, then
     divides, once. So a loss per positive is right wherever the positives are; without any it is 0.
-    The key is the same for all devices and parts of a step.
+    Of arrays the quotients are averaged. The key is the same for all devices and parts of a step.
 
     Args:
       batch: some rows of what `prepare` gives.

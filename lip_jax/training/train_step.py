@@ -218,7 +218,7 @@ def _gradients(
     if totals is None:
       totals = _nonzero(jax.lax.psum(jax.lax.stop_gradient(weights), sharding.AXES))
     # Of the size of the whole batch's, as are the gradients, on any number of devices and parts.
-    loss = sum(sums[name] * (shares / totals[name]) for name in task.trained)
+    loss = sum((sums[name] * (shares / totals[name])).mean() for name in task.trained)
     return loss, ((sums, totals), train_state.split(model)[1])
 
   def whole(param: jax.Array, axis: int) -> jax.Array:
@@ -246,7 +246,8 @@ def _gradients(
     total = jax.lax.psum(total, sharding.AXES if axis < 0 else ("data", "group"))
     return total.astype(value.dtype) / shares
 
-  means = {name: value / totals[name] for name, value in jax.lax.psum(sums, sharding.AXES).items()}
+  sums = jax.lax.psum(sums, sharding.AXES)
+  means = {name: (value / totals[name]).mean() for name, value in sums.items()}
   return (
     jax.tree.map(add_up, grads, axes),
     batch_stats,

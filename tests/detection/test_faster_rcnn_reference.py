@@ -42,8 +42,9 @@ LOSSES = {
 @functools.partial(jax.jit, static_argnums=0)
 def train(graph, params, others, images, sizes, gts, drawn):
   def total(params):
-    found = nnx.merge(graph, params, others, copy=True).training(images, sizes, gts, drawn)
-    losses = {name: found.sums[name] / found.weights[name] for name in found.sums}
+    model = nnx.merge(graph, params, others, copy=True)
+    found = model.training(images, sizes, gts, drawn)
+    losses = model.mean_losses(found.losses)
     return sum(losses.values()), (losses, found.anchors, found.proposals, found.candidates)
 
   gradients, found = jax.grad(total, has_aux=True)(params)

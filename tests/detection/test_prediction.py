@@ -14,12 +14,12 @@ from PIL import Image
 
 import lip_jax
 from lip_jax import cli, visualize
-from lip_jax.data import coco_categories
-from lip_jax.detection import prediction
+from lip_jax.detection import categories, prediction
 from lip_jax.detection.inputs import normalize
 from lip_jax.detection.task import Detection
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
+from lip_jax.export import folders
 from lip_jax.models.description import flat_variables
 from lip_jax.models.layers import BATCH_NORM
 from lip_jax.training import config as config_lib
@@ -97,15 +97,25 @@ def test_a_run_that_lost_its_names_is_loaded(place, tmp_path):
   assert (config["class_names"], config["category_ids"]) == (None, None)
 
 
-@pytest.mark.parametrize("count", [80, 91])
-def test_own_classes_as_many_as_coco_has_or_its_outputs(place, tmp_path, count):
+@pytest.mark.parametrize(
+  ("name", "count"),
+  [("retinanet", 80), ("retinanet", 91), ("faster_rcnn", 80), ("faster_rcnn", 90)],
+)
+def test_own_classes_as_many_as_coco_has_or_its_outputs(place, tmp_path, name, count):
+  """Of a run, and of the folder that it is exported to: their classes, not COCO's."""
   names = [f"class {k}" for k in range(count)]
-  ids = range(1, 92) if count == 91 else coco_categories.IDS
+  ids = [100 + k for k in range(count)]
   dataset = f"coco:{place}/all.json@{place}/images"
-  write(tmp_path / "run", dataset, names, [*ids], preset="torchvision")
-  detector, config = lip_jax.load(tmp_path / "run")
-  assert config["num_classes"] == len(config["class_names"]) == len(config["category_ids"]) == count
-  assert detector.head.num_outputs == 91
+  write(tmp_path / "run", dataset, names, ids, name=name, preset="torchvision")
+  of_run = lip_jax.load(tmp_path / "run")
+  folders.save(tmp_path / "folder", *of_run)
+  for detector, config in (of_run, lip_jax.load(tmp_path / "folder")):
+    assert config["num_classes"] == count
+    assert (config["class_names"], config["category_ids"]) == (names, ids)
+    head = detector.head if name == "retinanet" else detector.box_head
+    assert head.class_logits.bias.shape[0] % 91 == 0
+    classes = categories.classes(ids, detector.preset, detector.num_labels)
+    assert [one for one in classes if one >= 0] == list(range(count))
 
 
 def test_what_takes_classifiers_refuses_detectors(place, tmp_path, capsys):

@@ -12,15 +12,17 @@ import jax
 import numpy as np
 import optax
 import pytest
+from fixture_detection import assert_same_detections
 from fixture_detector_runs import MODEL, make_detector, write
 
 import lip_jax
 from lip_jax import cli
+from lip_jax.detection import sharing
 from lip_jax.detection.inputs import normalize
 from lip_jax.detection.task import Detection
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
-from lip_jax.export import folders, stablehlo_onnx
+from lip_jax.export import folders, inference, stablehlo_onnx
 from lip_jax.export.torch_convert import convert_weights
 from lip_jax.models.description import flat_variables
 from lip_jax.training import config as config_lib
@@ -163,22 +165,6 @@ def test_submission_of_images_without_annotations(place, tmp_path, capsys):
   assert "AP50: " in run(capsys, *scored)
 
 
-def assert_same_detections(found, expected):
-  """In any order, as scores may be equal but for rounding."""
-  for ours, theirs in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
-    (boxes, scores, labels), (others, their_scores, their_labels) = (
-      [a[one[3]] for a in one[:3]] for one in (ours, theirs)
-    )
-    distances = np.abs(boxes[:, None] - others).max(axis=2, initial=0)
-    distances += np.where(labels[:, None] == their_labels, 0, np.inf)
-    assert len(boxes) == len(others)
-    if len(boxes):
-      nearest = distances.argmin(axis=1)
-      assert sorted(nearest) == list(range(len(others)))
-      assert distances.min(axis=1).max() < 1e-2
-      np.testing.assert_allclose(scores, their_scores[nearest], atol=1e-4)
-
-
 def see_nothing(detector):
   """Objects nowhere; of two stages the first finds no more than before, the second background."""
   two_stages = hasattr(detector, "box_head")
@@ -199,7 +185,8 @@ def test_files_find_what_the_model_does(nothing, place, tmp_path, capsys):
   path = tmp_path / "detector.stablehlo"
   printed = run(capsys, "export", source, path)
   assert "takes uint8 RGB images [N, 64, 64, 3] and their sizes [N, 2]" in printed
-  assert "px (0.01 is allowed)" in printed
+  said = "detections are chosen by (0.0001 is" if nothing else "px (0.01 is"
+  assert f"{said} allowed)" in printed
   call, config = stablehlo_onnx.load_stablehlo(path)
   assert config["category_ids"] == [7, 200]
   assert config["outputs"] == ["boxes", "scores", "labels", "valid"]
@@ -212,6 +199,50 @@ def test_files_find_what_the_model_does(nothing, place, tmp_path, capsys):
   assert_same_detections(found, expected)
   # Another number of images.
   assert_same_detections(call(images[1:2], sizes[1:2]), [a[1:2] for a in found])
+
+
+def test_the_check_sees_what_differs(place):
+  """Detections that are gone, moved, of another score or label, or that should be suppressed."""
+  network = sharing.prepare(*lip_jax.load(place / "exported"))
+  images, sizes = pictures("retinanet")
+  expected = jax.device_get(jax.jit(network.function)(images, sizes))
+  assert expected[3][0].all()
+  same, tolerance, _ = network.compare(expected, expected, "float32")
+  assert same == 0
+  for name, place_in_image, change in (
+    ("valid", slice(None), lambda valid: False),
+    ("boxes", slice(None), lambda boxes: boxes + 0.1),
+    ("scores", 0, lambda score: score - 0.01),
+    ("labels", 0, lambda label: 1 - label),
+    ("all", -1, None),
+  ):
+    found = [array.copy() for array in expected]
+    if change is None:  # the best once more, almost
+      for array in found:
+        array[0, -1] = array[0, 0]
+      found[0][0, -1] += 0.5
+    else:
+      array = found[network.config["outputs"].index(name)][0]
+      array[place_in_image] = change(array[place_in_image])
+    assert network.compare(tuple(found), expected, "float32")[0] > tolerance, name
+
+
+def test_another_network_is_refused_where_all_scores_are_the_same(place):
+  """Detections tell nothing then; what they are chosen by does."""
+  networks = []
+  for scale in (1, 1.01):
+    detector, config = lip_jax.load(place / "exported")
+    bias, kernel = detector.head.class_logits.bias, detector.fpn.outputs[0].kernel
+    bias.set_value(bias[...] + 1000)
+    kernel.set_value(scale * kernel[...])
+    networks.append(sharing.prepare(detector, config))
+  ours, theirs = networks
+
+  def written(function):
+    return jax.jit((theirs if function is ours else theirs.inside).function)
+
+  with pytest.raises(UsageError, match=r"differs from the model .* detections are chosen by"):
+    inference.check(written, ours)
 
 
 @pytest.mark.parametrize(
