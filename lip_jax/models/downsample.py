@@ -26,8 +26,15 @@ from lip_jax.models.lan import (
   MaxPool,
   SoftPool,
   StridedPool,
+  each_image_alone,
 )
-from lip_jax.models.layers import LayerFactory, check_choice, check_sizes, kaiming_fan_in
+from lip_jax.models.layers import (
+  LayerFactory,
+  call_by_image,
+  check_choice,
+  check_sizes,
+  kaiming_fan_in,
+)
 from lip_jax.models.logit_modules import TOPS, Bottleneck, BottleneckTrunk, Projection
 
 _DETAIL_PRESERVING = tuple(
@@ -220,11 +227,18 @@ class SharedLIPTransition(PoolTransition):
     trunk: what the logit modules of both poolings share.
   """
 
+  by_image = False  # as `LIP.by_image`
+
   def __init__(self, trunk: BottleneckTrunk | None, *layers: Any):
     super().__init__(*layers)
     self.trunk = trunk
 
   def __call__(self, x: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if self.by_image and each_image_alone(x):
+      return call_by_image(self, type(self)._pool, x, h)
+    return self._pool(x, h)
+
+  def _pool(self, x: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     shared = x if self.trunk is None else self.trunk(x)
     return (
       self.residual_conv(self.residual_pool(h, shared)),

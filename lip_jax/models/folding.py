@@ -32,14 +32,16 @@ def fold_batch_norm(model: Model, *, for_cpu: bool = True) -> Model:
   The copy has other parameters than its name says: keep and save the network itself.
 
   Args:
-    for_cpu: on CPUs compute float32's convolutions in forms that are quicker there, up to rounding.
-      False: as everywhere else, for programs that are given away.
+    for_cpu: on CPUs compute float32's convolutions in forms that are quicker there, and LIP few
+      images at a time, up to rounding. False: as everywhere else, for programs that are given away.
   """
   graph, state = nnx.split(model)
   copy = nnx.merge(graph, state, copy=True)
   for _, module in list(nnx.iter_modules(copy)):
     if for_cpu and type(module) is nnx.Conv:
       module.conv_general_dilated = conv_general_dilated
+    if for_cpu and hasattr(module, "by_image"):
+      module.by_image = True
     for name, source in getattr(module, "norm_inputs", {}).items():
       norm = getattr(module, name)
       conv: Any = functools.reduce(getattr, source.split("."), module)

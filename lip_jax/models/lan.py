@@ -39,6 +39,11 @@ def record_logits() -> Iterator[list[tuple["LIP", jax.Array]]]:
     _recorded.reset(token)
 
 
+def each_image_alone(x: jax.Array) -> bool:
+  """Whether x, [N, H, W, C], may be computed image by image: no logits recorded, and no padding."""
+  return _recorded.get() is None and padding.inside(x) is None
+
+
 class LocalPool(nnx.Module):
   """A pooling of the LAN family (equation 1): x [N, H, W, C] -> [N, H', W', C].
 
@@ -249,6 +254,8 @@ class LIP(LocalPool):
       then counts its training steps among the model's batch statistics.
   """
 
+  by_image = False  # True in the copies of `fold_batch_norm`
+
   def __init__(
     self,
     logits: Callable[[jax.Array], jax.Array],
@@ -265,9 +272,12 @@ class LIP(LocalPool):
   def __call__(self, x: jax.Array, source: jax.Array | None = None) -> jax.Array:
     """Pools x, [N, H, W, C]; its importance is predicted from `source` [N, H, W, S], if given."""
     records, mask = _recorded.get(), padding.inside(x)
-    fused = self._fused(x) if records is None and mask is None else None
+    fused = self._fused(x) if each_image_alone(x) else None
     if fused is not None:
-      return fused.pool(x, x if source is None else source, **self._windows)
+      images = (x, x if source is None else source)
+      if self.by_image:
+        return layers.call_by_image(fused, type(fused).pool, *images, **self._windows)
+      return fused.pool(*images, **self._windows)
     logits = self._log_importance(x, source)
     if self.steps is not None and not self.deterministic:
       self.steps[...] = self.steps[...] + 1

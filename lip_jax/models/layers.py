@@ -19,6 +19,7 @@ from jax import lax
 
 from lip_jax.errors import UsageError
 from lip_jax.models import padding
+from lip_jax.ops.by_image import by_image
 from lip_jax.ops.convolution import of_images
 from lip_jax.ops.deform_conv import deform_conv
 from lip_jax.ops.kernels.dispatch import targets
@@ -66,6 +67,19 @@ def apply(module: Callable[..., jax.Array], *inputs: jax.Array, remat: bool) -> 
   if not remat:
     return module(*inputs)
   return nnx.remat(lambda module, *inputs: module(*inputs))(module, *inputs)
+
+
+def call_by_image(
+  module: nnx.Module, method: Callable[..., Any], *images: jax.Array, **options: Any
+) -> Any:
+  """`method(module, *images, **options)` by `lip_jax.ops.by_image`; for evaluation."""
+  graph, state = nnx.split(module)
+
+  def function(*args):
+    *images, state = args
+    return method(nnx.merge(graph, state), *images, **options)
+
+  return by_image(function, images, state)
 
 
 class BatchNorm(nnx.Module):

@@ -72,7 +72,8 @@ class Projection(nnx.Module):
     """`lip_pool` of x by the logits of `source`, which are never in memory as a whole.
 
     A 1x1 convolution is computed again for the gradient rather than kept: 3 % of the multiply-adds
-    of LIP-ResNet-50, and a tenth of its memory.
+    of LIP-ResNet-50, and a tenth of its memory. One in a form of its own, as `fold_batch_norm`
+    gives it, is not.
 
     Args:
       x: what is pooled, [N, H, W, out_features].
@@ -82,7 +83,8 @@ class Projection(nnx.Module):
     norm = self.norm
     assert norm is not None, "the caller asks `fuses`"
     tail = (norm.scale[...], norm.bias[...])
-    if self.conv.kernel_size != (1, 1):
+    own = self.conv.conv_general_dilated is not jax.lax.conv_general_dilated
+    if own or self.conv.kernel_size != (1, 1):
       return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
     kernel, source = self.conv.kernel[...], source.astype(self.conv.dtype)
     return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)

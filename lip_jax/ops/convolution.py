@@ -4,6 +4,7 @@ On GPUs those of images; on CPUs, for networks in evaluation, `lip_jax.fold_batc
 to its copy.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lip_jax.ops.by_image import by_image, images_at_a_time
 from lip_jax.ops.kernels.dispatch import targets
 from lip_jax.ops.normalization import explicit
 
@@ -43,7 +45,8 @@ def conv_general_dilated(
   elif kernel.shape[:2] == (3, 3) and strides == (1, 1) and _tiles(x, padding) >= _FEWEST_TILES:
 
     def form(x: jax.Array, kernel: jax.Array) -> jax.Array:
-      return _winograd(x, kernel, padding)
+      some = functools.partial(_winograd, padding=padding)
+      return some(x, kernel) if images_at_a_time(x) == len(x) else by_image(some, (x,), kernel)
 
   else:
     return general(x, kernel)
