@@ -16,7 +16,7 @@ help:  ## Show what can be made.
 train: $(VENV)/.train  ## Train the embedded job (about 5 minutes on 2 cores) into runs/cluttered_digits.
 	$(BIN)/python train.py --config=configs/cluttered_digits.py --workdir=runs/cluttered_digits
 
-detect: $(VENV)/.train  ## Train the embedded detector (about 8 minutes on 2 cores) into runs/detect_digits.
+detect: $(VENV)/.train  ## Train the embedded detector (about 6 minutes on 2 cores) into runs/detect_digits.
 	$(BIN)/python train.py --config=configs/detect_digits.py --workdir=runs/detect_digits
 
 test: $(VENV)/.test  ## Run all tests.

@@ -22,7 +22,7 @@ _WITHOUT_KERNELS = """
 import sys
 from lip_jax import cli
 from lip_jax.ops.kernels import dispatch
-dispatch._targets = set
+dispatch.targets = set
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -132,7 +132,7 @@ def _compare(
     row = {"name": name, "mode": mode, "image_size": args.image_size, "batch": batch}
     row["seconds"] = seconds
     if mode == "inference":
-      row["scores"] = {side: calls["whole"]() for side, calls in sides.items()}
+      row |= _agreement({side: calls["whole"]() for side, calls in sides.items()})
     print(_table(row), flush=True)
     rows.append(row)
   return rows
@@ -150,13 +150,20 @@ def _table(row: dict[str, Any]) -> str:
     times = [side[part] for side in sides.values()]
     ratio = f"{own / times[1]:.2f}" if len(times) > 1 else ""
     lines.append(f"| {part} | " + " | ".join(f"{1e3 * x:.0f}" for x in times) + f" | {ratio} |")
-  if "scores" in row:
-    found = row["scores"].values()
-    lines.append("\nboxes in the first image: " + ", ".join(str(len(scores)) for scores in found))
-    pairs = list(zip(*found, strict=False)) if len(found) > 1 else []
-    if pairs:
-      lines[-1] += f"; scores differ by at most {max(abs(a - b) for a, b in pairs):.1e}"
+  if "boxes" in row:
+    found = ", ".join(map(str, row["boxes"].values()))
+    lines.append(f"\nboxes in the first image: {found}")
+  if "scores_differ" in row:
+    lines[-1] += f"; scores differ by at most {row['scores_differ']:.1e}"
   return "\n".join(lines)
+
+
+def _agreement(scores: dict[str, list[float]]) -> dict[str, Any]:
+  """How many boxes are found, and how far their scores, which decrease, are apart."""
+  found: dict[str, Any] = {"boxes": {side: len(values) for side, values in scores.items()}}
+  if len(scores) > 1 and all(scores.values()):
+    found["scores_differ"] = max(abs(a - b) for a, b in zip(*scores.values(), strict=False))
+  return found
 
 
 def _take_turns(sides: dict[str, Calls], repeats: int) -> dict[str, dict[str, float]]:

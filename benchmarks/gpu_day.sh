@@ -29,10 +29,10 @@ if [ -n "${TINY:-}" ]; then
   step inference 300 benchmarks/inference.py --networks lip_resnet_small --batches 1 --image-size 32 --repeats 1
   step detectors 300 benchmarks/detection.py --networks retinanet_lip_resnet50,tiny --seconds 0.1
 else
-  step kernel_check 90 benchmarks/kernel_check.py
-  step pool 120 benchmarks/pool.py --dtype bfloat16
-  step train_step 190 benchmarks/train_step.py --dtype bfloat16 --networks lip_resnet50 resnet50
-  step inference 70 benchmarks/inference.py --dtype bfloat16 --networks lip_resnet50 resnet50 --batches 1 64
-  step detectors 60 benchmarks/detection.py --networks retinanet_lip_resnet50 --set dtype=bfloat16
+  step kernel_check 80 benchmarks/kernel_check.py --shapes 112x112x64 28x28x512 13x9x3 7x7x24
+  step pool 100 benchmarks/pool.py --dtype bfloat16 --shapes 112x112x64 56x56x256 28x28x512
+  step train_step 260 benchmarks/train_step.py --dtype bfloat16 --networks lip_resnet50 resnet50 --steps 5
+  step inference 55 benchmarks/inference.py --dtype bfloat16 --networks lip_resnet50 resnet50 --batches 1 64
+  step detectors 45 benchmarks/detection.py --networks retinanet_lip_resnet50 --set dtype=bfloat16
 fi
 "$python" benchmarks/gpu_page.py "$out"

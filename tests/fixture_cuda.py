@@ -33,15 +33,23 @@ template <typename To, typename From> static To same_bits(From from) {
 static float bits_to_float(unsigned bits) { return same_bits<float>(bits); }
 static unsigned float_to_bits(float x) { return same_bits<unsigned>(x); }
 static float half_to_float(unsigned short bits) { return same_bits<_Float16>(bits); }
-static unsigned short float_to_half(float x) { return same_bits<unsigned short>((_Float16)x); }
-static unsigned short float_to_bfloat16(float x) {
+static unsigned half(float x) { return same_bits<unsigned short>((_Float16)x); }
+static unsigned bfloat16(float x) {
   unsigned bits = float_to_bits(x);
   return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+static unsigned floats_to_halves(float low, float high) { return half(low) | half(high) << 16; }
+static unsigned floats_to_bfloat16s(float low, float high) {
+  return bfloat16(low) | bfloat16(high) << 16;
+}
 static float fast_exp2(float x) { return __builtin_exp2f(x); }
 static float fast_inverse(float x) { return 1 / x; }
-template <int N> static void store_words(void* to, const unsigned (&words)[N]) {
-  __builtin_memcpy(to, words, sizeof(words));
+template <int N> static void load_bytes(const void* from, bool there, unsigned (&words)[N]) {
+  for (auto& word : words) word = 0;
+  if (there) __builtin_memcpy(words, from, sizeof(words));
+}
+template <int N> static void store_bytes(void* to, bool there, const unsigned (&words)[N]) {
+  if (there) __builtin_memcpy(to, words, sizeof(words));
 }
 """
 # One thread of one block.

@@ -44,6 +44,7 @@ class BoxSource(Source):
     annotations: path of the annotation file, if it is of this very split.
     area_limits: up to which area an object is small, and medium, in pixels^2.
     notes: what is unusual about the annotations, sentences.
+    faults: what is wrong with annotations that are left out, sentences.
   """
 
   def __init__(
@@ -58,6 +59,7 @@ class BoxSource(Source):
     annotations: str | None = None,
     area_limits: tuple[float, float] = COCO_AREA_LIMITS,
     notes: Sequence[str] = (),
+    faults: Sequence[str] = (),
     remedy: str | None = None,
     identity: str | None = None,
   ):
@@ -67,6 +69,7 @@ class BoxSource(Source):
     self.annotations = annotations
     self.area_limits = area_limits
     self.notes = list(notes)
+    self.faults = list(faults)
     self._make_table = table
 
   @functools.cached_property
@@ -215,6 +218,7 @@ def open_coco(dataset: str, split: str, *, check_files: bool = True) -> BoxSourc
     annotations=first.path if whole else None,
     area_limits=first.file.area_limits,
     notes=[note for part in parts.values() for note in part.file.notes],
+    faults=[fault for part in parts.values() for fault in part.file.faults],
     remedy=f"Replace these images in {first.images.folder}, or take them out of the annotations",
     identity=f"{len(table)} images, annotations {table.digest()}: {split}",
   )

@@ -1,6 +1,7 @@
 """Annotation files in COCO's format: read, checked, and kept as a table."""
 
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from lip_jax.data.annotations import (
 from lip_jax.data.file_index import FileIndex
 from lip_jax.errors import UsageError, one_line, shown
 
+logger = logging.getLogger(__name__)
+
 
 class CocoFile(NamedTuple):
   """What an annotation file holds."""
@@ -26,16 +29,18 @@ class CocoFile(NamedTuple):
   category_ids: list[int]
   notes: list[str]  # what is unusual
   area_limits: tuple[float, float]  # COCO's, unless the file's "info" has others: see `to_coco`
+  faults: list[str]  # what is wrong, and is left out
 
 
 def read(path: str) -> CocoFile:
   """Reads an annotation file, from the second time on its table only.
 
-  Segmentations are not looked at.
+  Segmentations are not looked at. Annotations of categories that the file does not have are left
+  out, as pycocotools does, with a warning.
 
   Raises:
     UsageError: there is no such file, it is no COCO annotation file, or annotations are of images
-      or categories that it does not have, or ids are there twice.
+      that it does not have, or ids are there twice.
   """
   try:
     (data,) = _INDEX.find([path]).values()
@@ -44,16 +49,20 @@ def read(path: str) -> CocoFile:
   head, _, table = data.partition(b"\n")
   values = json.loads(head)
   small, medium = values.get("area_limits", COCO_AREA_LIMITS)  # of a table from before there were
+  faults = values.get("faults", [])
+  for fault in faults:
+    logger.warning("annotation file %s: %s", path, fault)
   return CocoFile(
     Annotations.from_bytes(table),
     values["class_names"],
     values["category_ids"],
     values["notes"],
     (small, medium),
+    faults,
   )
 
 
-_HEAD = ("class_names", "category_ids", "notes", "area_limits")
+_HEAD = ("class_names", "category_ids", "notes", "area_limits", "faults")
 
 
 def _make(path: str) -> bytes:
@@ -92,11 +101,12 @@ def _parse(content: Any) -> CocoFile:
     labels[category["id"]] = len(labels)
     class_names.append(str(category.get("name", category["id"])))
   rows = {image["id"]: _row(image) for image in images}
-  _add_boxes(rows, annotations, labels)
+  faults = _add_boxes(rows, annotations, labels)
   twice = _twice(annotation.get("id") for annotation in annotations if "id" in annotation)
   notes = [f"{len(twice):,} ids of annotations are there more than once"] if twice else []
   table = Annotations.of_images(list(rows.values()))
-  return CocoFile(table, class_names, list(labels), notes, _area_limits(lists.get("info")))
+  limits = _area_limits(lists.get("info"))
+  return CocoFile(table, class_names, list(labels), notes, limits, faults)
 
 
 def _area_limits(info: Any) -> tuple[float, float]:
@@ -122,8 +132,8 @@ def _row(image: dict[str, Any]) -> dict[str, Any]:
 
 def _add_boxes(
   rows: dict[int, dict[str, Any]], annotations: Sequence[dict[str, Any]], labels: dict[int, int]
-) -> None:
-  """Appends each annotation to its image's row."""
+) -> list[str]:
+  """Appends each annotation to its image's row; returns what is wrong with those left out."""
   strays, unknown = [], []
   for number, annotation in enumerate(annotations):
     image, category = annotation.get("image_id"), annotation.get("category_id")
@@ -146,12 +156,17 @@ def _add_boxes(
     row["labels"].append(label)
     row["crowd"].append(bool(annotation.get("iscrowd", 0)))
     row["areas"].append(area)
-  for found, whose in ((strays, "an image"), (unknown, "a category")):
-    if found:
-      raise UsageError(
-        f"{len(found):,} annotations are of {whose} that it does not have, the first is "
-        f"{found[0]}; mend them, or take them out"
-      )
+  if strays:
+    raise UsageError(
+      f"{len(strays):,} annotations are of an image that it does not have, the first is "
+      f"{strays[0]}; mend them, or take them out"
+    )
+  if not unknown:
+    return []
+  return [
+    f"{len(unknown):,} annotations are of a category that it does not have and are left out, the "
+    f"first is {unknown[0]}"
+  ]
 
 
 def _check_ids(kind: str, ids: Sequence[Any]) -> None:

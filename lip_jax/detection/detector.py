@@ -64,7 +64,7 @@ class GroundTruth(NamedTuple):
 
   boxes: jax.Array  # [N, M, 4], inclusive where the preset is
   labels: jax.Array  # [N, M]
-  valid: jax.Array  # [N, M], False for padding, degenerate boxes and crowds
+  valid: jax.Array  # [N, M], False for padding, degenerate boxes, labels of no class, and crowds
   crowd: jax.Array  # [N, M], crowds that are not degenerate
 
 
@@ -149,7 +149,7 @@ class Detector(nnx.Module):
   ) -> Sums:
     """Scalars by name, see `terms`, whose sum is trained.
 
-    Boxes that are degenerate, not valid, or crowds are not learned.
+    Boxes that are degenerate, of a label that is no class, not valid, or crowds are not learned.
 
     Args:
       images: [N, H, W, 3], normalized, zero beyond each image's size.
@@ -295,10 +295,12 @@ class Detector(nnx.Module):
     boxes = jnp.asarray(targets["boxes"], self.dtype)
     pixels = jnp.asarray([0, 0, self.preset.pixel, self.preset.pixel], boxes.dtype)
     boxes = boxes - pixels[None, None, :]
-    width, height = box_ops.sizes(boxes, inclusive=self.preset.inclusive)
-    usable = jnp.asarray(targets["valid"], bool) & (width > 0) & (height > 0)
-    crowd = jnp.asarray(targets["crowd"], bool)
-    found = GroundTruth(boxes, jnp.asarray(targets["labels"]), usable & ~crowd, usable & crowd)
+    sides = jnp.stack(box_ops.sizes(boxes, inclusive=self.preset.inclusive), axis=-1)
+    usable = jnp.asarray(targets["valid"], bool)
+    usable &= ((sides > 0) & jnp.isfinite(sides)).all(axis=-1)
+    labels, crowd = jnp.asarray(targets["labels"]), jnp.asarray(targets["crowd"], bool)
+    usable &= (labels >= 0) & (labels < self.num_labels)
+    found = GroundTruth(boxes, labels, usable & ~crowd, usable & crowd)
     if boxes.shape[1]:
       return found
     return jax.tree.map(lambda x: jnp.zeros((len(x), 1, *x.shape[2:]), x.dtype), found)

@@ -1,6 +1,7 @@
 """COCO's files: annotations, and what a detector found ("results"), which other tools take, too."""
 
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from lip_jax.data import coco_json
 from lip_jax.detection.coco_metric import Results
 from lip_jax.errors import UsageError
 from lip_jax.export.destination import check_file, replacing
+
+log = logging.getLogger("lip_jax")
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
 
@@ -44,9 +47,11 @@ def read_results(path: str | Path, ground_truth: Mapping[str, Any]) -> Results:
   """The detections in a JSON file: a list of "image_id", "category_id", "bbox" (x, y, width,
   height in pixels) and "score".
 
+  Those of categories that the ground truth does not have are left out, as pycocotools does, with a
+  warning.
+
   Raises:
-    UsageError: there is no such file, it holds something else, or images, categories or numbers
-      that cannot be.
+    UsageError: there is no such file, it holds something else, or images or numbers that cannot be.
   """
   try:
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -70,16 +75,12 @@ def read_results(path: str | Path, ground_truth: Mapping[str, Any]) -> Results:
       f"{path} holds no detections ({type(error).__name__}: {error}); expected a JSON list of "
       f"objects with {', '.join(_KEYS)}"
     ) from None
-  for name, values, known in (
-    ("image_id", results.image_ids, ground_truth["images"]),
-    ("category_id", results.category_ids, ground_truth["categories"]),
-  ):
-    unknown = np.setdiff1d(values, [one["id"] for one in known])
-    if len(unknown):
-      raise UsageError(
-        f"{path} has the {name} {unknown[0]}, and {len(unknown) - 1} others, that the annotations "
-        "lack; give the annotations of the same split"
-      )
+  unknown = np.setdiff1d(results.image_ids, [one["id"] for one in ground_truth["images"]])
+  if len(unknown):
+    raise UsageError(
+      f"{path} has the image_id {unknown[0]}, and {len(unknown) - 1} others, that the annotations "
+      "lack; give the annotations of the same split"
+    )
   wrong = ~(np.isfinite(results.scores) & np.isfinite(boxes).all(axis=1))
   wrong |= (boxes[:, 2:] < 0).any(axis=1)
   if wrong.any():
@@ -87,7 +88,16 @@ def read_results(path: str | Path, ground_truth: Mapping[str, Any]) -> Results:
       f"{path} has {wrong.sum()} detections with a negative size or a number that is not finite, "
       f"the first in image {results.image_ids[wrong][0]}"
     )
-  return results
+  known = np.isin(results.category_ids, [one["id"] for one in ground_truth["categories"]])
+  if not known.all():
+    log.warning(
+      "%s: %d detections are of categories that the annotations lack, the first of %d; "
+      "they are left out",
+      path,
+      (~known).sum(),
+      results.category_ids[~known][0],
+    )
+  return Results(*(column[known] for column in results))
 
 
 def write_results(path: str | Path, results: Results) -> None:

@@ -58,7 +58,8 @@ class LocalPool(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     mask = padding.inside(x)
-    return self._pool(x) if mask is None else self._pool_inside(x, mask)
+    # A window that begins outside may yet hold pixels of the image.
+    return self._pool(x) if mask is None else padding.blank(self._pool_inside(x, mask))
 
   def _pool(self, x: jax.Array) -> jax.Array:
     raise NotImplementedError
@@ -108,7 +109,7 @@ class MaxPool(LocalPool):
 
   def _pool_inside(self, x: jax.Array, mask: jax.Array) -> jax.Array:
     lowest = jnp.asarray(jnp.finfo(x.dtype).min, x.dtype)
-    return padding.blank(self._pool(jnp.where(mask, x, lowest)))
+    return self._pool(jnp.where(mask, x, lowest))
 
   def importance(self, x: jax.Array) -> jax.Array:
     pixels = self._taps(x, -math.inf)
@@ -275,7 +276,7 @@ class LIP(LocalPool):
     logit_range = self._logit_range
     if mask is not None:
       logits, logit_range = _exclude(logits, mask, logit_range)
-    return lip_pool.lip_pool(x, logits, logit_range=logit_range, **self._windows)
+    return padding.blank(lip_pool.lip_pool(x, logits, logit_range=logit_range, **self._windows))
 
   def _fused(self, x: jax.Array) -> Projection | Bottleneck | None:
     """The logit module, if it can pool x by itself. Subclasses may do anything in their call."""

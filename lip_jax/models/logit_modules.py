@@ -105,8 +105,8 @@ class BottleneckTrunk(nnx.Module):
     self.norm2 = make.instance_norm(width)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = nnx.relu(self.norm1(self.conv1(x)))
-    return nnx.relu(self.norm2(self.conv2(x)))
+    x = layers.rectified(self.norm1, self.conv1(x))
+    return layers.rectified(self.norm2, self.conv2(x))
 
 
 class Bottleneck(nnx.Module):

@@ -73,7 +73,7 @@ class BasicBlock(ResidualBlock):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     h, shortcut = self.spatial(x, x)
-    h = nnx.relu(self.bn1(h))
+    h = layers.rectified(self.bn1, h)
     return self._join(self.bn2(self.conv2(h)), shortcut)
 
 
@@ -112,9 +112,9 @@ class BottleneckBlock(ResidualBlock):
     super().__init__(in_features, out_features, downsample, make)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    h = nnx.relu(self.bn1(self.conv1(x)))
+    h = layers.rectified(self.bn1, self.conv1(x))
     h, shortcut = self.spatial(x, h)
-    h = nnx.relu(self.bn2(h))
+    h = layers.rectified(self.bn2, h)
     return self._join(self.bn3(self.conv3(h)), shortcut)
 
 
@@ -193,7 +193,7 @@ class ResNet(Network):
     self.fc = make.classifier(features, num_classes)
 
   def features(self, images: jax.Array) -> dict[str, jax.Array]:
-    x = self.pool(nnx.relu(self.bn1(self.conv1(self._input(images)))))
+    x = self.pool(layers.rectified(self.bn1, self.conv1(self._input(images))))
     outputs = {"stem": x}
     for stage in range(4):
       for block in getattr(self, f"layer{stage + 1}"):

@@ -1,6 +1,7 @@
 """Normalization by mean and variance, with a gradient that keeps little and reads it once."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def moments(
   return mean, _average(jnp.square(x - mean), axes, axis_name, mask)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 8))
 def normalize(
   x: jax.Array,
   scale: jax.Array,
@@ -48,8 +49,9 @@ def normalize(
   axes: tuple[int, ...],
   axis_name: tuple[str, ...] | None = None,
   mask: jax.Array | None = None,
+  relu: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`apply_moments` of x by its own moments over `axes`, and these.
+  """`apply_moments` of x by its own moments over `axes`, and these; with `relu` rectified.
 
   The gradient needs x [..., C], which the layer before has in memory anyway, and the statistics. It
   is that of the first result; nothing flows back through mean and variance as results. With a mask
@@ -58,7 +60,7 @@ def normalize(
   Returns:
     (y, mean, variance), y of the given dtype, the latter two as those of `moments`.
   """
-  return _fwd(x, scale, bias, epsilon, dtype, axes, axis_name, mask)[0]
+  return _fwd(x, scale, bias, epsilon, dtype, axes, axis_name, mask, relu)[0]
 
 
 def apply_moments(
@@ -82,33 +84,57 @@ def _average(
   axis_name: tuple[str, ...] | None,
   mask: jax.Array | None,
 ) -> jax.Array:
-  if mask is None:
-    local = x.mean(axis=axes, keepdims=True)
-    return lax.pmean(local, axis_name) if axis_name else local
-  total = jnp.where(mask, x, jnp.zeros((), x.dtype)).sum(axis=axes, keepdims=True)
-  count = mask.sum(axis=axes, keepdims=True, dtype=x.dtype)
+  return _together(_where(mask, x).mean(axis=axes, keepdims=True), axes, axis_name, mask)
+
+
+def _together(
+  mean: jax.Array,
+  axes: tuple[int, ...],
+  axis_name: tuple[str, ...] | None,
+  mask: jax.Array | None,
+) -> jax.Array:
+  """Means over all devices, where the mask is True, from those on each, where it counts as zero."""
   if axis_name:
-    total, count = lax.psum((total, count), axis_name)
-  return total / jnp.maximum(count, 1)
+    mean = lax.pmean(mean, axis_name)
+  if mask is None:
+    return mean
+  share = mask.mean(axis=axes, keepdims=True, dtype=mean.dtype)
+  share = lax.pmean(share, axis_name) if axis_name else share
+  return mean / jnp.where(share > 0, share, 1)
 
 
-def _fwd(x, scale, bias, epsilon, dtype, axes, axis_name, mask=None):
+def _fwd(x, scale, bias, epsilon, dtype, axes, axis_name, mask=None, relu=False):
   mean, var = moments(x, axes, axis_name, mask)
   y = apply_moments(x, mean, var, scale, bias, epsilon, dtype)
+  y = jax.nn.relu(y) if relu else y
   return (y, mean, var), (x, scale, bias, mean, var, mask)
 
 
-def _bwd(epsilon, dtype, axes, axis_name, residuals, cotangents):
-  del dtype
+def _bwd(epsilon, dtype, axes, axis_name, relu, residuals, cotangents):
   x, scale, bias, mean, var, mask = residuals
-  g = _where(mask, cotangents[0].astype(var.dtype))
+  (g, *_) = cotangents
   x, mean, var = not_before_on_cpu(g, x, mean, var)
-  rstd = lax.rsqrt(var + epsilon)
-  x_hat = (x.astype(var.dtype) - mean) * rstd
-  mean_g, mean_product = (_average(a, axes, axis_name, mask) for a in (g, g * x_hat))
-  dx = _where(mask, input_gradient(g, rstd * _last(scale, var), mean_g, x_hat, mean_product))
-  others = tuple(range(x.ndim - 1))
-  dscale, dbias = (a.sum(axis=others) for a in (g * x_hat, g))
+
+  def passed(mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(gradient behind the ReLU, x_hat)."""
+    x_hat = (x.astype(var.dtype) - mean) * lax.rsqrt(var + epsilon)
+    if not relu:
+      return _where(mask, g.astype(var.dtype)), x_hat
+    positive = apply_moments(x, mean, var, scale, bias, epsilon, dtype) > 0
+    return _where(mask, _where(positive, g).astype(var.dtype)), x_hat
+
+  g1, x_hat = passed(mean)
+  # Of these the gradients of scale and bias are made, too: XLA would read everything once more for
+  # the latter, also where they were sums of sums, which it takes for one sum.
+  here = [a.mean(axis=axes, keepdims=True) for a in (g1, g1 * x_hat)]
+  pixels = math.prod(x.shape[axis] for axis in axes)
+  mean_g, mean_product = (_together(a, axes, axis_name, mask) for a in here)
+  if relu:
+    # Rectified again from the same, which XLA must not see: it would write the result for both.
+    g1, x_hat = passed(mean + _zero(mean_g))
+  gain = lax.rsqrt(var + epsilon) * _last(scale, var)
+  dx = _where(mask, input_gradient(g1, gain, mean_g, x_hat, mean_product))
+  dbias, dscale = (pixels * a.sum(axis=tuple(range(x.ndim - 1))) for a in here)
   return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype), None
 
 
@@ -136,13 +162,18 @@ def not_before(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return arrays
   # One number of each image, or group, so that nothing travels where these are on many devices.
   first = lax.slice(g, (0,) * g.ndim, (g.shape[0], *[1] * (g.ndim - 1)))
-  zero = jnp.minimum(jnp.abs(jnp.nan_to_num(first, nan=0, posinf=0, neginf=0)), 0)
+  zero = _zero(first)
 
   def add(a: jax.Array) -> jax.Array:
     own = zero if a.shape[0] == g.shape[0] else lax.slice_in_dim(zero, 0, 1)
     return a + own.astype(a.dtype).reshape(own.shape[0], *[1] * (a.ndim - 1))
 
   return tuple(map(add, arrays))
+
+
+def _zero(a: jax.Array) -> jax.Array:
+  """Zeros that XLA takes for something else, known once `a` is."""
+  return jnp.minimum(jnp.abs(jnp.nan_to_num(a, nan=0, posinf=0, neginf=0)), 0)
 
 
 def not_before_on_cpu(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -72,13 +72,14 @@ def exp_pool(x: jax.Array, beta: jax.typing.ArrayLike, **windows: Unpack[Windows
   """
   check_array("x", x)
   dtype = accumulation_dtype(x)
-  logits = _per_channel("beta", beta, x, dtype) * _finite(x.astype(dtype))
-  return lip_pool(x, _finite(logits), **windows)
+  logits = _finite(_per_channel("beta", beta, x, dtype) * _finite(x.astype(dtype)))
+  return lip_pool(_finite_if_light(x, logits), logits, **windows)
 
 
 def soft_pool(x: jax.Array, **windows: Unpack[Windows]) -> jax.Array:
   """F = exp(x): SoftPool (Stergiou et al. 2021), which is LIP with G(x) = x."""
-  return lip_pool(x, _finite(x), **windows)
+  logits = _finite(x)
+  return lip_pool(_finite_if_light(x, logits), logits, **windows)
 
 
 def lp_pool(x: jax.Array, p: float, **windows: Unpack[Windows]) -> jax.Array:
@@ -188,6 +189,11 @@ def _finite(logits: jax.Array) -> jax.Array:
   """
   largest = float(jnp.finfo(logits.dtype).max)
   return jnp.clip(logits, -largest, largest)
+
+
+def _finite_if_light(x: jax.Array, logits: jax.Array) -> jax.Array:
+  """The features without infinities that weigh nothing: zero times them is NaN."""
+  return jnp.where(logits < 0, _finite(x), x)
 
 
 def _per_channel(name: str, value: jax.typing.ArrayLike, x: jax.Array, dtype) -> jax.Array:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lip_jax.errors import UsageError
+from lip_jax.ops.kernels import nvrtc
 
 Status = Literal["ok", "warning", "problem"]
 Verdict = tuple[Status, str] | tuple[Status, str, str]  # status, text, remedy of a `Finding`
@@ -109,6 +110,11 @@ def devices(timeout: float) -> Iterator[Verdict]:
     yield "warning", f"{text}, but there is a {unused[0]}", f"unset JAX_PLATFORMS={wanted}"
   else:
     yield "problem", f"{text}, but there is a {unused[0]}", _why_unused(unused)
+  if seen["platform"] == "gpu" and not nvrtc.available():
+    text = (
+      "NVRTC, which compiles LIP's kernels, is not installed: in plain XLA it takes twice as long"
+    )
+    yield "warning", text, "pip install nvidia-cuda-nvrtc"
   if _installed("libtpu") and "tpu" not in present and not wanted:
     yield "warning", "libtpu is installed, but there is no TPU", "set JAX_PLATFORMS=cpu or cuda"
 

@@ -28,6 +28,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 _DPI = 110
 _MOST = 960  # pixels of a single image's longer side
+_BAR_LABEL = 3.4  # inches: as long as what is written beside the colours of importance
 _IMPORTANCE, _ACTIVATION, _FIELD = "cividis", "viridis", "magma"
 _TICKS: dict[str, dict[float, str]] = {
   _IMPORTANCE: {-2: "1/4", -1: "1/2", 0: "mean", 1: "2", 2: "4"},
@@ -215,7 +216,8 @@ def boxes_figure(pictures: Sequence[Picture], class_names: Sequence[str] | None 
   size = min(max(int(sides.max()), LEAST), _MOST) if len(pictures) == 1 else LEAST
   rows, columns = len(pictures), len(titles) + has_importance
   heights, widths = (sides / sides.max(axis=1, keepdims=True) * size / _DPI).T
-  figure = _figure(columns * widths.max() + 0.8 * has_importance, heights.sum() + 0.3 * (rows + 1))
+  height = max(heights.sum() + 0.3 * (rows + 1), _BAR_LABEL * has_importance)
+  figure = _figure(columns * widths.max() + 0.8 * has_importance, height)
   axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
   for row, picture in zip(axes, pictures, strict=True):
     for axis, title in zip(row, titles, strict=False):
@@ -224,14 +226,18 @@ def boxes_figure(pictures: Sequence[Picture], class_names: Sequence[str] | None 
       image = draw_boxes(picture.image, np.zeros((0, 4)), np.zeros(0), size=size)
       placed = to_input(picture.importance, None, image.shape[:2])
       _draw_importance(row[-1], image, placed)
-    row[0].set_title(picture.title, loc="left", **_TITLE)
+    # In the first row a line above the columns' titles, with which a name could collide.
+    below = "\n" if picture.title and picture is pictures[0] else ""
+    row[0].set_title(picture.title + below, loc="left", **_TITLE)
   for axis in axes.flat:
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
   for axis, title in zip(axes[0], [*titles, "importance"], strict=False):
     axis.set_title(title, fontsize=9)
   if has_importance:
-    bar = _colour_bar(figure, _IMPORTANCE, ax=axes[:, -1], shrink=min(1, 6 / heights.sum()))
+    shrink = min(1, 6 / heights.sum())
+    # panchor: the images it is taken from stay in the middle of their column.
+    bar = _colour_bar(figure, _IMPORTANCE, ax=axes[:, -1], shrink=shrink, panchor=False)
     bar.set_label("importance, relative to the image's mean")
   return figure
 

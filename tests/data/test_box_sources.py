@@ -13,6 +13,7 @@ from PIL import Image
 from lip_jax.data import coco_categories
 from lip_jax.data.boxes import COCO_AREA_LIMITS, open_boxes
 from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
+from lip_jax.data.prepare.verify import verify
 from lip_jax.errors import UsageError
 
 
@@ -226,7 +227,6 @@ BIG = 2**31
     (changed(annotations={"image_id": 99}), "1 annotations are of an image .* annotation 5 of im"),
     (changed(annotations={"image_id": None}), "1 annotations are of an image .* of image None"),
     (changed(annotations={"image_id": [1]}), r"1 annotations are of an image .* of image \[1\]"),
-    (changed(annotations={"category_id": 3}), "1 annotations are of a category .* category 3"),
     (changed(annotations={"bbox": [1, 2, 3]}), r"annotation 5 has bbox \[1, 2, 3\]; expected"),
     (changed(annotations={"bbox": [1, 2, 3, float("nan")]}), "annotation 5 has bbox"),
     (changed(annotations={"bbox": [1, 2, 10**400, 3]}), "annotation 5 has bbox"),
@@ -254,6 +254,19 @@ def test_what_is_wrong_with_annotations_is_said_in_one_line(tmp_path, values, me
     open_boxes(dataset, "all")
   assert str(tmp_path / "all.json") in str(caught.value)
   assert "\n" not in str(caught.value)
+
+
+def test_annotations_of_unknown_categories_are_left_out_with_a_warning(tmp_path, caplog):
+  dataset = fixture_boxes.write(tmp_path, changed(annotations={"category_id": 3}))
+  said = "1 annotations are of a category that it does not have and are left out"
+  for _ in range(2):  # also where the file has been read before
+    caplog.clear()
+    source = open_boxes(dataset, "all")
+    assert said in caplog.text
+    assert len(by_id(source)[4]["boxes"]) == 0
+    assert source.table.counts.sum() == 4
+  result = verify(dataset, None)
+  assert f"all: {said}, the first is annotation 5 of category 3" in result.faults
 
 
 def test_other_errors_of_files_and_names(tmp_path):

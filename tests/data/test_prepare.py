@@ -375,6 +375,15 @@ def test_names_that_a_data_set_cannot_keep_are_refused(tmp_path, name):
   assert not (tmp_path / "data").exists()
 
 
+def test_names_are_refused_where_a_data_set_lies_already(tmp_path):
+  folder = write_folder(tmp_path / "images", per_class=1)
+  prepare_folder(folder, "pets", tmp_path / "data")
+  for split in ("train", "validation"):
+    (folder / split / "cat").rename(folder / split / "cat ")
+  with pytest.raises(UsageError, match=r"cannot keep the names .* rename their folders"):
+    prepare_folder(folder, "pets", tmp_path / "data")
+
+
 def test_a_disk_that_is_too_small(tars, tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -287,7 +287,6 @@ def test_areas_of_sizes_are_told_or_are_in_the_annotations(finished, dataset, tm
     ('[{"image_id": 1}]', "'category_id'"),
     ('[{"image_id": 1.5, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]', "whole numbers"),
     ('[{"image_id": 99, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 1}]', "image_id 99"),
-    ('[{"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 1}]', "category_id 8"),
     ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, -3, 4], "score": 1}]', "negative size"),
     ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": NaN}]', "not finite"),
     ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3], "score": 1}]', "four numbers"),
@@ -303,3 +302,16 @@ def test_detections_that_cannot_be(text, message, dataset, tmp_path, capsys):
   error = capsys.readouterr().err
   assert message in error
   assert error.count("\n") == 1
+
+
+def test_detections_of_unknown_categories_are_left_out(dataset, tmp_path, capsys, caplog):
+  annotations = dataset.removeprefix("coco:").partition("@")[0]
+  values = json.loads(Path(annotations).read_text())["annotations"]
+  known = [{**one, "score": 0.5} for one in values]
+  file = tmp_path / "d.json"
+  file.write_text(json.dumps(known))
+  expected = evaluated(capsys, "--detections", file, "--annotations", annotations)
+  assert expected["AP"] == 1
+  file.write_text(json.dumps([{**known[0], "category_id": 91, "score": 0.9}, *known]))
+  assert evaluated(capsys, "--detections", file, "--annotations", annotations) == expected
+  assert "1 detections are of categories that the annotations lack, the first of 91" in caplog.text

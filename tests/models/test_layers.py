@@ -1,10 +1,12 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from lip_jax.models import layers
+from lip_jax.models import layers, padding
 from lip_jax.models.logit_modules import Bottleneck, BottleneckTrunk, Projection
 
 
@@ -97,6 +99,28 @@ def test_instance_norm_normalizes_each_channel_of_each_image():
     x.var(axis=(1, 2), keepdims=True) + 1e-5
   ) * np.asarray([1.0, 2.0, 3.0]) + np.asarray([0.0, 1.0, -1.0])
   np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", [layers.BatchNorm, layers.InstanceNorm])
+def test_norm_with_relu_has_the_gradients_of_both(x64, kind, masked):
+  norm = kind(3, dtype=jnp.float64)
+  norm.scale[...], norm.bias[...] = jnp.asarray([1.0, -2.0, 0.5]), jnp.asarray([0.0, 0.3, -0.1])
+  graph, params, rest = nnx.split(norm, nnx.Param, ...)
+  x, g = normal(0, 4, 6, 6, 3, dtype=jnp.float64), normal(1, 4, 6, 6, 3, dtype=jnp.float64)
+  sizes = jnp.asarray([[6, 6], [4, 5], [6, 3], [1, 1]]) if masked else None
+
+  def results(relu):
+    def apply(params, x):
+      norm = nnx.merge(graph, params, rest, copy=True)
+      with padding.masked(sizes, (6, 6)) if masked else contextlib.nullcontext():
+        return norm(x, relu=True) if relu else nnx.relu(norm(x))
+
+    y, vjp = jax.vjp(apply, params, x)
+    return y, *vjp(g)
+
+  for one, other in zip(*map(jax.tree.leaves, (results(True), results(False))), strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * float(jnp.abs(other).max()))
 
 
 def test_instance_norm_of_a_constant_is_its_bias():

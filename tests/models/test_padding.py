@@ -58,6 +58,9 @@ def test_each_image_is_computed_as_if_it_were_alone(name):
   for k, expected in enumerate(alone):
     _, height, width, _ = expected.shape
     np.testing.assert_allclose(together[k, :height, :width], expected[0], rtol=2e-5, atol=2e-6)
+    # A window that begins behind the image sees its last pixels, and what comes next must not.
+    assert not together[k, height:].any()
+    assert not together[k, :, width:].any()
 
 
 def test_gradient_of_masked_instance_norm():

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from lip_jax.ops.convolution import conv_general_dilated
+from lip_jax.ops.convolution import conv_general_dilated, over_cells
 
 # Kernel, stride, padding, image: what CPUs compute in another form, and what they do not.
 FORMS = {
@@ -79,3 +79,22 @@ def test_only_cpus_compute_the_forms(size):
   assert text.count("stablehlo.convolution") == 1
   assert "dot_general" not in text
   assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_over_cells_equals_stride_two(size, channels):
+  rng = np.random.default_rng(size)
+  x = jnp.asarray(rng.standard_normal((2, 12, 10, channels)), jnp.float32)
+  kernel = jnp.asarray(rng.standard_normal((size, size, channels, 5)), jnp.float32)
+  g = jnp.asarray(rng.standard_normal((2, 6, 5, 5)), jnp.float32)
+  options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+  padding = ((size // 2, size // 2),) * 2
+
+  def general(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (2, 2), padding, **options)
+
+  expected, back = jax.vjp(general, x, kernel)
+  found, ours = jax.vjp(lambda x, kernel: over_cells(x, kernel, **options), x, kernel)
+  for one, other in zip((found, *ours(g)), (expected, *back(g)), strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * float(jnp.abs(other).max()))

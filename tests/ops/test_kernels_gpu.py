@@ -121,11 +121,15 @@ def test_one_shift_for_all_windows(x64, check):
   check(x, h, None, g, THREE, 0.5)
 
 
-@pytest.mark.parametrize("channels", [3, 12, 72])
-def test_several_programs_per_image(x64, check, channels):
+@pytest.mark.parametrize(
+  ("size", "channels", "gated"),
+  [((37, 43), 3, True), ((37, 43), 12, True), ((9, 131), 72, True), ((9, 131), 72, False)],
+)
+def test_several_programs_per_image(x64, check, size, channels, gated):
   """Blocks of rows, columns and channels that fit the image unevenly."""
-  x, h, g = inputs(THREE, (37, 43), channels, jnp.bfloat16)
-  check(x, h, Affine(*(random(i, (2, channels)) for i in (3, 4, 5))), g, THREE, None)
+  x, h, g = inputs(THREE, size, channels, jnp.bfloat16)
+  affine = Affine(*(random(i, (2, channels)) for i in (3, 4, 5))) if gated else None
+  check(x, h, affine, g, THREE, None)
 
 
 def test_dtypes_may_differ(x64, check):
@@ -148,12 +152,13 @@ def test_dtypes_may_differ(x64, check):
     ((128, 56, 56, 256), jnp.float32, "safe", 3),
     ((1, 56, 56, 256), jnp.bfloat16, "gated", 2),
     ((1, 13, 9, 24), jnp.float16, "safe", 2),
+    ((4, 112, 112, 64), jnp.bfloat16, "safe", 2),
     ((2, 7, 7, 3), jnp.bfloat16, "gated", 3),
     ((2, 20, 20, 8), jnp.bfloat16, "safe", 5),
   ],
 )
 def test_compiles_for_all_gpus(shape, dtype, mode, window):
-  """Without spills, with registers for four blocks a multiprocessor, and 16 bytes at a time."""
+  """Without spills, with registers for 512 threads on a processor, and 8 bytes at a time."""
   x = jax.ShapeDtypeStruct(shape, dtype)
   geometry, shift = geometry_of(window, 2, window // 2), 6.0 if mode == "shifted" else None
   sources = []
@@ -161,9 +166,11 @@ def test_compiles_for_all_gpus(shape, dtype, mode, window):
     _, macros = gpu.program(pass_, x, x, mode == "gated", geometry, shift)
     sources.append(nvrtc.compiled(gpu.SOURCE.read_text(), macros))
     accesses = re.findall(r"(?:ld|st)\.global\.(\S+) ", sources[-1])
-    if shape[3] * x.dtype.itemsize % 16 == 0:
+    if shape[3] * x.dtype.itemsize % 8 == 0:
       # Single numbers: statistics, and the sums of gradients.
-      assert sum(not access.startswith("v4") for access in accesses) <= 32 * (mode == "gated")
+      assert sum(not re.match(r"(nc\.)?v2", access) for access in accesses) <= 16 * (
+        mode == "gated"
+      )
   for architecture in ("sm_80", "sm_89", "sm_90", "sm_100"):
     for kernel in ptx.kernels(sources, architecture):
       assert kernel.spilled == 0, (architecture, kernel)

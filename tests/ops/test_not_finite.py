@@ -94,3 +94,25 @@ def test_adaptive_pooling_of_partly_masked_windows(size, axis):
 
   for ours, theirs in zip(run(x, masked), run(x, low), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("pool", "value"),
+  [
+    (lip_jax.soft_pool, -np.inf),
+    (lambda x: lip_jax.exp_pool(x, 0.5), -np.inf),
+    (lambda x: lip_jax.exp_pool(x, -0.5), np.inf),
+  ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_infinity_that_weighs_nothing_is_left_out(pool, value, dtype):
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((1, SIZE, SIZE, 2)), dtype)
+  largest = jnp.finfo(dtype).max
+  pool = jax.jit(pool)
+  found, expected = (
+    pool(x.at[0, 4, 4, 0].set(jnp.asarray(v, dtype))) for v in (value, np.sign(value) * largest)
+  )
+  assert np.isfinite(found).all()
+  np.testing.assert_array_equal(found, expected)
+  everywhere = pool(jnp.full((1, 5, 5, 1), value, dtype))  # or the largest number, in float16
+  assert (np.sign(value) * everywhere >= largest).all()

@@ -13,7 +13,8 @@ from fixture_ports import free_port
 
 from lip_jax import cli
 from lip_jax.distributed import startup
-from lip_jax.tools import doctor, step_bench
+from lip_jax.ops.kernels import nvrtc
+from lip_jax.tools import doctor, machine, step_bench
 from lip_jax.training import config as config_lib
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -93,6 +94,15 @@ def test_devices_that_fail_or_hang_are_problems(tmp_path, monkeypatch):
   write_config(tmp_path / "run", fsdp=16)
   found = examine("devices", "speed", workdir=str(tmp_path / "run"), data_dir=str(tmp_path))
   assert found["speed"] == []
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_kernels_that_cannot_be_compiled_are_a_warning(tmp_path, monkeypatch, installed):
+  seen = {"count": 1, "all": 1, "platform": "gpu", "kind": "NVIDIA H100", "memory": 0}
+  monkeypatch.setattr(machine, "ask", lambda *args, **options: seen)  # there is no GPU here
+  monkeypatch.setattr(nvrtc, "available", lambda: installed)
+  found = examine("devices", data_dir=str(tmp_path))["devices"]
+  assert any("NVRTC" in verdict.text for verdict in found) != installed
 
 
 def test_one_fault_leaves_the_other_checks_alone(tmp_path, monkeypatch):

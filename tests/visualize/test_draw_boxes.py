@@ -95,7 +95,7 @@ def test_a_figure_has_a_panel_for_each_kind_of_boxes_and_for_importance(tmp_path
   assert pixels.shape[1] > 1440
   titles = [axis.get_title() for axis in figure.axes]
   assert titles[:3] == ["truth", "found", "importance"]
-  assert figure.axes[0].get_title(loc="left") == "a$b$"
+  assert figure.axes[0].get_title(loc="left") == "a$b$\n"  # above the columns' titles
   left, right = (figure.axes[2].images[0].get_array()[150, x] for x in (50, 400))
   assert left[0] > left[2]  # yellow: four times the mean
   assert np.ptp(right) < 0.1  # grey: the mean
@@ -103,3 +103,13 @@ def test_a_figure_has_a_panel_for_each_kind_of_boxes_and_for_importance(tmp_path
   with Image.open(tmp_path / "x.png") as saved:
     assert saved.size[0] > 1440
   assert len(visualize.boxes_figure([Picture("a", GREY, {"found": found})]).axes) == 1
+
+
+def test_what_is_written_beside_a_low_image_fits():
+  found = Boxes(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
+  image = np.zeros((20, 200, 3), np.uint8)
+  figure = visualize.boxes_figure([Picture("", image, {"found": found}, np.ones((20, 200)))])
+  visualize.figure_to_array(figure)  # which places everything
+  label = figure.axes[-1].yaxis.label.get_window_extent()
+  assert label.y0 >= 0
+  assert label.y1 <= figure.bbox.y1

@@ -43,6 +43,7 @@ def prepare_folder(
     )
   rescale = Rescaler(shorter_side, quality, upright=True)
   images = ImageFolder(os.fspath(folder))
+  _check_names(images.class_names)
   splits = {split: images.images(split) for split in images.splits}
   listing = hashlib.sha256()
   for split, part in splits.items():
@@ -69,3 +70,15 @@ def prepare_folder(
     num_workers=num_workers,
   )
   return "; ".join([summary, *images.notes()])
+
+
+def _check_names(class_names: list[str]) -> None:
+  # TFDS keeps them as lines of a file, without blank ones and without spaces around them.
+  bad = [
+    name for name in class_names if not name or name != name.strip() or re.search(r"[\r\n]", name)
+  ]
+  if bad:
+    raise UsageError(
+      f"a TFDS data set cannot keep the names of the classes {', '.join(map(repr, bad[:5]))}: they "
+      "are blank, or have spaces at an end or a line's end in them; rename their folders"
+    )

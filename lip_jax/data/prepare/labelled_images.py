@@ -8,7 +8,6 @@ a data set that TFDS itself prepared.
 import functools
 import hashlib
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,17 +56,8 @@ def write_labelled_images(
     What was made, for people.
 
   Raises:
-    UsageError: the name of a class cannot be kept, or as for `array_record_writer`.
+    UsageError: as for `array_record_writer`.
   """
-  # TFDS keeps them as lines of a file, without blank ones and without spaces around them.
-  bad = [
-    name for name in class_names if not name or name != name.strip() or re.search(r"[\r\n]", name)
-  ]
-  if bad:
-    raise UsageError(
-      f"a TFDS data set cannot keep the names of the classes {', '.join(map(repr, bad[:5]))}: they "
-      "are blank, or have spaces at an end or a line's end in them; rename their folders"
-    )
   names = [name.lower() for images in splits.values() for name in images.names]
   encoding = "jpeg" if all(name.endswith((".jpg", ".jpeg")) for name in names) else None
   features = tfds.features.FeaturesDict(

@@ -131,7 +131,7 @@ def _add_split(
 ) -> None:
   """Joins what was found in a split's images and annotations, and judges it."""
   table = source.table
-  faults = sorted({part.fault for part in parts if part.fault})
+  faults = [*source.faults, *sorted({part.fault for part in parts if part.fault})]
   unreadable = [image for part in parts for image in part.unreadable]
   faults += unreadable[:MOST_NAMED]
   if len(unreadable) > MOST_NAMED:

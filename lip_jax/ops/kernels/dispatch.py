@@ -283,7 +283,7 @@ def _kernels(x, h, geometry, form) -> dict[str, Any]:
   arrays = [a for a in (x, h) if not isinstance(a, jax.ShapeDtypeStruct)]
   if form == "xla" or _symbolic(x, h) or any(varying_axes(a) or explicit(a) for a in arrays):
     return {}
-  names = _targets() | ({"tpu"} if form == "pallas" else set())
+  names = targets() | ({"tpu"} if form == "pallas" else set())
   return {name: _KERNELS[name] for name in names if _KERNELS[name].supports(x, h, geometry)}
 
 
@@ -291,8 +291,11 @@ def _symbolic(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
   return not all(isinstance(size, int) for a in arrays for size in a.shape)
 
 
-def _targets() -> set[str]:
-  """Platforms that a program may be compiled for: tracing a kernel takes a tenth of a second."""
+def targets() -> set[str]:
+  """Platforms with forms of their own that a program may be compiled for.
+
+  Only those, as tracing a kernel takes a tenth of a second.
+  """
   targets: set[str] = {"tpu": {"tpu"}, "gpu": {"cuda"}}.get(jax.default_backend(), set())
   if "cuda" in targets and not gpu.runs_on(jax.local_devices()):
     targets = set()

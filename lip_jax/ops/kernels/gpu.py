@@ -1,15 +1,15 @@
 """`lip_pool` as kernels in CUDA C++ for NVIDIA GPUs from Ampere on: one forward, one backward.
 
-A thread works on a few channels at a time, 16 bytes where alignment allows, neighbours on those
-beside them. Forward it owns a column of windows and walks down the image: each row is reduced,
-along the window's width, to partial sums, and those that the next windows share are kept in
-registers.
+The image is divided into cells of stride x stride pixels, those that a window and the ones before
+it share: window (i, j) begins at cell (i, j). A thread has a few channels of a column of cells, 8
+bytes of each pixel, beside threads of other channels and columns, and walks down the rows. It
+computes each of its pixels' weights once, and what they add to its own window and to those that
+begin to the left of it; the latter are exchanged through shared memory. Of rows that the next
+window shares it keeps sums.
 
-Backward a block of threads owns a tile of cells of stride x stride pixels, those that windows and
-their neighbours above and to the left share. It computes those windows' y and denominators from the
-inputs, into shared memory; then each pixel gathers its gradients from the windows that contain it.
-Nothing is kept from the forward pass, and every sum has a fixed order, so results are the same from
-run to run.
+Backward, each finished window's y and denominator go to shared memory too, where the pixels wait
+until all windows that hold a pixel are there to gather its gradient from. Nothing is kept from the
+forward pass, and every sum has a fixed order, so results are the same from run to run.
 
 With `affine` the inputs h are to be normalized instead of logits: u = (h - mean) * gain + bias, and
 the weight is exp(12 sigmoid(u) - 6), which never reaches memory.
@@ -38,19 +38,22 @@ _DTYPES = {"float32": "float", "bfloat16": "Bfloat16", "float16": "Float16"}
 _LARGEST_WINDOW = 5  # the code of a window's pixels is unrolled
 _MOST_WINDOWS = 9  # of one pixel
 
-_THREADS = 128
-_BYTES = 16  # that a thread loads at once
-_GROUPS = {"forward": 8, "backward": 4}  # of channels, side by side: 128 and 64 bytes
-_ROWS = 8  # of windows or cells of a program, at most
-_COLUMNS = 8  # of cells
-_PROGRAMS = 2048  # are wanted, to have several on each of a large GPU's 132 processors
+_BYTES = 8  # that a thread loads at once
+# Threads of a program, at most; of these, with channels side by side, at least; and how many
+# programs a processor has room for, which limits the registers. As measured on an H100.
+_SIZES = {"forward": (512, 8, 1), "backward": (128, 4, 4), "backward, shifted": (256, 8, 2)}
+_ROWS = 64  # of cells of a program, at most
+_PROGRAMS = 264  # are wanted, two on each of a large GPU's 132 processors
+_SHARED = 48 * 1024  # bytes of shared memory of a program, at most
 
 
 class _Tiling(NamedTuple):
-  """How an image is divided among programs."""
+  """How an image is divided among programs, in cells of stride x stride pixels."""
 
-  rows: int  # of windows or cells
-  columns: int
+  rows: int
+  columns: int  # with those that belong to programs beside it
+  before: int  # of these, on the left
+  own: int
   groups: int  # of channels, a power of two
   vector: int  # channels of a group
   blocks: tuple[int, int, int]  # programs along height, width and channels
@@ -116,48 +119,70 @@ def program(
   pass_: str, x: Any, h: Any, gated: bool, geometry: Geometry, shift: float | None
 ) -> tuple[_Tiling, tuple[str, ...]]:
   """How the work is divided, and the macros of the source: of what has shapes and dtypes."""
-  n, height, width, c = x.shape
+  _, height, width, c = x.shape
   (kh, kw), (sh, sw), (ph, pw) = geometry
   size = geometry.output_size((height, width))
-  itemsize = max(x.dtype.itemsize, h.dtype.itemsize)
-  vector = math.gcd(c, _BYTES // itemsize)
-  groups = min(_power_of_2(c // vector), _GROUPS[pass_])
-  if pass_ == "forward":
-    parts, columns = size, min(_power_of_2(size[1]), _THREADS // groups)
-    groups = min(_power_of_2(c // vector), _THREADS // columns)
-  else:
-    # Cell i owns the pixels from i * stride - padding on: the first `stride` pixels of window i.
-    parts = (height - 1 + ph) // sh + 1, (width - 1 + pw) // sw + 1
-    columns = min(_COLUMNS, parts[1])
-  tiling = _tiling(n, parts, c, columns, groups, vector)
   mode = "GATED" if gated else "SAFE" if shift is None else "SHIFTED"
+  itemsize = max(x.dtype.itemsize, h.dtype.itemsize)
+  tiling = _tiling(pass_, x.shape, itemsize, geometry, mode)
   # Inputs of 16 bits leave little time for each element: the processor's own exp2 and reciprocal,
   # 2 units of float32 off, are a few instructions.
-  fast = max(x.dtype.itemsize, h.dtype.itemsize) == 2
+  fast = itemsize == 2
   down, across, channel_blocks = tiling.blocks
   values = {
     **{"X": _DTYPES[x.dtype.name], "H": _DTYPES[h.dtype.name], "FAST": int(fast)},
     **{"MODE": mode, "MODE_IS_GATED": int(gated), "BACKWARD": int(pass_ == "backward")},
     **{"HEIGHT": height, "WIDTH": width, "OUT_HEIGHT": size[0], "OUT_WIDTH": size[1]},
     **{"CHANNELS": c, "KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw},
-    **{"VECTOR": vector, "GROUPS": groups, "ROWS": tiling.rows, "COLUMNS": columns},
-    **{"DOWN": down, "ACROSS": across, "CHANNEL_BLOCKS": channel_blocks},
-    "THREADS": groups * columns if pass_ == "forward" else _THREADS,
-    **{name: f"{value!r}f" for name, value in (("LOWEST", LOWEST_LOGIT), ("GATE", GATE))},
+    **{"VECTOR": tiling.vector, "GROUPS": tiling.groups, "ROWS": tiling.rows},
+    **{"COLUMNS": tiling.columns, "BEFORE": tiling.before, "OWN": tiling.own},
+    **{"CELLS_DOWN": _cells(height, sh, ph), "DOWN": down, "ACROSS": across},
+    **{"CHANNEL_BLOCKS": channel_blocks, "THREADS": tiling.groups * tiling.columns},
+    **{"BLOCKS": _sizes(pass_, mode)[2], "LOWEST": f"{LOWEST_LOGIT!r}f", "GATE": f"{GATE!r}f"},
     **{"MIDDLE": f"{MIDDLE!r}f", "SHIFT": f"{float(shift or 0)!r}f"},
   }
   return tiling, tuple(f"{name}={value}" for name, value in values.items())
 
 
+def _sizes(pass_: str, mode: str) -> tuple[int, int, int]:
+  return _SIZES["backward, shifted" if (pass_, mode) == ("backward", "SHIFTED") else pass_]
+
+
 def _tiling(
-  n: int, size: tuple[int, int], c: int, columns: int, groups: int, vector: int
+  pass_: str, shape: tuple[int, ...], itemsize: int, geometry: Geometry, mode: str
 ) -> _Tiling:
-  across, channel_blocks = -(-size[1] // columns), -(-c // (groups * vector))
-  down = -(-size[0] // _ROWS)
-  while n * down * across * channel_blocks < _PROGRAMS and size[0] > 2 * down:
+  n, height, width, c = shape
+  vector = math.gcd(c, _BYTES // itemsize)
+  (kh, kw), (sh, sw), (ph, pw) = geometry
+  up, left = (kh - 1) // sh, (kw - 1) // sw  # cells that a window reaches into beyond its own
+  backward = pass_ == "backward"
+  threads, groups, _ = _sizes(pass_, mode)
+  # Bytes of shared memory for each channel: what threads tell each other of windows, and pixels.
+  told = 4 * (left + up + 1 if backward else 2 * left) * (3 if mode == "SAFE" else 2)
+  kept = sw * max(kh, sh) * (2 * itemsize + 4 * (mode == "GATED")) if backward else 0
+  threads = min(threads, _SHARED // ((told + kept or 1) * vector) - left * groups)
+  # Cells 0 to the last one with a pixel; that of a window may be beyond it.
+  rows, columns = _cells(height, sh, ph), _cells(width, sw, pw)
+  groups = max(groups, 1 << (max(1, threads // columns).bit_length() - 1))
+  groups = min(groups, _power_of_2(c // vector))
+  own, before = columns, 0
+  if columns * groups > threads:
+    columns = threads // groups
+    before = left if backward else 0
+    own = columns - left - before
+  across = -(-_cells(width, sw, pw) // own)
+  channel_blocks = -(-c // (groups * vector))
+  down = -(-rows // _ROWS)
+  while n * down * across * channel_blocks < _PROGRAMS and rows > 2 * down:
     down *= 2
-  rows = -(-size[0] // down)
-  return _Tiling(rows, columns, groups, vector, (-(-size[0] // rows), across, channel_blocks))
+  rows_of_one = -(-rows // down)
+  blocks = -(-rows // rows_of_one), across, channel_blocks
+  return _Tiling(rows_of_one, max(columns, 2), before, own, groups, vector, blocks)
+
+
+def _cells(pixels: int, stride: int, padding: int) -> int:
+  """Cell i owns the pixels from i * stride - padding on: the first `stride` ones of window i."""
+  return (pixels - 1 + padding) // stride + 1
 
 
 def _call(pass_: str, macros: tuple[str, ...], programs: int, arguments, results):

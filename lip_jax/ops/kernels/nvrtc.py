@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # What all GPUs from Ampere on run. Later versions of the notation, which the compiler writes into
-# the first line, add nothing that is used here, and drivers refuse those newer than themselves.
+# the first line, add nothing that is used here but hints, and drivers refuse those newer than they.
 _ARCHITECTURE, _NOTATION = "compute_80", "7.0"
 
 
@@ -64,7 +64,8 @@ def compiled(source: str, definitions: Sequence[str]) -> str:
     ptx = _text(library, program, "PTX")
   finally:
     library.nvrtcDestroyProgram(ctypes.byref(program))
-  return re.sub(r"^\.version \S+", f".version {_NOTATION}", ptx, count=1, flags=re.MULTILINE)
+  ptx = re.sub(r"^\.version \S+", f".version {_NOTATION}", ptx, count=1, flags=re.MULTILINE)
+  return re.sub(r'^\s*\.pragma "used_bytes_mask[^;]*;\n', "", ptx, flags=re.MULTILINE)
 
 
 def _text(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
