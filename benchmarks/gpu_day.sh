@@ -27,12 +27,12 @@ if [ -n "${TINY:-}" ]; then
   step pool 300 benchmarks/pool.py --batch 1 --shapes 8x8x8 --repeats 1
   step train_step 300 benchmarks/train_step.py --networks lip_resnet_small --batch 2 --image-size 32 --steps 1
   step inference 300 benchmarks/inference.py --networks lip_resnet_small --batches 1 --image-size 32 --repeats 1
-  step detectors 300 benchmarks/detectors.py --networks retinanet_lip_resnet50,tiny --seconds 0.1
+  step detectors 300 benchmarks/detection.py --networks retinanet_lip_resnet50,tiny --seconds 0.1
 else
   step kernel_check 80 benchmarks/kernel_check.py --shapes 112x112x64 28x28x512 13x9x3 7x7x24
   step pool 100 benchmarks/pool.py --dtype bfloat16 --shapes 112x112x64 56x56x256 28x28x512
   step train_step 260 benchmarks/train_step.py --dtype bfloat16 --networks lip_resnet50 resnet50 --steps 5
   step inference 55 benchmarks/inference.py --dtype bfloat16 --networks lip_resnet50 resnet50 --batches 1 64
-  step detectors 45 benchmarks/detectors.py --networks retinanet_lip_resnet50 --set dtype=bfloat16
+  step detectors 45 benchmarks/detection.py --networks retinanet_lip_resnet50 --set dtype=bfloat16
 fi
 "$python" benchmarks/gpu_page.py "$out"
