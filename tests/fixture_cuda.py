@@ -44,8 +44,9 @@ static unsigned floats_to_bfloat16s(float low, float high) {
 }
 static float fast_exp2(float x) { return __builtin_exp2f(x); }
 static float fast_inverse(float x) { return 1 / x; }
-template <int N> static void load_bytes(const void* from, bool there, unsigned (&words)[N]) {
-  for (auto& word : words) word = 0;
+template <int N>
+static void load_bytes(const void* from, bool there, unsigned else_, unsigned (&words)[N]) {
+  for (auto& word : words) word = else_;
   if (there) __builtin_memcpy(words, from, sizeof(words));
 }
 template <int N> static void store_bytes(void* to, bool there, const unsigned (&words)[N]) {

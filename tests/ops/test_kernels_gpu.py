@@ -116,9 +116,11 @@ def test_constant_and_extreme_logits(x64, check, dtype, gated, shift, logits):
   check(x, h, affine, g, THREE, shift)
 
 
-def test_one_shift_for_all_windows(x64, check):
+@pytest.mark.parametrize("shift", [0.5, -120.0, 120.0])
+def test_one_shift_for_all_windows(x64, check, shift):
+  """Also where exp(0 - shift), of a pixel that is not there, would overflow."""
   x, h, g = inputs(THREE, (14, 14), 3, jnp.bfloat16)
-  check(x, h, None, g, THREE, 0.5)
+  check(x, h + jnp.asarray(shift, h.dtype), None, g, THREE, shift)
 
 
 @pytest.mark.parametrize(

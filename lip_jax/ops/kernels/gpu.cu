@@ -30,19 +30,19 @@ __device__ inline float fast_inverse(float x) {
   return y;
 }
 // Loads and stores that happen only if `there` are in assembly: the compiler makes branches of them.
-__device__ inline void load_bytes(const void* from, bool there, unsigned (&w)[4]) {
-  asm("{ .reg .pred p; setp.ne.b32 p, %4, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+__device__ inline void load_bytes(const void* from, bool there, unsigned else_, unsigned (&w)[4]) {
+  asm("{ .reg .pred p; setp.ne.b32 p, %4, 0; mov.b32 %0, %6; mov.b32 %1, %6; mov.b32 %2, %6; mov.b32 %3, %6; "
       "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%5]; }"
-      : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3]) : "r"((int)there), "l"(from));
+      : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3]) : "r"((int)there), "l"(from), "r"(else_));
 }
-__device__ inline void load_bytes(const void* from, bool there, unsigned (&w)[2]) {
-  asm("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; mov.b32 %1, 0; "
+__device__ inline void load_bytes(const void* from, bool there, unsigned else_, unsigned (&w)[2]) {
+  asm("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, %4; mov.b32 %1, %4; "
       "@p ld.global.nc.v2.b32 {%0, %1}, [%3]; }"
-      : "=&r"(w[0]), "=&r"(w[1]) : "r"((int)there), "l"(from));
+      : "=&r"(w[0]), "=&r"(w[1]) : "r"((int)there), "l"(from), "r"(else_));
 }
-__device__ inline void load_bytes(const void* from, bool there, unsigned (&w)[1]) {
-  asm("{ .reg .pred p; setp.ne.b32 p, %1, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%2]; }"
-      : "=&r"(w[0]) : "r"((int)there), "l"(from));
+__device__ inline void load_bytes(const void* from, bool there, unsigned else_, unsigned (&w)[1]) {
+  asm("{ .reg .pred p; setp.ne.b32 p, %1, 0; mov.b32 %0, %3; @p ld.global.nc.b32 %0, [%2]; }"
+      : "=&r"(w[0]) : "r"((int)there), "l"(from), "r"(else_));
 }
 __device__ inline void store_bytes(void* to, bool there, const unsigned (&w)[4]) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5}; }"
@@ -96,10 +96,13 @@ template <typename T> struct Pack {
 
   __device__ float operator[](int k) const { return number(T(), words, k); }
 
-  __device__ static Pack load(const T* from, bool there) {
+  __device__ static Pack load(const T* from, bool there, float else_ = 0) {
     Pack pack;
-    if constexpr (WHOLE) load_bytes(from, there, pack.words);
-    else pack.words[0] = there ? from->bits : 0;
+    Floats others;
+    EACH others.of[k] = else_;
+    unsigned other = else_ == 0 ? 0 : word(T(), others, 0);
+    if constexpr (WHOLE) load_bytes(from, there, other, pack.words);
+    else pack.words[0] = there ? from->bits : other;
     return pack;
   }
   __device__ static void store(T* to, bool there, const Floats& x) {
@@ -169,7 +172,9 @@ struct Column {
     UNROLL for (int q = 0; q < SW; ++q) {
       bool there = pixels.inside && inside[q];
       pixels.x[q] = Pack<X>::load(x + row * PITCH + q * CHANNELS, there);
-      pixels.h[q] = Pack<H>::load(h + row * PITCH + q * CHANNELS, there);
+      // What is not there weighs nothing.
+      float logit = MODE == SHIFTED ? LOWEST : 0;
+      pixels.h[q] = Pack<H>::load(h + row * PITCH + q * CHANNELS, there, logit);
     }
     return pixels;
   }
@@ -182,10 +187,11 @@ struct Column {
 
   __device__ void weigh(Row& row) const {
     UNROLL for (int q = 0; q < SW; ++q) {
+      // A product, as a condition would become a branch.
+      float counts = MODE != GATED || (row.inside && inside[q]);
       EACH {
-        if (MODE == GATED) row.closed[q].of[k] = closed(row.h[q][k], k);
-        // A product, as a condition would become a branch.
-        row.weight[q].of[k] = weight(row.h[q][k], row.closed[q].of[k]) * (row.inside && inside[q] ? 1.0f : 0.0f);
+        float h = row.h[q][k], gate = MODE == GATED ? closed(h, k) : 0.0f;
+        row.closed[q].of[k] = gate, row.weight[q].of[k] = weight(h, gate) * counts;
       }
     }
   }
