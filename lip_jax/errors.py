@@ -1,5 +1,7 @@
 """Errors that are the user's to mend."""
 
+import logging
+
 
 class UsageError(ValueError):
   """The user's input is at fault, or what became of it.
@@ -23,6 +25,13 @@ def printable(text: str, keep: str = "") -> str:
     keep: characters that stay, such as a newline.
   """
   return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+  """Names in messages may hold what steers a terminal."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    return printable(super().format(record), keep="\n")
 
 
 def shown(value: object) -> str:

@@ -22,6 +22,7 @@ from lip_jax.cli import (
   train,
   visualize,
 )
+from lip_jax.cli.output import warnings_to_stderr
 from lip_jax.errors import UsageError, printable
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if isinstance(sys.stdout, io.TextIOWrapper):  # of any encoding, which may lack characters
     sys.stdout.reconfigure(errors="backslashreplace")
   args = _parse(argv)
+  warnings_to_stderr()
   try:
     status = args.run(args) or 0
     sys.stdout.flush()

@@ -23,6 +23,13 @@ def positive(text: str) -> int:
   return number
 
 
+def directory(text: str) -> str:
+  """A directory, which is not what scripts make of one that they do not have."""
+  if text == "None":
+    raise argparse.ArgumentTypeError("None names no directory; name one, or leave this out")
+  return text
+
+
 def option(text: str) -> tuple[str, Any]:
   """Key and value."""
   key, equals, value = text.partition("=")
@@ -46,6 +53,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
   "PIXELS": positive,
   "K": int,
   "Q": int,
+  "DIR": directory,
   "RATE": float,
   "SCORE": float,
   "SECONDS": float,

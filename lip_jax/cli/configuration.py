@@ -76,7 +76,7 @@ def _parse(text: str, kind: Any) -> Any:
   """A value as the field's type has it, or the text where it is none; `from_dict` says so."""
   union = typing.get_origin(kind) in (types.UnionType, typing.Union)
   kinds = typing.get_args(kind) if union else (kind,)
-  if text == "None" and (types.NoneType in kinds or kind is Any):
+  if text == "None":  # no text field has that value: one that cannot be None says so
     return None
   if (bool in kinds or kind is Any) and text.lower() in ("true", "false"):
     return text.lower() == "true"

@@ -8,6 +8,7 @@ from typing import Any
 from lip_jax.cli import distributed
 from lip_jax.cli.arguments import add, add_command, select
 from lip_jax.cli.output import progress
+from lip_jax.errors import printable
 
 
 def add_commands(commands: Any) -> None:
@@ -47,7 +48,7 @@ def _doctor(args: argparse.Namespace) -> int:
   for finding in doctor.examine(subject, progress):
     findings.append(finding)
     if not args.json:
-      print(finding, flush=True)
+      print(printable(str(finding)), flush=True)
   problems = sum(finding.status == "problem" for finding in findings)
   if args.json:
     values = [dataclasses.asdict(finding) for finding in findings]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from etils import epath
 
+from lip_jax.data import disk
 from lip_jax.data.annotations import (
   COCO_AREA_LIMITS,
   LARGEST_ID,
@@ -99,7 +100,10 @@ def _parse(content: Any) -> CocoFile:
   class_names = []
   for category in sorted(categories, key=lambda category: category["id"]):
     labels[category["id"]] = len(labels)
-    class_names.append(str(category.get("name", category["id"])))
+    name = str(category.get("name", category["id"]))
+    if not disk.is_utf8(name):  # as JSON's escapes can have it: no file of a run could hold it
+      raise UsageError(f"category {category['id']} is called {shown(name)}, not UTF-8; rename it")
+    class_names.append(name)
   rows = {image["id"]: _row(image) for image in images}
   faults = _add_boxes(rows, annotations, labels)
   twice = _twice(annotation.get("id") for annotation in annotations if "id" in annotation)

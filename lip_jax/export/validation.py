@@ -1,6 +1,7 @@
 """What a folder from elsewhere says, checked before anything is built or allocated from it."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,10 +39,10 @@ def check_announced_size(announced: int, folder: Path) -> None:
 
 def check_links(folder: Path) -> None:
   """Raises UsageError if a link anywhere in a folder leads out of it, or something is no file."""
-  root = folder.resolve()
+  root = os.path.realpath(folder)
   for path in folder.rglob("*"):
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
-      cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)", str(folder.absolute()))
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+      cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)", root)
       hub = "hf://{}/{}@{}".format(*cached.groups()) if cached else "hf://ORGANISATION/NAME"
       raise UsageError(
         f"{path} is a link that leads out of {folder}; put the file itself there if you trust it, "

@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from lip_jax.errors import UsageError, printable
+from lip_jax.errors import PrintableFormatter, UsageError
 from lip_jax.training import workdir as workdir_lib
 from lip_jax.training.bucket_sync import BucketSync
 
@@ -29,15 +29,8 @@ def log_to_stdout(level: int = logging.INFO) -> None:
   log.setLevel(level)
   log.propagate = False
   handler = logging.StreamHandler(sys.stdout)
-  handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
   log.handlers = [handler]
-
-
-class _PrintableFormatter(logging.Formatter):
-  """Names in messages may hold what steers a terminal."""
-
-  def format(self, record: logging.LogRecord) -> str:
-    return printable(super().format(record), keep="\n")
 
 
 class MetricsWriter:

@@ -1,5 +1,9 @@
 """`lip-jax data`: prepare, verify, convert and bench, one after the other on a small data set."""
 
+import errno
+import fcntl
+import os
+
 import fixture_boxes
 import pytest
 from fixture_data import to_tfrecord, write_folder, write_tars
@@ -105,3 +109,33 @@ def test_a_link_that_leads_nowhere_is_an_unreadable_image(tmp_path, capsys):
   assert status == 1
   assert "gone.jpg" in out
   assert "No such file" in out
+
+
+def test_without_locks_commands_warn_once_and_escape_the_place(tmp_path, capsys, monkeypatch):
+  def flock(file, how):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  folder = write_folder(tmp_path / "images", per_class=1)
+  data, converted = tmp_path / "data\u202e\x1b[2J", tmp_path / "con\xadverted"
+  name = ("--folder", folder, "--name", "pets")
+  prepared = run(capsys, "prepare", "folder", *name, "--data-dir", data)
+  to_tfrecord(data / "pets" / "1.0.0")
+  made = run(capsys, "convert", "pets", "--data-dir", data, "--out-dir", converted)
+  for (status, out, err), place in ((prepared, r"/data\u202e\x1b[2J/"), (made, r"/con\xadverted/")):
+    assert status == 0
+    assert "train 3, validation 3 images" in out
+    [line] = [line for line in err.splitlines() if "locks" in line]
+    assert line.startswith("warning: /")
+    assert place in line
+    assert line.endswith("see that no other process writes there")
+
+
+@pytest.mark.parametrize("flag", ["--data-dir", "--out-dir"])
+def test_no_directory_is_called_none(tmp_path, capsys, monkeypatch, flag):
+  monkeypatch.chdir(tmp_path)
+  places = {"--data-dir": "data", "--out-dir": "out", flag: "None"}
+  with pytest.raises(SystemExit, match="2"):
+    run(capsys, "convert", "pets", *(f"{key}={place}" for key, place in places.items()))
+  assert f"argument {flag}: None names no directory" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())

@@ -240,6 +240,7 @@ BIG = 2**31
     (changed(images={"width": 0}), "image 4 has height and width"),
     (changed(images={"width": 2.5}), "image 4 has height and width"),
     (changed(categories={"id": 200}), "1 ids of category entries are there more than once"),
+    (changed(categories={"name": "cat\ud800"}), r"category \d+ is called cat\\ud800, not UTF-8"),
     (without("categories"), "not in COCO's format"),
     (without("images"), "not in COCO's format"),
     ({**fixture_boxes.content(2), "images": []}, "annotations are of an image"),

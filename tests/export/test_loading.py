@@ -536,6 +536,16 @@ def test_the_cache_of_the_hub_is_refused_with_its_address(place, tmp_path):
     (cache / file.name).symlink_to(file)
   with pytest.raises(UsageError, match=r"link that leads out .* hf://gao/lip@abc123"):
     lip_jax.load(cache)
+  (tmp_path / "mine").symlink_to(cache)
+  with pytest.raises(UsageError, match=r"link that leads out .* hf://gao/lip@abc123"):
+    lip_jax.load(tmp_path / "mine")
+
+
+def test_links_that_lead_in_a_circle_are_refused(place, tmp_path):
+  folder = hostile(place, tmp_path)
+  (folder / "loop").symlink_to("loop")
+  with pytest.raises(UsageError, match=r"loop is no file; copy .* again"):
+    lip_jax.load(folder)
 
 
 def test_links_that_lead_out_are_refused(place, tmp_path):

@@ -82,6 +82,13 @@ def test_the_command_counts_problems(tmp_path, capsys):
   assert "cannot read --config=" in capsys.readouterr().err
 
 
+def test_paths_are_escaped(tmp_path, capsys):
+  assert cli.main(["doctor", "--no-bench", f"--data-dir={tmp_path}/\u202ea\xa0\x1b[2J"]) in (0, 1)
+  out = capsys.readouterr().out
+  assert r"/\u202ea\xa0\x1b[2J" in out
+  assert all(line.isprintable() for line in out.splitlines())
+
+
 def test_devices_that_fail_or_hang_are_problems(tmp_path, monkeypatch):
   hanging = examine("devices", device_timeout=0.01, data_dir=str(tmp_path))["devices"][0]
   assert hanging.status == "problem"

@@ -160,6 +160,8 @@ def test_values_are_read_as_their_fields_are(change, value):
     ("data.augment.mixpu=1", "config.data.augment has no key 'mixpu'.*did you mean mixup"),
     ("seed.x=1", "config.seed must be a whole number, got"),
     ("data.image_size=None", "config.data.image_size must be a whole number or .*got None"),
+    ("data.dataset=None", "config.data.dataset must be a text, got None"),
+    ("data.train_split=None", "config.data.train_split must be a text, got None"),
     ("data.flip=maybe", "config.data.flip must be true or false, got 'maybe'"),
   ],
 )
