@@ -304,7 +304,7 @@ def test_detections_that_cannot_be(text, message, dataset, tmp_path, capsys):
   assert error.count("\n") == 1
 
 
-def test_detections_of_unknown_categories_are_left_out(dataset, tmp_path, capsys, caplog):
+def test_detections_of_unknown_categories_are_left_out(dataset, tmp_path, capsys):
   annotations = dataset.removeprefix("coco:").partition("@")[0]
   values = json.loads(Path(annotations).read_text())["annotations"]
   known = [{**one, "score": 0.5} for one in values]
@@ -313,5 +313,8 @@ def test_detections_of_unknown_categories_are_left_out(dataset, tmp_path, capsys
   expected = evaluated(capsys, "--detections", file, "--annotations", annotations)
   assert expected["AP"] == 1
   file.write_text(json.dumps([{**known[0], "category_id": 91, "score": 0.9}, *known]))
-  assert evaluated(capsys, "--detections", file, "--annotations", annotations) == expected
-  assert "1 detections are of categories that the annotations lack, the first of 91" in caplog.text
+  command = ["evaluate", "--detections", str(file), "--annotations", annotations, "--json"]
+  assert cli.main(command) == 0
+  out, err = capsys.readouterr()
+  assert json.loads(out) == expected
+  assert "1 detections are of categories that the annotations lack, the first of 91" in err
