@@ -1,6 +1,7 @@
 """Errors that are the user's to mend."""
 
 import logging
+from typing import TextIO
 
 
 class UsageError(ValueError):
@@ -27,7 +28,20 @@ def printable(text: str, keep: str = "") -> str:
   return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
-class PrintableFormatter(logging.Formatter):
+def log_to(stream: TextIO, layout: str, time: str | None = None) -> None:
+  """Prints what lip_jax logs to a stream, once, whatever other libraries have set up.
+
+  Args:
+    layout, time: formats of a message and of its time, as `logging.Formatter` takes them.
+  """
+  log = logging.getLogger("lip_jax")
+  log.propagate = False
+  handler = logging.StreamHandler(stream)
+  handler.setFormatter(_PrintableFormatter(layout, time))
+  log.handlers = [handler]
+
+
+class _PrintableFormatter(logging.Formatter):
   """Names in messages may hold what steers a terminal."""
 
   def format(self, record: logging.LogRecord) -> str:

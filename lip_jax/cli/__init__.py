@@ -22,8 +22,7 @@ from lip_jax.cli import (
   train,
   visualize,
 )
-from lip_jax.cli.output import warnings_to_stderr
-from lip_jax.errors import UsageError, printable
+from lip_jax.errors import UsageError, log_to, printable
 
 # Each adds its subcommands, in the order of --help. They import what they need when they run, so
 # that --help and mistakes are answered at once.
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if isinstance(sys.stdout, io.TextIOWrapper):  # of any encoding, which may lack characters
     sys.stdout.reconfigure(errors="backslashreplace")
   args = _parse(argv)
-  warnings_to_stderr()
+  log_to(sys.stderr, "warning: %(message)s")
   try:
     status = args.run(args) or 0
     sys.stdout.flush()

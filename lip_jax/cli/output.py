@@ -1,11 +1,10 @@
 """What the subcommands print: aligned tables, progress."""
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from lip_jax.errors import PrintableFormatter, printable
+from lip_jax.errors import printable
 
 
 def say(text: object) -> None:
@@ -17,15 +16,6 @@ def progress(text: str) -> None:
   """Replaces the progress line of a terminal; an empty text removes it."""
   if sys.stderr.isatty():
     print(f"\r\033[K{printable(text)}", end="", file=sys.stderr, flush=True)
-
-
-def warnings_to_stderr() -> None:
-  """Prints what lip_jax warns of to stderr, once, whatever other libraries have set up."""
-  log = logging.getLogger("lip_jax")
-  log.propagate = False
-  handler = logging.StreamHandler()
-  handler.setFormatter(PrintableFormatter("warning: %(message)s"))
-  log.handlers = [handler]
 
 
 @contextlib.contextmanager

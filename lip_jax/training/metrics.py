@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from lip_jax.errors import PrintableFormatter, UsageError
+from lip_jax.errors import UsageError, log_to
 from lip_jax.training import workdir as workdir_lib
 from lip_jax.training.bucket_sync import BucketSync
 
@@ -27,10 +27,7 @@ def log_to_stdout(level: int = logging.INFO) -> None:
   """Prints what lip_jax has to say, from `level` on, to stdout, and of other libraries warnings."""
   logging.getLogger().setLevel(logging.WARNING)
   log.setLevel(level)
-  log.propagate = False
-  handler = logging.StreamHandler(sys.stdout)
-  handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  log.handlers = [handler]
+  log_to(sys.stdout, "%(asctime)s %(message)s", "%H:%M:%S")
 
 
 class MetricsWriter:
