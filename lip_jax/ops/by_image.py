@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lip_jax.ops.normalization import explicit
+from lip_jax.ops.kernels.dispatch import symbolic
+from lip_jax.ops.normalization import explicit, hidden_zero
 
 # Bytes of images: what is computed of them is several times as large.
 _AT_A_TIME = 4 << 20
@@ -31,8 +32,7 @@ def by_image(function: Callable[..., Any], images: tuple[jax.Array, ...], shared
     `jax.shard_map`.
   """
   first = images[0]
-  known = all(isinstance(size, int) for size in first.shape)
-  if not known or 0 in first.shape or explicit(first):
+  if symbolic(first) or 0 in first.shape or explicit(first):
     return function(*images, shared)
   n, step = len(first), images_at_a_time(first)
 
@@ -62,9 +62,8 @@ def images_at_a_time(x: jax.Array) -> int:
 @jax.custom_jvp
 def _in_memory(x: jax.Array) -> jax.Array:
   """X. XLA drops `optimization_barrier` before it fuses, but not a loop, here of no turns."""
-  pixel = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
-  zero = jnp.minimum(jnp.abs(jnp.nan_to_num(pixel, posinf=0, neginf=0)), 0)
-  return lax.fori_loop(0, zero.astype(jnp.int32), lambda _, x: x + 1, x)
+  turns = hidden_zero(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())).astype(jnp.int32)
+  return lax.fori_loop(0, turns, lambda _, x: x + 1, x)
 
 
 _in_memory.defjvp(lambda primals, tangents: (_in_memory(*primals), *tangents))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lip_jax.ops.by_image import by_image, images_at_a_time
-from lip_jax.ops.kernels.dispatch import targets
+from lip_jax.ops.kernels.dispatch import symbolic, targets
 from lip_jax.ops.normalization import explicit
 
 # With fewer tiles of 2x2 pixels the kernel's transform costs more than it saves.
@@ -58,7 +58,7 @@ def _is_plain(x: jax.Array, kernel: jax.Array, padding: Any, options: dict[str, 
   return (
     x.ndim == 4
     and x.dtype == kernel.dtype == jnp.float32
-    and all(isinstance(size, int) for size in x.shape)
+    and not symbolic(x)
     and set(dilations) == {1}
     and options["feature_group_count"] == 1
     and options.get("out_sharding") is None
@@ -134,7 +134,7 @@ def of_images(
   size = len(kernel)
   fits = kernel.shape[1] == size and size % 2 and strides == (2, 2) and x.ndim == 4
   fits = fits and tuple(padding) == ((size // 2, size // 2),) * 2 and "cuda" in targets()
-  if not fits or not all(isinstance(n, int) for n in x.shape) or x.shape[1] % 2 or x.shape[2] % 2:
+  if not fits or symbolic(x) or x.shape[1] % 2 or x.shape[2] % 2:
     return general(x, kernel)
   return lax.platform_dependent(
     x, kernel, cuda=lambda x, kernel: over_cells(x, kernel, **options), default=general

@@ -131,7 +131,7 @@ def _bwd(epsilon, dtype, axes, axis_name, relu, residuals, cotangents):
   mean_g, mean_product = (_together(a, axes, axis_name, mask) for a in here)
   if relu:
     # Rectified again from the same, which XLA must not see: it would write the result for both.
-    g1, x_hat = passed(mean + _zero(mean_g))
+    g1, x_hat = passed(mean + hidden_zero(mean_g))
   gain = lax.rsqrt(var + epsilon) * _last(scale, var)
   dx = _where(mask, input_gradient(g1, gain, mean_g, x_hat, mean_product))
   dbias, dscale = (pixels * a.sum(axis=tuple(range(x.ndim - 1))) for a in here)
@@ -162,7 +162,7 @@ def not_before(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return arrays
   # One number of each image, or group, so that nothing travels where these are on many devices.
   first = lax.slice(g, (0,) * g.ndim, (g.shape[0], *[1] * (g.ndim - 1)))
-  zero = _zero(first)
+  zero = hidden_zero(first)
 
   def add(a: jax.Array) -> jax.Array:
     own = zero if a.shape[0] == g.shape[0] else lax.slice_in_dim(zero, 0, 1)
@@ -171,7 +171,7 @@ def not_before(g: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(map(add, arrays))
 
 
-def _zero(a: jax.Array) -> jax.Array:
+def hidden_zero(a: jax.Array) -> jax.Array:
   """Zeros that XLA takes for something else, known once `a` is."""
   return jnp.minimum(jnp.abs(jnp.nan_to_num(a, nan=0, posinf=0, neginf=0)), 0)
 

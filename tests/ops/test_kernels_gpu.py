@@ -125,7 +125,11 @@ def test_one_shift_for_all_windows(x64, check, shift):
 
 @pytest.mark.parametrize(
   ("size", "channels", "gated"),
-  [((37, 43), 3, True), ((37, 43), 12, True), ((9, 131), 72, True), ((9, 131), 72, False)],
+  [
+    *(((37, 43), channels, True) for channels in (3, 12, 72)),
+    ((9, 131), 72, True),
+    ((9, 131), 72, False),
+  ],
 )
 def test_several_programs_per_image(x64, check, size, channels, gated):
   """Blocks of rows, columns and channels that fit the image unevenly."""

@@ -215,7 +215,7 @@ def _statistics(affine: Affine | None) -> str:
 
 def _looks(x: jax.Array, h: jax.Array, shift: float | None) -> bool:
   """Whether the form may depend on the logits' range: unknown, and not in an exported program."""
-  return shift is None and not _symbolic(x, h)
+  return shift is None and not symbolic(x, h)
 
 
 def _look_forward(x, h, geometry):
@@ -281,13 +281,14 @@ def _kernels(x, h, geometry, form) -> dict[str, Any]:
   spread over devices, which kernels cannot express.
   """
   arrays = [a for a in (x, h) if not isinstance(a, jax.ShapeDtypeStruct)]
-  if form == "xla" or _symbolic(x, h) or any(varying_axes(a) or explicit(a) for a in arrays):
+  if form == "xla" or symbolic(x, h) or any(varying_axes(a) or explicit(a) for a in arrays):
     return {}
   names = targets() | ({"tpu"} if form == "pallas" else set())
   return {name: _KERNELS[name] for name in names if _KERNELS[name].supports(x, h, geometry)}
 
 
-def _symbolic(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
+def symbolic(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
+  """Whether a size is a symbol, as the batch of exported programs is."""
   return not all(isinstance(size, int) for a in arrays for size in a.shape)
 
 

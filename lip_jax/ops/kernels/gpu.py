@@ -162,15 +162,15 @@ def _tiling(
   kept = sw * max(kh, sh) * (2 * itemsize + 4 * (mode == "GATED")) if backward else 0
   threads = min(threads, _SHARED // ((told + kept or 1) * vector) - left * groups)
   # Cells 0 to the last one with a pixel; that of a window may be beyond it.
-  rows, columns = _cells(height, sh, ph), _cells(width, sw, pw)
-  groups = max(groups, 1 << (max(1, threads // columns).bit_length() - 1))
+  rows, cells = _cells(height, sh, ph), _cells(width, sw, pw)
+  groups = max(groups, 1 << (max(1, threads // cells).bit_length() - 1))
   groups = min(groups, _power_of_2(c // vector))
-  own, before = columns, 0
+  columns, own, before = cells, cells, 0
   if columns * groups > threads:
     columns = threads // groups
     before = left if backward else 0
     own = columns - left - before
-  across = -(-_cells(width, sw, pw) // own)
+  across = -(-cells // own)
   channel_blocks = -(-c // (groups * vector))
   down = -(-rows // _ROWS)
   while n * down * across * channel_blocks < _PROGRAMS and rows > 2 * down:
