@@ -22,7 +22,7 @@ step() {  # NAME SECONDS COMMAND...
 }
 
 if [ -n "${TINY:-}" ]; then
-  export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  export XLA_FLAGS="${XLA_FLAGS:---xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true}"
   step kernel_check 300 benchmarks/kernel_check.py --batch 1 --shapes 7x7x3 --dtypes bfloat16 --modes fused
   step pool 300 benchmarks/pool.py --batch 1 --shapes 8x8x8 --repeats 1
   step train_step 300 benchmarks/train_step.py --networks lip_resnet_small --batch 2 --image-size 32 --steps 1

@@ -6,19 +6,11 @@ import logging
 import os
 from unittest import mock
 
-import jaxlib.version
+from fixture_xla import QUICK
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
-  # Most of the tests' time is compiling: a quarter of it this way. Processes get flags of their
-  # own.
-  + " --xla_backend_optimization_level=0"
-  + " --xla_llvm_disable_expensive_passes=true"
-  + " --xla_cpu_parallel_codegen_split_count=1"  # the other cores run other tests
-  # Later ones have no other emitters, and end the process at a flag that they do not know.
-  + (" --xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else "")
+  os.environ.get("XLA_FLAGS", "") + f" {QUICK} --xla_force_host_platform_device_count=8"
 )
 
 import jax

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixture_xla import QUICK
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_gpu_day(tmp_path):
   env = {**os.environ, "TINY": "1", "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+  env["XLA_FLAGS"] = QUICK
   command = ["bash", str(ROOT / "benchmarks" / "gpu_day.sh"), str(tmp_path)]
   done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr

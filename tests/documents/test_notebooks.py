@@ -9,11 +9,11 @@ import nbclient
 import nbformat
 import pytest
 from fixture_digits import prepare_digits
+from fixture_xla import QUICK
 
 ROOT = Path(__file__).parents[2]
 COLAB = ROOT / "colab"
 NAMES = sorted(path.stem for path in COLAB.glob("*.py"))
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def cells(notebook):

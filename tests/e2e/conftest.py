@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fixture_digits import prepare_digits
+from fixture_xla import QUICK
 
 from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 
@@ -23,18 +24,15 @@ class Training:
   """Starts train.py on the data set `cluttered_digits/tiny`: 64 + 20 images of 48 px.
 
   Attributes:
-    QUICK: XLA_FLAGS for little effort in compiling, of all processes unless a test says otherwise.
     environment: of the processes, unchanged of those that `run`, `train` and `lip_jax` start.
   """
-
-  QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
   def __init__(self, data_dir: Path, cache: Path):
     self.data_dir = data_dir
     self.environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": self.QUICK,  # and one device, unless a test says otherwise
+      "XLA_FLAGS": QUICK,  # and one device, unless a test says otherwise
       "JAX_COMPILATION_CACHE_DIR": str(cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -30,10 +30,7 @@ from lip_jax.training import train_state
 
 def main(port, index, count, *datasets):
   index, count = int(index), int(count)
-  os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={4 // count}"
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  )
+  os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={4 // count}"
   if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
   assert (jax.process_count(), jax.device_count()) == (count, 4)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 from fixture_ports import free_port
 from fixture_runs import write_images, write_run
+from fixture_xla import QUICK
 
 from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.distributed import service_log
@@ -48,7 +49,7 @@ def test_batch_size_that_the_devices_cannot_share(training, tmp_path):
     tmp_path / "run",
     "--config.global_batch_size=12",
     "--config.model.bn_group_size=4",
-    XLA_FLAGS=f"{training.QUICK} --xla_force_host_platform_device_count=8",
+    XLA_FLAGS=f"{QUICK} --xla_force_host_platform_device_count=8",
   )
   assert_one_line(done, "global_batch_size=12", "8 devices", "8 or 16")
 

@@ -15,6 +15,7 @@ import fixture_numbered
 import pytest
 import read_numbered
 from fixture_ports import free_port
+from fixture_xla import QUICK
 
 HERE = Path(__file__).parent
 LENGTHS = (9, 1, 14, 3, 10)
@@ -22,7 +23,7 @@ COUNT = sum(LENGTHS)
 
 
 def start(script, *arguments, **options):
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
   command = [sys.executable, str(HERE / script), *map(str, arguments)]
   return subprocess.Popen(command, env=environment, text=True, **options)
 

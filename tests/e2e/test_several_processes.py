@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixture_ports import free_port
+from fixture_xla import QUICK
 
 CONFIG = Path(__file__).parents[2] / "configs" / "imagenet.py"
 STEPS = 20
@@ -45,7 +46,7 @@ class Processes:
         training.command(*flags, *([*where, f"--process_id={k}"] if processes > 1 else [])),
         env={
           **training.environment,
-          "XLA_FLAGS": f"{training.QUICK} --xla_force_host_platform_device_count={devices}",
+          "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from compare_runs import assert_same_run, metrics_of
+from fixture_xla import QUICK
 from tensorboardX.proto.event_pb2 import Event
 
 from lip_jax.data import tfrecord
@@ -110,7 +111,7 @@ def test_evaluation_of_a_checkpoint(training, uninterrupted, devices):
     str(workdir),
     "--checkpoint=latest",
     f"--data-dir={training.data_dir}",
-    XLA_FLAGS=f"{training.QUICK} --xla_force_host_platform_device_count={devices}",
+    XLA_FLAGS=f"{QUICK} --xla_force_host_platform_device_count={devices}",
   )
   assert done.returncode == 0, done.stdout + done.stderr
   expected = metrics_of(workdir)[-1]
