@@ -82,6 +82,22 @@ def call_by_image(
   return by_image(function, images, state)
 
 
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+  """`nnx.relu`, whose gradient reads the result, which the next layer has in memory anyway.
+
+  For sums, of which XLA would read all parts once more.
+  """
+  return nnx.relu(x)
+
+
+@relu.defjvp
+def _relu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  (x,), (tangent,) = primals, tangents
+  y = relu(x)
+  return y, jnp.where(y != 0, tangent, 0)  # XLA would turn y > 0 into x > 0
+
+
 class BatchNorm(nnx.Module):
   """Batch normalization over groups of consecutive images.
 

@@ -39,7 +39,7 @@ class ResidualBlock(nnx.Module):
   def _join(self, h: jax.Array, shortcut: jax.Array) -> jax.Array:
     if self.shortcut_bn is not None:
       shortcut = self.shortcut_bn(shortcut)
-    y = nnx.relu(h + shortcut)
+    y = layers.relu(h + shortcut)
     return y if self.pool is None else self.pool(y)
 
 

@@ -101,6 +101,16 @@ def test_instance_norm_normalizes_each_channel_of_each_image():
   np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_relu_has_the_gradient_of_relu(dtype):
+  x = jnp.concatenate([normal(0, 99), jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf])]).astype(dtype)
+  weights = normal(1, len(x)).astype(dtype)
+  y, vjp = jax.vjp(layers.relu, x)
+  expected, expected_vjp = jax.vjp(nnx.relu, x)
+  np.testing.assert_array_equal(y, expected)
+  np.testing.assert_array_equal(*vjp(weights), *expected_vjp(weights))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", [layers.BatchNorm, layers.InstanceNorm])
 def test_norm_with_relu_has_the_gradients_of_both(x64, kind, masked):
