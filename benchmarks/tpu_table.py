@@ -17,6 +17,8 @@ from typing import Any
 
 from compiled import Program, add_arguments, memory_cells, results, training_cells
 
+from lip_jax.tools import paper
+
 NETWORKS = ("lip_resnet50", "lip_resnet101", "lip_densenet121")
 SHAPES = {
   2: {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
@@ -48,8 +50,9 @@ OPTIONS: tuple[dict[str, str], ...] = (
   {"dtype": "float32"},
 )
 
-# The recipe's two images on a chip, on the slice whose step is then of 32.
-DETECTORS = ("retinanet_lip_resnet50",)
+# Rows of configs/coco.py with the recipe's two images on a chip, on the slice whose step is then of
+# 32.
+DETECTORS = tuple(dict.fromkeys(row.argument for row in paper.DETECTORS.values()))
 DETECTORS_ON, DETECTORS_BATCH = "v5e:4x4", 2
 BUCKETS = ("800x1344", "1344x800")
 
@@ -101,10 +104,15 @@ def _program(network: str, generation: str, size: int, factor: int = 1) -> Progr
 
 
 def _detector_programs() -> Iterator[Program]:
-  for network, step, bucket in itertools.product(DETECTORS, ("train", "eval"), BUCKETS):
-    options = {"dtype": "bfloat16", "data.buckets": f"('{bucket}',)"}
-    program = Program(network, DETECTORS_ON, DETECTORS_BATCH, options)
-    yield program._replace(step=step, configs="coco")
+  """In the order in which they are compiled."""
+  for step, bucket, detector in itertools.product(("train", "eval"), BUCKETS, DETECTORS):
+    yield _detector_program(detector, step, bucket)
+
+
+def _detector_program(detector: str, step: str, bucket: str) -> Program:
+  options = {"dtype": "bfloat16", "data.buckets": f"('{bucket}',)"}
+  program = Program(detector, DETECTORS_ON, DETECTORS_BATCH, options)
+  return program._replace(step=step, configs="coco")
 
 
 def _options_programs() -> Iterator[Program]:
@@ -144,16 +152,23 @@ def _print_detectors(found: dict[str, dict[str, Any]]) -> None:
     "| seconds to compile |"
   )
   print("|---|---|---|---|---|---|---|---|---|")
-  for program, bucket in zip(_detector_programs(), itertools.cycle(BUCKETS)):
-    result = found.get(program.key)
-    cells = [program.network, {"train": "training", "eval": "evaluation"}[program.step], bucket]
-    if result is None or "error" in result:
-      cells += ["does not fit" if result else "not yet compiled", *[""] * 5]
+  steps = {"train": "training", "eval": "evaluation"}
+  missing = []
+  for detector, step, bucket in itertools.product(DETECTORS, steps, BUCKETS):
+    result = found.get(_detector_program(detector, step, bucket).key)
+    cells = [detector, steps[step], bucket]
+    if result is None:
+      missing.append(" ".join(cells))
+      continue
+    if "error" in result:
+      cells += ["does not fit", *[""] * 5]
     else:
-      step = result["steps"][program.step]
-      cells += memory_cells(step)
-      cells += [f"{step['instructions']:,}", f"{step['compile_seconds']:,.0f}"]
+      figures = result["steps"][step]
+      cells += memory_cells(figures)
+      cells += [f"{figures['instructions']:,}", f"{figures['compile_seconds']:,.0f}"]
     print("| " + " | ".join(cells) + " |")
+  if missing:
+    print(f"\nNot yet compiled: {', '.join(missing)}.")
 
 
 def _cells(result: dict[str, Any] | None, network: str) -> list[str]:
