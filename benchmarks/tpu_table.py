@@ -80,9 +80,6 @@ def main() -> None:
 
 def _programs(args: argparse.Namespace) -> Iterator[Program]:
   """In the order in which they are compiled."""
-  if args.detectors:
-    yield from _detector_programs()
-    return
   for network, generation, size in sorted(_slices(args), key=lambda one: one[2]):
     yield _program(network, generation, size, factor=2 if args.greater else 1)
   if args.options:
