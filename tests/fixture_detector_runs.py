@@ -18,10 +18,10 @@ MODEL = {
   "head_convs": 0,
 }
 _OF_TWO_STAGES = {"fc_features": 16, "num_proposals": 50, "region_samples": 20}
-# So that scores differ, but are not all 1.
+# So that scores differ and are not 1, and boxes differ.
 _LOUD = {
-  "head.class_logits.kernel": 10,
-  "rpn.logits.kernel": 10,
+  "head.class_logits.kernel": 0.05,
+  "head.box_deltas.kernel": 0.1,
   "rpn.box_deltas.kernel": 0.1,
   "box_head.class_logits.kernel": 0.1,
   "box_head.box_deltas.kernel": 0.1,

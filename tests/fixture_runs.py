@@ -13,7 +13,7 @@ from PIL import Image
 from lip_jax.distributed import sharding
 from lip_jax.export import class_names
 from lip_jax.models import abstract_model
-from lip_jax.models.description import flat_variables
+from lip_jax.models.torch_names import torch_names
 from lip_jax.training import config as config_lib
 from lip_jax.training import optim, train_state
 from lip_jax.training.checkpoint.checkpoints import Checkpoints
@@ -33,9 +33,9 @@ def make_model(salt="", **options):
 
 def with_weights(model, salt=""):
   """A network of shapes, with arbitrary weights in their place."""
-  for key, variable in flat_variables(model).items():
-    name = salt + key.replace("var", "running_var")
-    variable.set_value(jnp.asarray(weight(name, variable.shape), variable.dtype))
+  for key, variable in torch_names(model):
+    value = weight(salt + key, variable.shape[::-1]).T  # PyTorch's kernels are O, I, H, W
+    variable.set_value(jnp.asarray(value, variable.dtype))
   return model
 
 

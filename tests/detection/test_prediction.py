@@ -133,26 +133,30 @@ def predicted(capsys, *arguments):
 def test_boxes_are_those_of_the_image_alone(place, loaded):
   """By hand: resized, normalized, detected, and back; the detector's own size is a bucket's."""
   detector, config = loaded
-  paths = [place / f"images/{k}.jpg" for k in (0, 1, 0)]
-  found = list(prediction.predict(detector, config, paths, threshold=0.9))
-  np.testing.assert_array_equal(found[0].boxes.boxes, found[2].boxes.boxes)
-  height, width = fixture_boxes.SIZES[0]
-  assert found[0].pixels.shape == (height, width, 3)
+  with Image.open(place / "images/0.jpg") as image:
+    pixels = image.convert("RGB")
+  width, height = pixels.size
   scale = min(64 / max(height, width), 48 / min(height, width))
   assert scale != 1
   batch = np.zeros((1, 64, 64, 3), np.uint8)
   size = np.array([[int(height * scale + 0.5), int(width * scale + 0.5)]])
-  resized = Image.fromarray(found[0].pixels).resize(tuple(size[0, ::-1].tolist()), 2)
-  batch[0, : size[0, 0], : size[0, 1]] = resized
+  batch[0, : size[0, 0], : size[0, 1]] = pixels.resize(tuple(size[0, ::-1].tolist()), 2)
   images = normalize(jnp.asarray(batch), jnp.asarray(size), (128.0,) * 3, (64.0,) * 3)
   direct = jax.device_get(jax.jit(lambda x, s: detector.detect(x, s))(images, size))
-  keep = direct.valid[0] & (direct.scores[0] >= 0.9)
+  # Where rounding decides nothing.
+  gap = np.diff(direct.scores[0]).argmin()
+  threshold = direct.scores[0][gap : gap + 2].mean()
+  keep = direct.valid[0] & (direct.scores[0] >= threshold)
   assert 0 < keep.sum() < 100
-  np.testing.assert_allclose(found[0].boxes.scores, direct.scores[0][keep], rtol=0.05)
+  paths = [place / f"images/{k}.jpg" for k in (0, 1, 0)]
+  found = list(prediction.predict(detector, config, paths, threshold=threshold))
+  np.testing.assert_array_equal(found[0].boxes.boxes, found[2].boxes.boxes)
+  assert found[0].pixels.shape == (height, width, 3)
+  np.testing.assert_allclose(found[0].boxes.scores, direct.scores[0][keep], rtol=1e-3)
   assert_same_boxes(
     (found[0].boxes.boxes, found[0].boxes.labels),
     (direct.boxes[0][keep] / scale, direct.labels[0][keep]),
-    atol=0.5,
+    atol=0.5,  # sizes are rounded
   )
 
 
