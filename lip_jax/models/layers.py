@@ -20,7 +20,7 @@ from jax import lax
 from lip_jax.errors import UsageError
 from lip_jax.models import padding
 from lip_jax.ops.by_image import by_image
-from lip_jax.ops.convolution import of_images
+from lip_jax.ops.convolution import of_groups, of_images
 from lip_jax.ops.deform_conv import deform_conv
 from lip_jax.ops.kernels.dispatch import targets
 from lip_jax.ops.normalization import apply_moments, normalize, varying_alike
@@ -255,6 +255,7 @@ class LayerFactory(NamedTuple):
     groups: int = 1,
   ) -> nnx.Conv:
     """Square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd sizes."""
+    function = of_images if in_features <= 4 < size else lax.conv_general_dilated
     return nnx.Conv(
       in_features,
       out_features,
@@ -265,7 +266,7 @@ class LayerFactory(NamedTuple):
       feature_group_count=groups,
       param_dtype=param_dtype(self.dtype),
       kernel_init=self.init,
-      conv_general_dilated=of_images if in_features <= 4 < size else lax.conv_general_dilated,
+      conv_general_dilated=of_groups if groups > 1 else function,
       **self.options,
     )
 

@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from lip_jax.ops.convolution import conv_general_dilated, over_cells
+from lip_jax.ops import convolution
+from lip_jax.ops.convolution import conv_general_dilated, in_blocks, of_groups, over_cells
 
 # Kernel, stride, padding, image: what CPUs compute in another form, and what they do not.
 FORMS = {
@@ -63,7 +64,8 @@ def test_equals_the_general_convolution(name):
 @pytest.mark.parametrize(
   ("options", "dtype"),
   [({"feature_group_count": 2}, jnp.float32), ({"kernel_dilation": 2}, jnp.float32)]
-  + [({}, jnp.bfloat16), ({"input_dilation": 2}, jnp.float32)],
+  + [({}, jnp.bfloat16), ({"input_dilation": 2}, jnp.float32)]
+  + [({"feature_group_count": 2, "kernel_dilation": 2}, jnp.float32)],
 )
 def test_others_are_those_of_xla(options, dtype):
   general, ours = layers(3, 1, (1, 1), dtype=dtype, **options)
@@ -99,3 +101,59 @@ def test_over_cells_equals_stride_two(size, channels):
   found, ours = jax.vjp(lambda x, kernel: over_cells(x, kernel, **options), x, kernel)
   for one, other in zip((found, *ours(g)), (expected, *back(g)), strict=True):
     np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * float(jnp.abs(other).max()))
+
+
+# Groups, channels in and out, and groups in a block of 128 channels.
+GROUPS = {
+  "ResNeXt": (32, 128, 128, 32),
+  "two blocks": (32, 256, 256, 16),
+  "some in a block": (6, 120, 240, 3),
+  "wide": (2, 300, 300, 1),
+  "one channel each": (8, 8, 16, 8),
+}
+
+
+def grouped(name, function, size=3, stride=1):
+  """(convolution, images, kernel) of a row of GROUPS."""
+  groups, inputs, outputs, _ = GROUPS[name]
+  rng = np.random.default_rng(size)
+  x = jnp.asarray(rng.standard_normal((2, 9, 8, inputs)), jnp.float32)
+  kernel = jnp.asarray(rng.standard_normal((size, size, inputs // groups, outputs)), jnp.float32)
+  options = {
+    "lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "precision": None,
+    "dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups,
+  }  # fmt: skip
+  padding = ((size // 2, size // 2),) * 2
+  return lambda x, kernel: function(x, kernel, (stride, stride), padding, **options), x, kernel
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (5, 2)])
+@pytest.mark.parametrize("form", [of_groups, in_blocks])
+def test_groups_equal_those_of_xla(name, size, stride, form):
+  """Output, gradients and derivatives along a direction."""
+  found = []
+  for function in (lax.conv_general_dilated, form):
+    call, x, kernel = grouped(name, function, size, stride)
+    y, back = jax.vjp(call, x, kernel)
+    g = jnp.asarray(np.random.default_rng(0).standard_normal(y.shape), jnp.float32)
+    found.append((y, *back(g), jax.jvp(call, (x, kernel), (jnp.cos(x), jnp.sin(kernel)))[1]))
+  for expected, ours in zip(*found, strict=True):
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_are_in_blocks_on_tpus(name, monkeypatch):
+  """And there alone; on CPUs the gradient by the kernel is of products, where it is wanted."""
+  monkeypatch.setattr(convolution, "targets", lambda: {"tpu"})
+  groups, _, _, together = GROUPS[name]
+  call, x, kernel = grouped(name, of_groups)
+  traced = jax.jit(jax.grad(lambda k, x: jnp.sum(jnp.square(call(x, k))))).trace(kernel, x)
+  for platform, convolutions in (("cpu", 1), ("tpu", 2), ("cuda", 2)):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    expected = groups // together if platform == "tpu" else groups
+    assert f"feature_group_count = {expected} :" in text, platform
+    assert text.count("stablehlo.convolution") == convolutions
+    assert ("dot_general" in text) == (platform == "cpu")
+  by_images = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(call(x, kernel)))))
+  assert "dot_general" not in by_images.lower(x).as_text()
