@@ -61,17 +61,14 @@ def nms(
 def _nms(boxes, scores, labels, usable, *, threshold, limit, inclusive):
   """`nms` of boxes that are usable."""
   count = len(boxes)
-  size = max(1, min(_TILE, count))
-  order = _by_decreasing_score(scores, usable)
-  pad = -count % size if count else size
+  if not count:
+    return jnp.zeros(limit, jnp.int32), jnp.zeros(limit, bool)
+  size = min(_TILE, count)
   # Padding takes the places of boxes that are not usable, after those that are.
-  tiles = (
-    jnp.pad(boxes[order].astype(jnp.promote_types(boxes.dtype, jnp.float32)), ((0, pad), (0, 0))),
-    jnp.pad(labels[order], (0, pad)),
-    jnp.pad(order, (0, pad)),
-  )
+  order = jnp.pad(_by_decreasing_score(scores, usable), (0, -count % size))
+  boxes = boxes.astype(jnp.promote_types(boxes.dtype, jnp.float32))
   found, kept = _suppress(
-    tiles, usable.sum(dtype=jnp.int32), size, min(limit, count), threshold, inclusive
+    boxes, labels, order, usable.sum(dtype=jnp.int32), size, min(limit, count), threshold, inclusive
   )
   found = jnp.pad(found, (0, limit - len(found)))
   return found, jnp.arange(limit, dtype=jnp.int32) < kept
@@ -84,9 +81,8 @@ def _by_decreasing_score(scores: jax.Array, usable: jax.Array) -> jax.Array:
   return lax.sort((~usable, -scores, index), num_keys=2, is_stable=True)[-1]
 
 
-def _suppress(sorted_boxes, usable, size, capacity, threshold, inclusive):
-  """The greedy pass over tiles of sorted boxes -> (indices [capacity], how many are kept)."""
-  boxes, labels, order = sorted_boxes
+def _suppress(boxes, labels, order, usable, size, capacity, threshold, inclusive):
+  """The greedy pass over tiles of boxes in that order -> (indices [capacity], how many are kept)."""
   threshold = jnp.asarray(threshold, boxes.dtype)
   earlier = jnp.tri(size, k=-1, dtype=bool)  # [i, j]: j comes before i
 
@@ -100,9 +96,8 @@ def _suppress(sorted_boxes, usable, size, capacity, threshold, inclusive):
 
   def step(state):
     start, kept, kept_boxes, kept_labels, found = state
-    tile, tile_labels, tile_order = (
-      lax.dynamic_slice_in_dim(array, start, size) for array in (boxes, labels, order)
-    )
+    tile_order = lax.dynamic_slice_in_dim(order, start, size)
+    tile, tile_labels = boxes[tile_order], labels[tile_order]
     by_kept = overlaps(tile, tile_labels, kept_boxes, kept_labels)
     by_kept &= (jnp.arange(capacity) < kept)[None, :]
     alive = (start + jnp.arange(size, dtype=jnp.int32) < usable) & ~by_kept.any(axis=1)
