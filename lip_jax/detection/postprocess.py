@@ -125,9 +125,14 @@ def _of_pairs(level: Level, size: jax.Array, preset: Preset) -> _Candidates:
   """The best pairs of an anchor and a class."""
   scores = jax.nn.sigmoid(level.logits)
   scores = jnp.where(level.usable[:, None] & (scores > SCORE_THRESHOLD), scores, -1)
+  # In two stages: they are of the anchors with the best highest scores. In the order of the anchors,
+  # as of equal pairs the first one is the better.
+  _, anchors = lax.top_k(scores.max(axis=1), min(PER_LEVEL, len(scores)))
+  anchors = -lax.top_k(-anchors, len(anchors))[0]
+  scores = scores[anchors]
   best, index = lax.top_k(scores.ravel(), min(PER_LEVEL, scores.size))
-  anchor, label = jnp.divmod(index, scores.shape[1])
-  return _Candidates(_decode(level, anchor, size, preset), best, label, best >= 0)
+  row, label = jnp.divmod(index, scores.shape[1])
+  return _Candidates(_decode(level, anchors[row], size, preset), best, label, best >= 0)
 
 
 def _decode(level: Level, index: jax.Array, size: jax.Array, preset: Preset) -> jax.Array:
