@@ -183,7 +183,7 @@ def of_groups(
 ) -> jax.Array:
   """As `conv_general_dilated`, for channels in groups: kernels [h, w, in / groups, out].
 
-  On TPUs it is `in_blocks`; elsewhere XLA's own, whose gradient by the kernel takes up to 200 times
+  On TPUs it is `in_blocks`; elsewhere XLA's own, whose gradient by the kernel takes up to 130 times
   as long as the convolution on CPUs: there it is that of `by_products`. Programs whose batch is a
   symbol have XLA's own everywhere.
   """
