@@ -71,14 +71,15 @@ def _convolve(x, offset, kernel, *, stride, padding, border_gradient):
   groups = channels // per_group
   taps = kernel_height * kernel_width
   images, height, width, _ = offset.shape
+  # Taps before pixels, and pixels in one axis: the nine taps beside the channels are padded on TPUs.
   offset = offset.astype(jnp.promote_types(offset.dtype, jnp.float32))
-  offset = offset.reshape(images, height, width, taps, 2)
+  offset = jnp.moveaxis(offset.reshape(images, height, width, taps, 2), 3, 1)
   tap_y, tap_x = (
-    grid.reshape(1, 1, 1, taps)
+    grid.reshape(1, taps, 1, 1)
     for grid in jnp.mgrid[:kernel_height, :kernel_width].astype(offset.dtype)
   )
-  top = (jnp.arange(height, dtype=offset.dtype) * stride - padding).reshape(1, height, 1, 1)
-  left = (jnp.arange(width, dtype=offset.dtype) * stride - padding).reshape(1, 1, width, 1)
+  top = (jnp.arange(height, dtype=offset.dtype) * stride - padding).reshape(1, 1, height, 1)
+  left = (jnp.arange(width, dtype=offset.dtype) * stride - padding).reshape(1, 1, 1, width)
   rows = _corners(top + tap_y + offset[..., 0], x.shape[1], border_gradient)
   columns = _corners(left + tap_x + offset[..., 1], x.shape[2], border_gradient)
 
@@ -86,15 +87,17 @@ def _convolve(x, offset, kernel, *, stride, padding, border_gradient):
   flat = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   flat = flat.reshape(images, x.shape[1] * x.shape[2], channels)  # no -1: there may be no images
   read = jax.vmap(lambda cells, index: cells.at[index].get(mode="clip"))
+  points = taps * height * width
   samples = sum(
-    read(flat, row * x.shape[2] + column) * (weight * share)[..., None]
+    read(flat, (row * x.shape[2] + column).reshape(images, points))
+    * (weight * share).reshape(images, points, 1)
     for row, weight in rows
     for column, share in columns
   )
   dtype = jnp.result_type(x, kernel)
   convolved = jnp.einsum(
-    "nhwtgc,tcgo->nhwgo",
-    samples.astype(dtype).reshape(images, height, width, taps, groups, per_group),
+    "ntpgc,tcgo->npgo",
+    samples.astype(dtype).reshape(images, taps, height * width, groups, per_group),
     kernel.astype(dtype).reshape(taps, per_group, groups, outputs // groups),
     preferred_element_type=jnp.promote_types(dtype, jnp.float32),
   )
