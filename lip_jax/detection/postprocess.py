@@ -125,8 +125,8 @@ def _of_pairs(level: Level, size: jax.Array, preset: Preset) -> _Candidates:
   """The best pairs of an anchor and a class."""
   scores = jax.nn.sigmoid(level.logits)
   scores = jnp.where(level.usable[:, None] & (scores > SCORE_THRESHOLD), scores, -1)
-  # In two stages: they are of the anchors with the best highest scores. In the order of the anchors,
-  # as of equal pairs the first one is the better.
+  # In two stages: they are of the anchors with the best highest scores. These in their order, as of
+  # equal pairs the first one is the better; by top_k, which ONNX has, too.
   _, anchors = lax.top_k(scores.max(axis=1), min(PER_LEVEL, len(scores)))
   anchors = -lax.top_k(-anchors, len(anchors))[0]
   scores = scores[anchors]

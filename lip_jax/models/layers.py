@@ -255,7 +255,11 @@ class LayerFactory(NamedTuple):
     groups: int = 1,
   ) -> nnx.Conv:
     """Square convolution, [N, H, W, in] -> [N, ceil(H / stride), ..., out], odd sizes."""
-    function = of_images if in_features <= 4 < size else lax.conv_general_dilated
+    function: Callable[..., jax.Array] = lax.conv_general_dilated
+    if groups > 1:
+      function = of_groups
+    elif in_features <= 4 < size:
+      function = of_images
     return nnx.Conv(
       in_features,
       out_features,
@@ -266,7 +270,7 @@ class LayerFactory(NamedTuple):
       feature_group_count=groups,
       param_dtype=param_dtype(self.dtype),
       kernel_init=self.init,
-      conv_general_dilated=of_groups if groups > 1 else function,
+      conv_general_dilated=function,
       **self.options,
     )
 

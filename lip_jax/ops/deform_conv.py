@@ -71,7 +71,7 @@ def _convolve(x, offset, kernel, *, stride, padding, border_gradient):
   groups = channels // per_group
   taps = kernel_height * kernel_width
   images, height, width, _ = offset.shape
-  # Taps before pixels, and pixels in one axis: the nine taps beside the channels are padded on TPUs.
+  # Taps before pixels, which are one axis: beside the channels, TPUs would pad the nine taps to 16.
   offset = offset.astype(jnp.promote_types(offset.dtype, jnp.float32))
   offset = jnp.moveaxis(offset.reshape(images, height, width, taps, 2), 3, 1)
   tap_y, tap_x = (

@@ -82,7 +82,7 @@ def _by_decreasing_score(scores: jax.Array, usable: jax.Array) -> jax.Array:
 
 
 def _suppress(boxes, labels, order, usable, size, capacity, threshold, inclusive):
-  """The greedy pass over tiles of boxes in that order -> (indices [capacity], how many are kept)."""
+  """The greedy pass over tiles of boxes in order -> (indices [capacity], how many are kept)."""
   threshold = jnp.asarray(threshold, boxes.dtype)
   earlier = jnp.tri(size, k=-1, dtype=bool)  # [i, j]: j comes before i
 

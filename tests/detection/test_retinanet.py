@@ -18,6 +18,7 @@ from fixture_small_detectors import (
 from flax import nnx
 
 import lip_jax
+from lip_jax.detection import postprocess, presets
 from lip_jax.detection.matching import BACKGROUND, UNUSED
 from lip_jax.errors import UsageError
 
@@ -196,3 +197,25 @@ def test_what_does_not_exist_is_refused_with_what_does(options, named):
   given = {"name": "retinanet", "backbone": "resnet_small", **SMALL["retinanet"], **options}
   with pytest.raises(UsageError, match=named):
     nnx.eval_shape(lambda: lip_jax.create_detector(**given, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_pairs_of_a_level_go_to_nms(seed, monkeypatch):
+  """Many are equal, of which the first are taken; of 40 anchors apart, so that none suppresses."""
+  monkeypatch.setattr(postprocess, "PER_LEVEL", 7)
+  rng = np.random.default_rng(seed)
+  logits = rng.integers(-6, 3, (40, 5)).astype(np.float32)
+  logits[rng.integers(0, 40, 3), 0] = np.nan
+  usable = rng.random(40) < 0.8
+  left = 10.0 * np.arange(40, dtype=np.float32)[:, None]
+  anchors = np.hstack([left, 0 * left, left + 5, 0 * left + 5])
+  level = postprocess.Level(*map(jnp.asarray, (logits, np.zeros((40, 4)), anchors, usable)))
+  found = postprocess.dense_detections(
+    [level], jnp.array([10.0, 400.0]), presets.find("torchvision")
+  )
+  scores = np.where(usable[:, None] & (logits > -3), logits, -np.inf)  # sigmoid(-2) > 0.05
+  scores = np.where(np.isnan(scores), -np.inf, scores).ravel()
+  expected = np.argsort(-scores, kind="stable")[:7]
+  assert found.valid.sum() == 7
+  pairs = np.asarray(found.boxes[:7, 0]) // 10 * 5 + np.asarray(found.labels[:7])
+  assert pairs.tolist() == expected.tolist()

@@ -11,6 +11,7 @@ from lip_jax import create_model, list_models
 from lip_jax.errors import UsageError
 from lip_jax.models import cost, lan, layers
 from lip_jax.models.logit_modules import Projection
+from lip_jax.ops import convolution
 from lip_jax.tools import paper
 from lip_jax.tools.cost import costs, default_names
 
@@ -45,6 +46,16 @@ def test_convolutions_by_hand():
   # Each of three groups sees one channel.
   grouped = conv(3, 6, (3, 3), feature_group_count=3)
   assert count(first, a=grouped) == 8 * 8 * 6 * 3 * 3
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_forms_for_platforms_cost_what_the_convolutions_do(platform, monkeypatch):
+  """Zeros between groups, and beside an image's channels, are no work of the network."""
+  monkeypatch.setattr(convolution, "targets", lambda: {platform})
+  make = layers.LayerFactory(jnp.float32, nnx.Rngs(0))
+  images, groups = make.conv(3, 8, 7, 2), make.conv(8, 6, 3, groups=2)
+  expected = 16 * 16 * (8 * 7 * 7 * 3 + 6 * 3 * 3 * 4)
+  assert count(lambda parts, x: parts.b(parts.a(x)), 32, a=images, b=groups) == expected
 
 
 def test_matrix_products_by_hand():
