@@ -3,9 +3,8 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from fixture_weights import weight
+from fixture_runs import with_weights
 from flax import nnx
 
 import lip_jax
@@ -21,18 +20,18 @@ SMALL = {
 @functools.cache
 def create(name="retinanet", backbone="lip_resnet_small", **options):
   """(structure, arrays) of a small detector with arbitrary weights, which finds something."""
-  model = nnx.eval_shape(
-    lambda: lip_jax.create_detector(
-      name, backbone=backbone, rngs=nnx.Rngs(0), **{**SMALL[name], **options}
+  model = with_weights(
+    nnx.eval_shape(
+      lambda: lip_jax.create_detector(
+        name, backbone=backbone, rngs=nnx.Rngs(0), **{**SMALL[name], **options}
+      )
     )
   )
   for key, variable in torch_names(model):
-    value = jnp.asarray(weight(key, variable.shape[::-1]).T)
     if "retina_cls.bias" in key or "cls_logits.bias" in key:
-      value -= 3
+      variable.set_value(variable[...] - 3)
     if any(part in key for part in ("retina_reg", "bbox_reg", "rpn_reg", "fc_reg", "bbox_pred")):
-      value *= 0.1
-    variable.set_value(value)
+      variable.set_value(variable[...] * 0.1)
   return nnx.split(model)
 
 

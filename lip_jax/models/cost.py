@@ -97,9 +97,9 @@ def _count_equation(equation: core.JaxprEqn, own: _Count, kernels: bool) -> int:
   if kind == "pallas_call" or (kind == "custom_vjp_call" and not kernels):
     return 0
   if kind == "cond":
-    # One branch runs. Of `platform_dependent` the last one is the formula; those of platforms may
-    # have products by zeros.
-    branches = list(_programs(params["branches"]))[-1 if "branches_platforms" in params else 0 :]
+    branches = list(_programs(params["branches"]))  # of which one runs
+    if "branches_platforms" in params:
+      branches = branches[-1:]  # the formula; those of platforms may have products by zeros
     return max(_count(branch, own, kernels) for branch in branches)
   inside = sum(
     _count(program, own, kernels) for value in params.values() for program in _programs(value)
