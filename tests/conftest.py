@@ -4,10 +4,16 @@ import gc
 import importlib.util
 import logging
 import os
+from pathlib import Path
 from unittest import mock
 
 from fixture_xla import QUICK
 
+# What is compiled serves the other workers, the processes that tests start, and the next run.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + f" {QUICK} --xla_force_host_platform_device_count=8"

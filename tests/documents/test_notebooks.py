@@ -61,8 +61,6 @@ def execute(tmp_path_factory):
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": QUICK,  # one device
-    "JAX_COMPILATION_CACHE_DIR": str(folder / "compilation_cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "IPYTHONDIR": str(folder / "ipython"),
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
   }

@@ -27,14 +27,12 @@ class Training:
     environment: of the processes, unchanged of those that `run`, `train` and `lip_jax` start.
   """
 
-  def __init__(self, data_dir: Path, cache: Path):
+  def __init__(self, data_dir: Path):
     self.data_dir = data_dir
     self.environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": QUICK,  # and one device, unless a test says otherwise
-      "JAX_COMPILATION_CACHE_DIR": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     self._server: subprocess.Popen[str] | None = None
 
@@ -146,7 +144,7 @@ class Training:
 
 @pytest.fixture(scope="session")
 def training(tmp_path_factory) -> Iterator[Training]:
-  training = Training(tmp_path_factory.mktemp("tfds"), tmp_path_factory.mktemp("compilation_cache"))
+  training = Training(tmp_path_factory.mktemp("tfds"))
   training.prepare("tiny")
   with contextlib.closing(training):
     yield training

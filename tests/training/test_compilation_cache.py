@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lip_jax.training import compilation_cache
 
@@ -11,8 +12,9 @@ from lip_jax.training import compilation_cache
 @pytest.fixture
 def compile_in(tmp_path):
   """Compiles a program with the cache of a workdir; returns the files there."""
-  least = jax.config.jax_persistent_cache_min_compile_time_secs
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  reset_cache()
 
   def run():
     jax.clear_caches()
@@ -22,7 +24,8 @@ def compile_in(tmp_path):
     return sorted((tmp_path / "compilation_cache").glob("*-cache"))
 
   yield run
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+  jax.config.update("jax_compilation_cache_dir", before)
+  reset_cache()
 
 
 def test_programs_that_were_cut_off_are_compiled_and_kept_again(compile_in, caplog):
