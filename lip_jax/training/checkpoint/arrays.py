@@ -38,6 +38,8 @@ def save_async(path: epath.Path, parts: dict[str, Any], metadata: dict[str, str]
   context.checkpointables.registry = registry
   context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True  # which `_read` expects
   context.array.saving.enable_write_sharding_file = False  # whoever reads says where to
+  # Slices of arrays on each replica: a program for each, compiled at the first save, for a few MB.
+  context.array.saving.use_replica_parallel = False
   with context:
     return ocp.save_checkpointables_async(path, {_STATE: named(parts), _METADATA: metadata})
 
