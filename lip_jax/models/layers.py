@@ -98,6 +98,23 @@ def _relu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
   return y, jnp.where(y != 0, tangent, 0)  # XLA would turn y > 0 into x > 0
 
 
+def fork(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """X for a convolution, and for all else that reads it.
+
+  On GPUs the convolution's gradient is the first operand of the sum of both: the one to which XLA
+  adds the other as it writes it.
+  """
+  return _fork(x) if "cuda" in targets() else (x, x)
+
+
+@jax.custom_vjp
+def _fork(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return x, x
+
+
+_fork.defvjp(lambda x: ((x, x), None), lambda _, gs: (gs[0] + gs[1],))
+
+
 class BatchNorm(nnx.Module):
   """Batch normalization over groups of consecutive images.
 

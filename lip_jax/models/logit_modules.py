@@ -15,6 +15,7 @@ from flax.typing import Dtype
 
 from lip_jax.models import layers
 from lip_jax.models.layers import LayerFactory
+from lip_jax.ops.kernels.dispatch import targets
 from lip_jax.ops.kernels.gate import GATE
 from lip_jax.ops.lip_pool import gated_lip_pool, projected_lip_pool
 
@@ -72,8 +73,8 @@ class Projection(nnx.Module):
     """`lip_pool` of x by the logits of `source`, which are never in memory as a whole.
 
     A 1x1 convolution is computed again for the gradient rather than kept: 3 % of the multiply-adds
-    of LIP-ResNet-50, and a tenth of its memory. One in a form of its own, as `fold_batch_norm`
-    gives it, is not.
+    of LIP-ResNet-50, and a tenth of its memory. Not so on GPUs, which have the memory and lack the
+    bandwidth; nor one in a form of its own, as `fold_batch_norm` gives it.
 
     Args:
       x: what is pooled, [N, H, W, out_features].
@@ -84,7 +85,7 @@ class Projection(nnx.Module):
     assert norm is not None, "the caller asks `fuses`"
     tail = (norm.scale[...], norm.bias[...])
     own = self.conv.conv_general_dilated is not jax.lax.conv_general_dilated
-    if own or self.conv.kernel_size != (1, 1):
+    if own or self.conv.kernel_size != (1, 1) or "cuda" in targets():
       return gated_lip_pool(x, self.conv(source), *tail, epsilon=norm.epsilon, **windows)
     kernel, source = self.conv.kernel[...], source.astype(self.conv.dtype)
     return projected_lip_pool(x, source, kernel, *tail, epsilon=norm.epsilon, **windows)

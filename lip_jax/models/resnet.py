@@ -112,7 +112,8 @@ class BottleneckBlock(ResidualBlock):
     super().__init__(in_features, out_features, downsample, make)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    h = layers.rectified(self.bn1, self.conv1(x))
+    first, x = layers.fork(x)
+    h = layers.rectified(self.bn1, self.conv1(first))
     h, shortcut = self.spatial(x, h)
     h = layers.rectified(self.bn2, h)
     return self._join(self.bn3(self.conv3(h)), shortcut)

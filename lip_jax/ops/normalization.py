@@ -87,6 +87,20 @@ def _average(
   return _together(_where(mask, x).mean(axis=axes, keepdims=True), axes, axis_name, mask)
 
 
+def _means(arrays: tuple[jax.Array, ...], axes: tuple[int, ...], at_once: bool) -> list[jax.Array]:
+  """Means of each over axes that stay, with size one.
+
+  At once, in one reduction: XLA for GPUs else writes what both have in common before it reads it,
+  where these are means of single images.
+  """
+  if not at_once:
+    return [a.mean(axis=axes, keepdims=True) for a in arrays]
+  zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
+  sums = lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), axes)
+  pixels = math.prod(arrays[0].shape[axis] for axis in axes)
+  return [jnp.expand_dims(a, axes) / pixels for a in sums]
+
+
 def _together(
   mean: jax.Array,
   axes: tuple[int, ...],
@@ -126,7 +140,7 @@ def _bwd(epsilon, dtype, axes, axis_name, relu, residuals, cotangents):
   g1, x_hat = passed(mean)
   # Of these the gradients of scale and bias are made, too: XLA would read everything once more for
   # the latter, also where they were sums of sums, which it takes for one sum.
-  here = [a.mean(axis=axes, keepdims=True) for a in (g1, g1 * x_hat)]
+  here = _means((g1, g1 * x_hat), axes, at_once=relu and len(axes) == 2)
   pixels = math.prod(x.shape[axis] for axis in axes)
   mean_g, mean_product = (_together(a, axes, axis_name, mask) for a in here)
   if relu:

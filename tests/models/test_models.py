@@ -9,7 +9,7 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.models import downsample, lan, layers
+from lip_jax.models import downsample, lan, layers, logit_modules
 
 
 def count(model):
@@ -395,3 +395,32 @@ def test_import_time_is_close_to_that_of_flax():
 
   pairs = [(seconds("flax.nnx"), seconds("lip_jax")) for _ in range(3)]
   assert min(ours for _, ours in pairs) < 1.5 * min(flax for flax, _ in pairs)
+
+
+def test_what_is_formulated_otherwise_for_gpus_is_the_same_network(x64, monkeypatch):
+  model = lip_jax.create_model(
+    "lip_resnet50",
+    num_classes=3,
+    width=4,
+    stage_sizes=(1, 2, 1, 1),
+    logit_width=4,
+    dtype=jnp.float64,
+    rngs=nnx.Rngs(0),
+  )
+  random = np.random.default_rng(0)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  params = jax.tree.map(lambda a: jnp.asarray(random.normal(0.5, 0.5, a.shape)), params)
+  x = images().astype(jnp.float64)
+
+  def loss(params, x):
+    class_logits = nnx.merge(graph, params, rest, copy=True)(x)
+    return (class_logits * jnp.arange(6.0).reshape(2, 3)).sum(), class_logits
+
+  def results():
+    return jax.jit(jax.value_and_grad(lambda *args: loss(*args), (0, 1), has_aux=True))(params, x)
+
+  elsewhere = results()
+  for module in (layers, logit_modules):
+    monkeypatch.setattr(module, "targets", lambda: {"cuda"})
+  for one, other in zip(*map(jax.tree.leaves, (results(), elsewhere)), strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-9 * float(jnp.abs(other).max()))
