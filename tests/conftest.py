@@ -21,11 +21,20 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from etils import epath
 from fixture_bucket import local_bucket
+
+from lip_jax.training import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing makes many objects that are not garbage: looking through them is a seventh of the time.
 gc.set_threshold(100_000)
+
+
+def pytest_configure(config):
+  """Tests kill processes that may be writing a compiled program."""
+  if not hasattr(config, "workerinput"):
+    compilation_cache.delete_cut_off(epath.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 
 
 def pytest_collection_modifyitems(items):

@@ -98,13 +98,14 @@ def _relu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
   return y, jnp.where(y != 0, tangent, 0)  # XLA would turn y > 0 into x > 0
 
 
-def fork(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """X for a convolution, and for all else that reads it.
+def fork(x: jax.Array, norm: Callable[..., jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """X twice: for a convolution, which `norm` follows, and for all else that reads it.
 
-  On GPUs the convolution's gradient is the first operand of the sum of both: the one to which XLA
-  adds the other as it writes it.
+  On GPUs the convolution's gradient comes first in the sum of both, so that XLA adds the other as
+  it writes it. Reverse mode alone, and so only where that of a norm by the batch's statistics is.
   """
-  return _fork(x) if "cuda" in targets() else (x, x)
+  by_batch = type(norm) is BatchNorm and not (norm.use_running_average or norm.frozen)
+  return _fork(x) if by_batch and "cuda" in targets() else (x, x)
 
 
 @jax.custom_vjp

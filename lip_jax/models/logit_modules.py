@@ -74,7 +74,8 @@ class Projection(nnx.Module):
 
     A 1x1 convolution is computed again for the gradient rather than kept: 3 % of the multiply-adds
     of LIP-ResNet-50, and a tenth of its memory. Not so on GPUs, which have the memory and lack the
-    bandwidth; nor one in a form of its own, as `fold_batch_norm` gives it.
+    bandwidth (nor where programs may be compiled for both); nor one in a form of its own, as
+    `fold_batch_norm` gives it.
 
     Args:
       x: what is pooled, [N, H, W, out_features].

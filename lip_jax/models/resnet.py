@@ -112,7 +112,7 @@ class BottleneckBlock(ResidualBlock):
     super().__init__(in_features, out_features, downsample, make)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    first, x = layers.fork(x)
+    first, x = layers.fork(x, self.bn1)
     h = layers.rectified(self.bn1, self.conv1(first))
     h, shortcut = self.spatial(x, h)
     h = layers.rectified(self.bn2, h)

@@ -139,7 +139,7 @@ def _bwd(epsilon, dtype, axes, axis_name, relu, residuals, cotangents):
 
   g1, x_hat = passed(mean)
   # Of these the gradients of scale and bias are made, too: XLA would read everything once more for
-  # the latter, also where they were sums of sums, which it takes for one sum.
+  # the latter, also where they were sums of sums, which it takes for one sum. relu: on GPUs.
   here = _means((g1, g1 * x_hat), axes, at_once=relu and len(axes) == 2)
   pixels = math.prod(x.shape[axis] for axis in axes)
   mean_g, mean_product = (_together(a, axes, axis_name, mask) for a in here)

@@ -416,11 +416,17 @@ def test_what_is_formulated_otherwise_for_gpus_is_the_same_network(x64, monkeypa
     class_logits = nnx.merge(graph, params, rest, copy=True)(x)
     return (class_logits * jnp.arange(6.0).reshape(2, 3)).sum(), class_logits
 
-  def results():
-    return jax.jit(jax.value_and_grad(lambda *args: loss(*args), (0, 1), has_aux=True))(params, x)
+  def on(*platforms):
+    for module in (layers, logit_modules):
+      monkeypatch.setattr(module, "targets", lambda: set(platforms))
+    gradients = jax.jit(jax.value_and_grad(lambda *args: loss(*args), (0, 1), has_aux=True))
+    traced = gradients.trace(params, x)
+    return traced.jaxpr.pretty_print(), traced.lower().compile()(params, x)
 
-  elsewhere = results()
-  for module in (layers, logit_modules):
-    monkeypatch.setattr(module, "targets", lambda: {"cuda"})
-  for one, other in zip(*map(jax.tree.leaves, (results(), elsewhere)), strict=True):
+  (program, elsewhere), (gpu_program, on_gpu) = on(), on("cuda")
+  assert " reduce[" in gpu_program
+  assert " reduce[" not in program
+  for one, other in zip(*map(jax.tree.leaves, (on_gpu, elsewhere)), strict=True):
+    assert np.isfinite(other).all()
+    assert np.any(other)
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-9 * float(jnp.abs(other).max()))

@@ -38,7 +38,8 @@ def save_async(path: epath.Path, parts: dict[str, Any], metadata: dict[str, str]
   context.checkpointables.registry = registry
   context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True  # which `_read` expects
   context.array.saving.enable_write_sharding_file = False  # whoever reads says where to
-  # Slices of arrays on each replica: a program for each, compiled at the first save, for a few MB.
+  # Else each replica writes a slice of what all have, cut by a program of its own, compiled at the
+  # first save. So the first replica writes all: 200 MB of LIP-ResNet-50.
   context.array.saving.use_replica_parallel = False
   with context:
     return ocp.save_checkpointables_async(path, {_STATE: named(parts), _METADATA: metadata})
