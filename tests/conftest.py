@@ -9,7 +9,7 @@ from unittest import mock
 
 from fixture_xla import QUICK
 
-# What is compiled serves the other workers, the processes that tests start, and the next run.
+# What is compiled serves the other workers, processes that tests start, and the next run.
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
@@ -21,20 +21,12 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
-from etils import epath
 from fixture_bucket import local_bucket
-
-from lip_jax.training import compilation_cache
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing makes many objects that are not garbage: looking through them is a seventh of the time.
 gc.set_threshold(100_000)
-
-
-def pytest_configure(config):
-  """Tests kill processes that may be writing a compiled program."""
-  if not hasattr(config, "workerinput"):
-    compilation_cache.delete_cut_off(epath.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 
 
 def pytest_collection_modifyitems(items):
@@ -69,6 +61,15 @@ def files_of():
     for path in sorted(directory.rglob("*"))
     if path.is_file()
   }
+
+
+@pytest.fixture(scope="module")
+def compilation_cache_after():
+  """JAX's compilation cache as it is, for the tests after those of a module that take another."""
+  before = jax.config.jax_compilation_cache_dir
+  yield
+  jax.config.update("jax_compilation_cache_dir", before)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture

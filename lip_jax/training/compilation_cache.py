@@ -25,7 +25,7 @@ def kept_in(workdir: epath.Path) -> Iterator[None]:
   directory = workdir / "compilation_cache"
   # JAX writes from the first process, and in place; objects of a bucket are whole or not there.
   if jax.process_index() == 0 and not in_bucket(directory):
-    delete_cut_off(directory)
+    _delete_cut_off(directory)
   jax.config.update("jax_compilation_cache_dir", str(directory))
   compilation_cache.reset_cache()
   try:
@@ -35,7 +35,7 @@ def kept_in(workdir: epath.Path) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def delete_cut_off(directory: epath.Path) -> None:
+def _delete_cut_off(directory: epath.Path) -> None:
   """Deletes programs that a process was killed while writing: JAX would never replace them."""
   for path in directory.glob("*-cache"):
     try:

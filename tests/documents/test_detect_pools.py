@@ -5,10 +5,8 @@ import importlib
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 
@@ -16,12 +14,9 @@ DETECT_SMALL = ClutteredDigits.builder_configs["detect_small"]
 
 
 @pytest.fixture
-def detect_pools(monkeypatch):
+def detect_pools(monkeypatch, compilation_cache_after):
   monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-  before = jax.config.jax_compilation_cache_dir
-  yield importlib.import_module("detect_pools")
-  jax.config.update("jax_compilation_cache_dir", before)  # for the tests after these
-  compilation_cache.reset_cache()
+  return importlib.import_module("detect_pools")
 
 
 def test_networks_differ_in_their_pooling_only(detect_pools):

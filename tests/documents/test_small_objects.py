@@ -6,10 +6,8 @@ import json
 import statistics
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from lip_jax.data.prepare.cluttered_digits import ClutteredDigits
 from lip_jax.data.prepare.cluttered_scene import SOURCES, draw_scene
@@ -21,14 +19,11 @@ SIZES = ClutteredDigits.builder_configs["sizes"]
 
 
 @pytest.fixture(scope="module")
-def small_objects():
+def small_objects(compilation_cache_after):
   spec = importlib.util.spec_from_file_location("small_objects", PATH)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  before = jax.config.jax_compilation_cache_dir
-  yield module
-  jax.config.update("jax_compilation_cache_dir", before)  # for the tests after these
-  compilation_cache.reset_cache()
+  return module
 
 
 @pytest.fixture(scope="module")

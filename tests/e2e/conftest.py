@@ -27,12 +27,13 @@ class Training:
     environment: of the processes, unchanged of those that `run`, `train` and `lip_jax` start.
   """
 
-  def __init__(self, data_dir: Path):
+  def __init__(self, data_dir: Path, cache: Path):
     self.data_dir = data_dir
     self.environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": QUICK,  # and one device, unless a test says otherwise
+      "JAX_COMPILATION_CACHE_DIR": str(cache),  # its own: some are killed while they write to it
     }
     self._server: subprocess.Popen[str] | None = None
 
@@ -144,7 +145,7 @@ class Training:
 
 @pytest.fixture(scope="session")
 def training(tmp_path_factory) -> Iterator[Training]:
-  training = Training(tmp_path_factory.mktemp("tfds"))
+  training = Training(tmp_path_factory.mktemp("tfds"), tmp_path_factory.mktemp("compilation_cache"))
   training.prepare("tiny")
   with contextlib.closing(training):
     yield training

@@ -419,6 +419,7 @@ def test_what_is_formulated_otherwise_for_gpus_is_the_same_network(x64, monkeypa
   def on(*platforms):
     for module in (layers, logit_modules):
       monkeypatch.setattr(module, "targets", lambda: set(platforms))
+    # A function of its own, or JAX would take the program that it has traced before.
     gradients = jax.jit(jax.value_and_grad(lambda *args: loss(*args), (0, 1), has_aux=True))
     traced = gradients.trace(params, x)
     return traced.jaxpr.pretty_print(), traced.lower().compile()(params, x)

@@ -10,9 +10,8 @@ from lip_jax.training import compilation_cache
 
 
 @pytest.fixture
-def compile_in(tmp_path):
+def compile_in(tmp_path, compilation_cache_after):
   """Compiles a program with the cache of a workdir; returns the files there."""
-  before = jax.config.jax_compilation_cache_dir
   jax.config.update("jax_compilation_cache_dir", None)
   reset_cache()
 
@@ -23,9 +22,7 @@ def compile_in(tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
     return sorted((tmp_path / "compilation_cache").glob("*-cache"))
 
-  yield run
-  jax.config.update("jax_compilation_cache_dir", before)
-  reset_cache()
+  return run
 
 
 def test_programs_that_were_cut_off_are_compiled_and_kept_again(compile_in, caplog):
