@@ -12,6 +12,7 @@ from fixture_weights import weight as plain_weight
 from flax import nnx
 
 import lip_jax
+from lip_jax.models.registry import abstract
 
 MODELS = json.loads((DATA / "models.json").read_text())
 
@@ -92,9 +93,9 @@ def detector(model: str, dtype=jnp.float64, **options):
   """The detector of a reference, with its weights; quick, as nothing is initialised."""
   preset, name, backbone = model.replace("fasterrcnn", "faster-rcnn").split("_", 2)
   name = name.replace("-", "_")
-  made = nnx.eval_shape(
-    lambda: lip_jax.create_detector(
-      name, backbone=backbone, preset=preset, dtype=dtype, rngs=nnx.Rngs(0), **options
+  made = abstract(
+    lambda rngs: lip_jax.create_detector(
+      name, backbone=backbone, preset=preset, dtype=dtype, rngs=rngs, **options
     )
   )
   lip_jax.load_torch_weights(made, state_dict(model))

@@ -8,6 +8,7 @@ from fixture_runs import with_weights
 from flax import nnx
 
 import lip_jax
+from lip_jax.models.registry import abstract
 from lip_jax.models.torch_names import torch_names
 
 _SMALL = {"num_classes": 3, "width": 8, "fpn_channels": 16}
@@ -21,9 +22,9 @@ SMALL = {
 def create(name="retinanet", backbone="lip_resnet_small", **options):
   """(structure, arrays) of a small detector with arbitrary weights, which finds something."""
   model = with_weights(
-    nnx.eval_shape(
-      lambda: lip_jax.create_detector(
-        name, backbone=backbone, rngs=nnx.Rngs(0), **{**SMALL[name], **options}
+    abstract(
+      lambda rngs: lip_jax.create_detector(
+        name, backbone=backbone, rngs=rngs, **{**SMALL[name], **options}
       )
     )
   )

@@ -15,6 +15,7 @@ from lip_jax.detection.retinanet import RetinaNet
 from lip_jax.errors import UsageError
 from lip_jax.models import create_model, description
 from lip_jax.models.description import check_num_classes
+from lip_jax.models.registry import abstract
 
 _DETECTORS: dict[str, type[Detector]] = {"retinanet": RetinaNet, "faster_rcnn": FasterRCNN}
 
@@ -110,8 +111,8 @@ def abstract_detector(name: str, *, mask_padding: bool = True, **options: Any) -
 
   Unlike `create_detector` it computes each image as if it were alone unless told otherwise.
   """
-  return nnx.eval_shape(
-    lambda: create_detector(name, mask_padding=mask_padding, rngs=nnx.Rngs(0), **options)
+  return abstract(
+    lambda rngs: create_detector(name, mask_padding=mask_padding, rngs=rngs, **options)
   )
 
 

@@ -21,7 +21,7 @@ from lip_jax.detection.inputs import normalize
 from lip_jax.detection.registry import create_detector, detector_class
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
-from lip_jax.models.registry import network_class
+from lip_jax.models.registry import abstract, network_class
 from lip_jax.training.task import Batch, Scalars, Task
 from lip_jax.training.train_state import TrainState, Tree
 
@@ -46,7 +46,7 @@ class Detection(Task):
     self.buckets = config.data.buckets
     self.trained = self.shown = detector_class(config.model["name"]).terms
     try:
-      nnx.eval_shape(lambda: self._create(nnx.Rngs(0), 1))
+      abstract(lambda rngs: self._create(rngs, 1))
     except (TypeError, ValueError) as error:
       raise UsageError(f"config.model: {error}") from None
 

@@ -1,11 +1,12 @@
 """Model names and what they stand for."""
 
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -16,6 +17,7 @@ from lip_jax.models.layers import make_batch_norm
 from lip_jax.models.network import Network
 from lip_jax.models.resnet import ResNet
 
+_M = TypeVar("_M")
 # What makes a network, and its arguments: of the constructor, and of `make_downsamples`.
 _Entry = tuple[type[ResNet] | type[DenseNet], dict[str, Any]]
 
@@ -134,4 +136,17 @@ def network_class(name: str) -> type[Network]:
 
 def abstract_model(name: str, **options: Any) -> Any:
   """`create_model(name, **options)` with shapes in place of arrays: quick to build."""
-  return nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options))
+  return abstract(lambda rngs: create_model(name, rngs=rngs, **options))
+
+
+def abstract(create: Callable[[nnx.Rngs], _M]) -> _M:
+  """`create(rngs)` with shapes in place of arrays."""
+
+  def made() -> _M:
+    rngs = nnx.Rngs(0)
+    # Flax 0.12.8 (0.12.12 no longer) asks a traced count for its sharding at each draw; to say that
+    # it has none, JAX looks through all that was traced: about half of the time.
+    rngs["default"].count.set_value(np.zeros((), np.uint32))
+    return create(rngs)
+
+  return nnx.eval_shape(made)

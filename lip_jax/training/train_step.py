@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from lip_jax.distributed import sharding
+from lip_jax.models.registry import abstract
 from lip_jax.training import optim, train_state
 from lip_jax.training import task as task_lib
 from lip_jax.training.task import Batch, Scalars, Task
@@ -113,7 +114,7 @@ class Program:
 
 
 def _graph(task: Task, **options: Any) -> nnx.GraphDef:
-  return nnx.graphdef(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0), **options)))
+  return nnx.graphdef(abstract(lambda rngs: task.create_model(rngs, **options)))
 
 
 def initializer(
@@ -121,7 +122,7 @@ def initializer(
 ) -> tuple[optax.GradientTransformation, Callable[[], TrainState]]:
   """(optimizer, what makes the train state of a run before its first step); asks no device."""
   config = task.config
-  model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
+  model = abstract(task.create_model)
   trained = task_lib.trainable_mask(task, train_state.split(model)[0])
   optimizer = optim.optimizer(config.optim, schedule, None if jax.tree.all(trained) else trained)
   group_size = task.batch_norm_group or config.global_batch_size

@@ -20,6 +20,7 @@ from flax import nnx
 import lip_jax
 from lip_jax.detection import postprocess, presets
 from lip_jax.detection.matching import BACKGROUND, UNUSED
+from lip_jax.detection.registry import abstract_detector
 from lip_jax.errors import UsageError
 
 
@@ -34,9 +35,7 @@ from lip_jax.errors import UsageError
   ],
 )
 def test_number_of_parameters(backbone, preset, parameters):
-  model = nnx.eval_shape(
-    lambda: lip_jax.create_detector("retinanet", backbone=backbone, preset=preset, rngs=nnx.Rngs(0))
-  )
+  model = abstract_detector("retinanet", backbone=backbone, preset=preset)
   leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
   assert sum(np.prod(leaf.shape) for leaf in leaves) == parameters
 
@@ -127,15 +126,8 @@ def test_crowds_and_degenerate_boxes_are_not_matched():
 
 
 def test_precision():
-  model = nnx.eval_shape(
-    lambda: lip_jax.create_detector(
-      "retinanet",
-      backbone="lip_resnet_small",
-      dtype=jnp.bfloat16,
-      mask_padding=True,
-      rngs=nnx.Rngs(0),
-      **SMALL["retinanet"],
-    )
+  model = abstract_detector(
+    "retinanet", backbone="lip_resnet_small", dtype=jnp.bfloat16, **SMALL["retinanet"]
   )
   graph, state = nnx.split(model)
   pixels, sizes = images([(64, 50)], 64, 64)
@@ -166,11 +158,7 @@ def renamed(name):
 
 
 def test_weights_under_the_older_names_of_torchvision():
-  model = nnx.eval_shape(
-    lambda: lip_jax.create_detector(
-      "retinanet", backbone="resnet50", preset="torchvision", rngs=nnx.Rngs(0)
-    )
-  )
+  model = abstract_detector("retinanet", backbone="resnet50", preset="torchvision")
   shapes = MODELS["torchvision_retinanet_resnet50"]["state_dict"]
   weights = {renamed(key): np.zeros(shape, np.float32) for key, shape in shapes.items()}
   assert "head.classification_head.conv.6.weight" in weights
@@ -196,7 +184,7 @@ def test_weights_under_the_older_names_of_torchvision():
 def test_what_does_not_exist_is_refused_with_what_does(options, named):
   given = {"name": "retinanet", "backbone": "resnet_small", **SMALL["retinanet"], **options}
   with pytest.raises(UsageError, match=named):
-    nnx.eval_shape(lambda: lip_jax.create_detector(**given, rngs=nnx.Rngs(0)))
+    abstract_detector(**given)
 
 
 @pytest.mark.parametrize("seed", range(3))

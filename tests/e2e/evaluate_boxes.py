@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import lip_jax
 from lip_jax.data.boxes import open_boxes
 from lip_jax.detection.config import Data
 from lip_jax.detection.evaluation import Evaluator
+from lip_jax.detection.registry import abstract_detector
 from lip_jax.distributed import sharding
 from lip_jax.errors import UsageError
 from lip_jax.models import description
@@ -41,17 +41,8 @@ def main(port, index, count, *datasets):
 
 def untrained():
   """A detector that finds as much as it may, with scores that rounding does not swap."""
-  detector = nnx.eval_shape(
-    lambda: lip_jax.create_detector(
-      "retinanet",
-      backbone="resnet_small",
-      num_classes=2,
-      mask_padding=True,
-      rngs=nnx.Rngs(0),
-      width=4,
-      fpn_channels=8,
-      head_convs=0,
-    )
+  detector = abstract_detector(
+    "retinanet", backbone="resnet_small", num_classes=2, width=4, fpn_channels=8, head_convs=0
   )
   rng = np.random.default_rng(0)
   for name, variable in description.flat_variables(detector).items():

@@ -53,6 +53,5 @@ def become(request):
 
 if __name__ == "__main__":
   gc.freeze()
-  gc.set_threshold(100_000)
   if request := serve():
     become(request)

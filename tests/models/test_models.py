@@ -9,16 +9,11 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
-from lip_jax.models import downsample, lan, layers, logit_modules
+from lip_jax.models import abstract_model, downsample, lan, layers, logit_modules
 
 
 def count(model):
   return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def abstract(name, **options):
-  """The model without its weights: shapes only, and fast."""
-  return nnx.eval_shape(lambda: lip_jax.create_model(name, rngs=nnx.Rngs(0), **options))
 
 
 def images(n=2, size=32, seed=0):
@@ -52,7 +47,7 @@ def images(n=2, size=32, seed=0):
   ],
 )
 def test_parameter_counts(name, options, expected):
-  assert count(abstract(name, **options)) == expected
+  assert count(abstract_model(name, **options)) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,7 +60,7 @@ def test_parameter_counts(name, options, expected):
   ],
 )
 def test_features_have_the_named_strides(name, expected):
-  model = abstract(name)
+  model = abstract_model(name)
   shapes = jax.eval_shape(
     lambda model, x: model.features(x), model, jax.ShapeDtypeStruct((2, 224, 192, 3), jnp.float32)
   )
@@ -95,7 +90,7 @@ def small(network, **options):
 @pytest.mark.parametrize("network", SMALL)
 def test_bfloat16_networks_give_float32_logits(network):
   options = {**SMALL[network], "pool": "lip", "num_classes": 7, "dtype": jnp.bfloat16}
-  model = abstract(options.pop("name"), **options)
+  model = abstract_model(options.pop("name"), **options)
   x = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
   logits = jax.eval_shape(lambda model, x: model(x), model, x)
   assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
@@ -147,7 +142,7 @@ def test_networks_differ_in_their_poolings_alone(network):
   options = {k: v for k, v in SMALL[network].items() if k != "name"}
   shapes = {}
   for pool in downsample.POOLS:
-    state = nnx.state(abstract(SMALL[network]["name"], pool=pool, **options))
+    state = nnx.state(abstract_model(SMALL[network]["name"], pool=pool, **options))
     shapes[pool] = {
       ".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)
     }
@@ -302,7 +297,7 @@ def test_frozen_batch_norm_and_its_epsilon_are_those_of_all_layers():
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_of_other_numbers_of_channels(network, channels):
   options = {**SMALL[network], "pool": "lip", "num_classes": 7, "in_channels": channels}
-  model = abstract(options.pop("name"), **options)
+  model = abstract_model(options.pop("name"), **options)
   forward = lambda channels: jax.eval_shape(  # noqa: E731
     lambda model, x: model(x), model, jax.ShapeDtypeStruct((2, 33, 64, channels), jnp.float32)
   )

@@ -11,6 +11,7 @@ from fixture_weights import image, weight
 from flax import nnx
 
 import lip_jax
+from lip_jax.models import abstract_model
 
 pytest.importorskip("torch")
 import torch
@@ -58,9 +59,7 @@ def test_the_reference_is_the_authors_network(name):
 def test_equals_pytorch_in_float64(name, options, size, training, x64):
   """The parity test's weights and inputs are made as the fixtures' are."""
   dtype = jnp.float64
-  model = nnx.eval_shape(
-    lambda: lip_jax.create_model(name, num_classes=11, dtype=dtype, rngs=nnx.Rngs(0), **options)
-  )
+  model = abstract_model(name, num_classes=11, dtype=dtype, **options)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.state(model))
   nnx.update(model, zeros)
   shapes = {key: value.shape for key, value in lip_jax.to_torch_state_dict(model).items()}

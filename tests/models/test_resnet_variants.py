@@ -12,15 +12,12 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
+from lip_jax.models import abstract_model
 from lip_jax.models.layers import DeformableConv
 from lip_jax.models.torch_names import torch_names
 
 BACKBONES = json.loads((DATA / "backbones.json").read_text())
 TINY = {"width": 8, "stage_sizes": (1, 2, 2, 1), "num_classes": 3, "logit_width": 8}
-
-
-def abstract(name, **options):
-  return nnx.eval_shape(lambda: lip_jax.create_model(name, rngs=nnx.Rngs(0), **options))
 
 
 def create(name, **options):
@@ -39,7 +36,7 @@ def test_names_and_shapes_are_the_originals(name):
     if not key.endswith("num_batches_tracked")
   }
   ours = {}
-  for key, variable in torch_names(abstract(name, num_classes=0)):
+  for key, variable in torch_names(abstract_model(name, num_classes=0)):
     shape = variable.shape
     ours[key] = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
   if not name.startswith("lip"):
@@ -54,7 +51,7 @@ def test_names_and_shapes_are_the_originals(name):
 @pytest.mark.parametrize("name", ["resnext101_64x4d", "lip_resnet101_md"])
 def test_features_are_the_originals(name, x64):
   spec, stored = BACKBONES[name], np.load(DATA / "backbones.npz")
-  model = abstract(name, num_classes=0, dtype=jnp.float64)
+  model = abstract_model(name, num_classes=0, dtype=jnp.float64)
   weights = {
     key: weight(key, tuple(shape), spec.get("rules", ()))
     for key, shape in spec["state_dict"].items()
@@ -75,10 +72,10 @@ def test_features_are_the_originals(name, x64):
 
 
 def test_deformable_layers_are_those_with_3x3_windows():
-  model = abstract("lip_resnet101_md", num_classes=0)
+  model = abstract_model("lip_resnet101_md", num_classes=0)
   deformable = [part for _, part in nnx.iter_modules(model) if isinstance(part, DeformableConv)]
   assert len(deformable) == 27
-  plain = abstract("resnet50", deformable_stages=("c5",))
+  plain = abstract_model("resnet50", deformable_stages=("c5",))
   assert sum(isinstance(part, DeformableConv) for _, part in nnx.iter_modules(plain)) == 3
 
 
@@ -137,4 +134,4 @@ def test_offsets_learn():
 )
 def test_what_cannot_be(options, named):
   with pytest.raises(UsageError, match=named):
-    abstract("resnet50", **{**TINY, **options})
+    abstract_model("resnet50", **{**TINY, **options})

@@ -10,20 +10,16 @@ from flax import nnx
 
 import lip_jax
 from lip_jax.errors import UsageError
+from lip_jax.models import abstract_model
 from lip_jax.models.torch_names import torch_names
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = json.loads((DATA / "reference.json").read_text())["models"]
 
 
-def abstract(name, **options):
-  """The model without its weights: shapes only, and fast."""
-  return nnx.eval_shape(lambda: lip_jax.create_model(name, rngs=nnx.Rngs(0), **options))
-
-
 @pytest.mark.parametrize("name", ["lip_resnet50", "lip_densenet121"])
 def test_reproduces_the_authors_network_at_224(name):
-  model = abstract(name)
+  model = abstract_model(name)
   lip_jax.load_torch_weights(
     model, {key: weight(key, tuple(shape)) for key, shape in REFERENCE[name]["state_dict"].items()}
   )
@@ -59,7 +55,7 @@ def test_names_and_shapes_are_the_authors(name):
     if not key.endswith("num_batches_tracked")
   }
   ours = {}
-  for key, variable in torch_names(abstract(name)):
+  for key, variable in torch_names(abstract_model(name)):
     shape = variable.shape
     ours[key] = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
   assert ours == expected
@@ -123,7 +119,7 @@ TORCHVISION = {
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_plain_networks_have_torchvisions_names(name):
-  model = abstract(name)
+  model = abstract_model(name)
   shapes = TORCHVISION[name]
   lip_jax.load_torch_weights(model, {key: np.zeros(shape) for key, shape in shapes.items()})
   back = lip_jax.to_torch_state_dict(model)
@@ -133,7 +129,7 @@ def test_plain_networks_have_torchvisions_names(name):
 def test_names_of_torchvisions_published_densenets():
   shapes = torchvision_densenet((6, 12, 24, 16), 32, 64, dotted=True)
   state_dict = {key: weight(key, shape) for key, shape in shapes.items()}
-  model = abstract("densenet121")
+  model = abstract_model("densenet121")
   lip_jax.load_torch_weights(model, state_dict)
   np.testing.assert_array_equal(
     model.denseblock2[3].conv2.kernel[...],
@@ -176,7 +172,7 @@ def test_a_prefix_and_what_lies_where():
   ids=str,
 )
 def test_there_and_back_is_exact(name, options):
-  model = abstract(name, num_classes=3, logit_width=2, **options)
+  model = abstract_model(name, num_classes=3, logit_width=2, **options)
   shapes = {key: variable.shape for key, variable in torch_names(model)}
   zeros = {
     key: np.zeros((s[3], s[2], *s[:2]) if len(s) == 4 else s[::-1]) for key, s in shapes.items()

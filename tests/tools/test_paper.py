@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lip_jax import create_model, list_models
+from lip_jax import list_models
 from lip_jax.classification.task import Classification
 from lip_jax.errors import UsageError
+from lip_jax.models import abstract_model
 from lip_jax.tools import paper
 from lip_jax.training import config as config_lib
 from lip_jax.training import optim
@@ -108,8 +109,7 @@ def logit_modules(row):
 
 def structure(name, **options):
   """What makes a network what it is: its graph and the shapes of its variables."""
-  model = nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options))
-  graph, state = nnx.split(model)
+  graph, state = nnx.split(abstract_model(name, **options))
   return graph, {path: leaf.shape for path, leaf in nnx.to_flat_state(state)}
 
 
