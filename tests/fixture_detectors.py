@@ -12,7 +12,7 @@ from fixture_weights import weight as plain_weight
 from flax import nnx
 
 import lip_jax
-from lip_jax.models.registry import abstract
+from lip_jax.detection.registry import abstract_detector
 
 MODELS = json.loads((DATA / "models.json").read_text())
 
@@ -93,11 +93,8 @@ def detector(model: str, dtype=jnp.float64, **options):
   """The detector of a reference, with its weights; quick, as nothing is initialised."""
   preset, name, backbone = model.replace("fasterrcnn", "faster-rcnn").split("_", 2)
   name = name.replace("-", "_")
-  made = abstract(
-    lambda rngs: lip_jax.create_detector(
-      name, backbone=backbone, preset=preset, dtype=dtype, rngs=rngs, **options
-    )
-  )
+  options = {"mask_padding": None, **options}
+  made = abstract_detector(name, backbone=backbone, preset=preset, dtype=dtype, **options)
   lip_jax.load_torch_weights(made, state_dict(model))
   return made
 

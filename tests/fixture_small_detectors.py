@@ -7,8 +7,7 @@ import numpy as np
 from fixture_runs import with_weights
 from flax import nnx
 
-import lip_jax
-from lip_jax.models.registry import abstract
+from lip_jax.detection.registry import abstract_detector
 from lip_jax.models.torch_names import torch_names
 
 _SMALL = {"num_classes": 3, "width": 8, "fpn_channels": 16}
@@ -22,11 +21,7 @@ SMALL = {
 def create(name="retinanet", backbone="lip_resnet_small", **options):
   """(structure, arrays) of a small detector with arbitrary weights, which finds something."""
   model = with_weights(
-    abstract(
-      lambda rngs: lip_jax.create_detector(
-        name, backbone=backbone, rngs=rngs, **{**SMALL[name], **options}
-      )
-    )
+    abstract_detector(name, backbone=backbone, **{"mask_padding": None, **SMALL[name], **options})
   )
   for key, variable in torch_names(model):
     if "retina_cls.bias" in key or "cls_logits.bias" in key:

@@ -106,7 +106,7 @@ def _own_options(name: str) -> set[str]:
   return own - {"self", "backbone", "num_classes", "preset", "dtype", "rngs", "options"}
 
 
-def abstract_detector(name: str, *, mask_padding: bool = True, **options: Any) -> Any:
+def abstract_detector(name: str, *, mask_padding: bool | None = True, **options: Any) -> Any:
   """The detector that a training run makes of a description, with shapes in place of arrays.
 
   Unlike `create_detector` it computes each image as if it were alone unless told otherwise.

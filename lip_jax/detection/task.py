@@ -18,10 +18,10 @@ from lip_jax.detection import categories, evaluation, fine_tuning, presets
 from lip_jax.detection.config import Config
 from lip_jax.detection.evaluation import Evaluator
 from lip_jax.detection.inputs import normalize
-from lip_jax.detection.registry import create_detector, detector_class
+from lip_jax.detection.registry import abstract_detector, create_detector, detector_class
 from lip_jax.errors import UsageError
 from lip_jax.export import class_names
-from lip_jax.models.registry import abstract, network_class
+from lip_jax.models.registry import network_class
 from lip_jax.training.task import Batch, Scalars, Task
 from lip_jax.training.train_state import TrainState, Tree
 
@@ -46,7 +46,7 @@ class Detection(Task):
     self.buckets = config.data.buckets
     self.trained = self.shown = detector_class(config.model["name"]).terms
     try:
-      abstract(lambda rngs: self._create(rngs, 1))
+      abstract_detector(**config.model, num_classes=1, dtype=jnp.dtype(config.dtype))
     except (TypeError, ValueError) as error:
       raise UsageError(f"config.model: {error}") from None
 
@@ -122,17 +122,14 @@ class Detection(Task):
       name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()
     }
 
-  def _create(self, rngs: nnx.Rngs, num_classes: int, **options: Any) -> nnx.Module:
+  def create_model(self, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
     return create_detector(
       **{"mask_padding": True, **self.config.model},
-      num_classes=num_classes,
+      num_classes=self.num_classes,
       dtype=jnp.dtype(self.config.dtype),
       rngs=rngs,
       **options,
     )
-
-  def create_model(self, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
-    return self._create(rngs, self.num_classes, **options)
 
   @property
   def batch_norm_group(self) -> int:

@@ -18,6 +18,7 @@ from lip_jax.models.network import Network
 from lip_jax.models.resnet import ResNet
 
 _M = TypeVar("_M")
+
 # What makes a network, and its arguments: of the constructor, and of `make_downsamples`.
 _Entry = tuple[type[ResNet] | type[DenseNet], dict[str, Any]]
 
